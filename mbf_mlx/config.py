@@ -1,0 +1,104 @@
+"""Frozen settings, checked when made: the one place where a default is written."""
+
+import math
+from dataclasses import dataclass, fields
+
+from mbf_mlx.errors import InputError
+
+TEMPLATES = ("chat", "none")
+
+
+def _check(config: object, name: str, fits: bool, expected: str) -> None:
+    if not fits:
+        raise InputError(f"{type(config).__name__}.{name}: expected {expected}, got {getattr(config, name)!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Which layers get factors and how large they are; fixed for the life of a stream."""
+
+    rank: int = 8  # rows of A, columns of B
+    scale: float = 2.0  # delta = scale * B @ A; PEFT's lora_alpha is scale * rank
+    keys: tuple[str, ...] = ("q_proj", "v_proj")  # names of linear layers, or their paths inside a block
+    num_layers: int = -1  # blocks counted from the last; -1 is all of them
+    dropout: float = 0.0  # share of the inputs of A that training drops
+
+    def __post_init__(self) -> None:
+        _check(self, "rank", _is_count(self.rank, 1), "a whole number of at least 1")
+        _check(self, "scale", _is_number(self.scale) and self.scale > 0, "a number above 0")
+        object.__setattr__(self, "keys", tuple(self.keys))
+        _check(self, "keys", bool(self.keys) and all(isinstance(k, str) and k for k in self.keys), "names of layers")
+        _check(self, "num_layers", self.num_layers == -1 or _is_count(self.num_layers, 1), "-1 or at least 1")
+        _check(self, "dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How rows become tokens; the template is fixed for the life of a stream, the rest is free for each task."""
+
+    template: str = "chat"  # "chat": the model's own template where it has one; "none": raw prompt and completion
+    mask_prompt: bool = True  # supervise completions alone, not prompts
+    max_seq_length: int = 2048  # tokens of a row, prompt and completion together
+
+    def __post_init__(self) -> None:
+        _check(self, "template", self.template in TEMPLATES, " or ".join(TEMPLATES))
+        _check(self, "mask_prompt", isinstance(self.mask_prompt, bool), "true or false")
+        _check(self, "max_seq_length", _is_count(self.max_seq_length, 8), "a whole number of at least 8 tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How one task is trained; free for each task."""
+
+    epochs: int = 3  # passes over the training rows; iters, where given, takes its place
+    iters: int | None = None  # optimizer steps
+    batch_size: int = 8  # rows of one forward and backward pass
+    grad_accumulation_steps: int = 1  # passes of one optimizer step
+    learning_rate: float = 5e-4  # its peak
+    warmup: float = 0.1  # share of the steps over which the rate rises to its peak
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # gradients longer than this are shortened to it; 0 leaves them
+    grad_checkpoint: bool = False  # recompute a block's activations in the backward pass instead of keeping them
+    val_every: int = 0  # steps between two validations; 0 is once an epoch
+    patience: int = 0  # validations without a better loss after which training stops; 0 never stops early
+    seed: int = 0
+    save_every: str = "60s"  # a save for an exact resume: "200" is steps, "60s" seconds, "0" never
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "grad_accumulation_steps"):
+            _check(self, name, _is_count(getattr(self, name), 1), "a whole number of at least 1")
+        for name in ("val_every", "patience", "seed"):
+            _check(self, name, _is_count(getattr(self, name), 0), "a whole number of at least 0")
+        _check(self, "iters", self.iters is None or _is_count(self.iters, 1), "a whole number of at least 1")
+        _check(self, "learning_rate", _is_number(self.learning_rate) and self.learning_rate > 0, "a number above 0")
+        _check(self, "warmup", _is_number(self.warmup) and 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
+        for name in ("weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            _check(self, name, _is_number(value) and value >= 0, "a number of at least 0")
+        _check(self, "grad_checkpoint", isinstance(self.grad_checkpoint, bool), "true or false")
+        digits = self.save_every.removesuffix("s")
+        _check(self, "save_every", digits.isascii() and digits.isdigit(), "steps as in 200 or seconds as in 60s")
+
+    @property
+    def save_steps(self) -> int | None:
+        """Steps between two saves, or None where saves are counted in seconds or off."""
+        return None if self.save_every.endswith("s") else int(self.save_every) or None
+
+    @property
+    def save_seconds(self) -> int | None:
+        """Seconds between two saves, or None where saves are counted in steps or off."""
+        return int(self.save_every[:-1]) or None if self.save_every.endswith("s") else None
+
+
+def settings_of(config: object) -> dict[str, object]:
+    """Return a settings object as plain values that JSON keeps."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}  # type: ignore[arg-type]
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,0 +1,26 @@
+"""Sequential LoRA: one pair trained on through all tasks, nothing merged; what every method is compared with.
+
+Keeps: the deployed pair, nothing else. Constant in the number of tasks.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from mbf_mlx.methods.base import Factors, State, first_factors
+
+
+class Sequential:
+    """Plain SeqLoRA. `first_a`: "uniform" as in LoRA, or "orthonormal"."""
+
+    name = "sequential"
+
+    def __init__(self, first_a: str = "uniform") -> None:
+        self.options: dict[str, Any] = {"first_a": first_a}
+
+    def start(self, state: State) -> Factors:
+        """Return the last tuned pair, or a random A and a zero B for the first task."""
+        return dict(state.deployed) if state.t else first_factors(state, self.options["first_a"])
+
+    def finish(self, state: State, tuned: Factors) -> State:
+        """Deploy the tuned pair as it is."""
+        return replace(state, t=state.t + 1, deployed=dict(tuned), kept={})
