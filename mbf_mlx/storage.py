@@ -1,0 +1,127 @@
+"""The few file operations that a stream and an export stand on, each one durable when it returns.
+
+One small layer, so that tests can make every single operation fail, and so that a full disk, a read-only folder or a
+missing permission reads the same everywhere. It knows no format.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from mbf_mlx.errors import InputError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission is missing",
+    errno.EPERM: "permission is missing",
+}
+_REMEDIES = {
+    errno.ENOSPC: "free some space and run the command again; nothing was lost",
+    errno.EDQUOT: "free some space and run the command again; nothing was lost",
+    errno.EROFS: "copy the folder to a place you can write to",
+    errno.EACCES: "change the permissions of the folder, or copy it to a place you can write to",
+    errno.EPERM: "change the permissions of the folder, or copy it to a place you can write to",
+}
+
+
+class Files:
+    """File operations that are on the disk when they return; an environment's refusal becomes an InputError."""
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Write a new file and flush it to the disk."""
+        try:
+            with open(path, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise refusal(error, path, len(data)) from error
+
+    def make_folder(self, path: Path) -> None:
+        """Create a folder and those above it; one that is there is kept."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise refusal(error, path) from error
+
+    def sync_folder(self, path: Path) -> None:
+        """Flush a folder's list of names to the disk."""
+        try:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            # Some network and FUSE file systems cannot flush a folder; their own order of operations has to do.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise refusal(error, path) from error
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give `source` the name `target`, replacing a file or link there at one instant."""
+        try:
+            os.replace(source, target)
+        except OSError as error:
+            raise refusal(error, target) from error
+
+    def link(self, target: str, path: Path) -> None:
+        """Make `path` a link to `target`; a text file that holds the target where links do not exist (exFAT, FAT)."""
+        try:
+            os.symlink(target, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise refusal(error, path) from error
+            self.write(path, target.encode())
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, a link or a whole folder of ours; one that is gone already is fine."""
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise refusal(error, path) from error
+
+
+def refusal(error: OSError, path: Path, needed: int = 0) -> InputError | OSError:
+    """Return the InputError that says what an OSError means for the user, or the error itself where it means a bug."""
+    if error.errno not in _REASONS:
+        return error
+    what = f"{path}: cannot write: {_REASONS[error.errno]}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        what += f" ({needed:,} bytes needed, {free_bytes(path):,} free)"
+    return InputError(f"{what}\nhint: {_REMEDIES[error.errno]}")
+
+
+def free_bytes(path: Path) -> int:
+    """Return the bytes that this user can still write where `path` is or would be."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def require_space(path: Path, needed: int, purpose: str) -> None:
+    """Refuse work that cannot end well.
+
+    Raises:
+        InputError: fewer than `needed` bytes are free where `path` is or would be.
+    """
+    free = free_bytes(path)
+    if free < needed:
+        raise InputError(
+            f"{path}: {purpose} needs {needed:,} bytes of disk space, {free:,} are free\nhint: free some space first"
+        )
+
+
+def sha256_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
