@@ -1,0 +1,412 @@
+"""A stream on disk: one folder, whole generations, one atomic commit, one writer, any number of readers.
+
+    STREAM/stream.json            what never changes
+    STREAM/current                link to the generation that counts; its replacement is the only commit
+    STREAM/adapter                link to current/adapter, the deployed adapter
+    STREAM/generations/000007/    manifest.json, history.jsonl, state.safetensors, adapter/
+    STREAM/working/               a task in training
+
+The current and the previous generation are kept. A crash leaves either the old or the new one as the current one, and
+at most a folder that the next writer removes. It knows no model.
+"""
+
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mbf_mlx import __version__, adapter
+from mbf_mlx.errors import InputError
+from mbf_mlx.methods import State, empty_state
+from mbf_mlx.records import FORMAT_VERSION, FileRecord, Identity, Manifest, TaskRecord, parse
+from mbf_mlx.storage import Files, refusal, require_space, sha256_file
+
+MANIFEST, HISTORY, STATE = "manifest.json", "history.jsonl", "state.safetensors"
+SMALL_FILE = 1 << 20  # bytes; smaller files are hashed at every opening, larger ones on request
+# What a run that was killed while making a stream leaves behind.
+_BEFORE_IDENTITY = {"lock", "lock.json", "lock.json.new", "generations", "adapter", "adapter.new", "current"} | {
+    "current.new",
+    "stream.json.new",
+}
+_RETRIES = 20  # a reader's, when generations are pruned under it
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One complete generation, checked when opened."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def number(self) -> int:
+        """Its place among the stream's generations; 0 is the empty stream."""
+        return self.manifest.generation
+
+
+class StreamFolder:
+    """A stream on disk. Reading needs no lock; `writer()` gives the one lock under which it changes."""
+
+    def __init__(self, path: Path, identity: Identity, files: Files) -> None:
+        self.path, self.identity, self.files = path, identity, files
+        self.working = path / "working"
+
+    @classmethod
+    def create(cls, path: Path, identity: Identity, base_path: str, seed: int, files: Files | None = None) -> "StreamFolder":
+        """Make a stream that has learned nothing.
+
+        Raises:
+            InputError: `path` holds something else, or cannot be written.
+        """
+        files = files or Files()
+        stream = cls(path, identity, files)
+        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - _BEFORE_IDENTITY):
+            raise InputError(f"{path}: expected a new or empty folder for a stream, got something else")
+        files.make_folder(path)
+        with stream.writer():
+            if (path / "stream.json").exists():
+                raise InputError(f"{path}: another process has just made this stream\nhint: run the command again")
+            try:
+                state = empty_state(dict(identity.layers), identity.rank, seed)
+                stream._discard(stream._folder(0))
+                stream._write_generation(0, state, b"", base_path, {})
+                stream._link("adapter", "current/adapter")
+                stream._link("current", "generations/000000")
+                stream._replace("stream.json", identity.to_json())
+            except BaseException:
+                for name in ("stream.json", "current", "adapter", "generations"):
+                    stream._discard(path / name)
+                raise
+        return stream
+
+    @classmethod
+    def open(cls, path: Path, files: Files | None = None) -> "StreamFolder":
+        """Open a stream; lost links are made again where nobody else is writing.
+
+        Raises:
+            InputError: no stream there, a newer format, or damage; the message names the file.
+        """
+        if not path.exists():
+            raise InputError(f"{path}: no such stream\nhint: mbf learn {path} TASK --model BASE makes one")
+        where = path / "stream.json"
+        try:
+            data = where.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{path}: not a stream: stream.json is missing") from None
+        stream = cls(path, parse(Identity, data, where), files or Files())
+        stream.current()
+        if not (path / "current").is_symlink() or not (path / "adapter").is_symlink():
+            stream._repair_links()
+        return stream
+
+    # Reading
+
+    def current(self) -> Generation:
+        """Return the generation that counts, after the fast check (sizes of all files, content of the small ones).
+
+        Raises:
+            InputError: it is damaged; the message names the file and what repairs it.
+        """
+        for attempt in range(_RETRIES):
+            folder = self._current_folder()
+            try:
+                return self._open_generation(folder)
+            except InputError:
+                # A writer may have committed twice and pruned this one between our two looks.
+                if self._current_folder() == folder and folder.exists():
+                    raise
+                time.sleep(0.01 * attempt)
+        raise InputError(f"{self.path}: its generations change faster than they can be read; try again")
+
+    def state(self) -> State:
+        """Return the state of the current generation, every byte of it checked."""
+        generation = self.current()
+        self.verify(generation)
+        manifest, folder = generation.manifest, generation.folder
+        identity = self.identity
+        state = empty_state(dict(identity.layers), identity.rank, manifest.seed)
+        if manifest.t == 0:
+            return state
+        factors = adapter.read(folder / "adapter").factors
+        kept: dict[str, dict[str, Any]] = {}
+        for key, tensor in adapter.read_tensors(folder / STATE).items():
+            layer, _, name = key.rpartition(".")
+            kept.setdefault(name, {})[layer] = tensor
+        deployed = {name: factors[name] for name in identity.layers}
+        return replace(state, t=manifest.t, deployed=deployed, kept=kept)
+
+    def history(self) -> list[TaskRecord]:
+        """Return one record a learned task, in order."""
+        generation = self.current()
+        where = generation.folder / HISTORY
+        return [parse(TaskRecord, line, where) for line in where.read_bytes().splitlines()]
+
+    def verify(self, generation: Generation | None = None) -> None:
+        """Check every byte of a generation, the current one by default.
+
+        Raises:
+            InputError: a file does not hold what was committed.
+        """
+        generation = generation or self.current()
+        for name, record in generation.manifest.files.items():
+            path = generation.folder / name
+            if record.bytes >= SMALL_FILE and sha256_file(path) != record.sha256:
+                raise self._damage(path, "its content is not what was committed")
+
+    def previous(self) -> Generation | None:
+        """Return the generation before the current one, where it is kept."""
+        folder = self._folder(self.current().number - 1)
+        return self._open_generation(folder) if folder.exists() else None
+
+    # Writing
+
+    @contextmanager
+    def writer(self) -> Iterator["StreamFolder"]:
+        """Hold the stream's one lock; it dies with the process. What a crash left behind is removed first.
+
+        Raises:
+            InputError: somebody else holds it; the message says who and since when.
+        """
+        holder = self.path / "lock.json"
+        try:
+            lock = FileLock(self.path / "lock", blocking=False)
+            lock.acquire()
+        except Timeout:
+            raise InputError(f"{self.path}: in use by {_describe(holder)}\nhint: wait for it to finish") from None
+        except OSError as error:
+            raise refusal(error, self.path / "lock") from error
+        try:
+            owner = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            self._replace("lock.json", json.dumps(owner).encode())
+            if (self.path / "stream.json").exists():
+                self._clean()
+            yield self
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def commit(self, state: State, record: TaskRecord, base_path: str, settings: dict[str, Any]) -> Generation:
+        """Make the state after a task the current one. Needs the writer's lock.
+
+        Raises:
+            InputError: it cannot be written; the stream is as it was.
+        """
+        current = self.current()
+        number = current.number + 1
+        history = (current.folder / HISTORY).read_bytes() + record.to_json()
+        try:
+            self._write_generation(number, state, history, base_path, settings)
+            self._link("current", f"generations/{number:06d}")
+        except BaseException:
+            if self._current_folder() != self._folder(number):
+                self._discard(self._folder(number))
+            raise
+        self._clean()
+        return self.current()
+
+    def undo(self) -> TaskRecord:
+        """Go back to the generation before the last task; return the record of what was undone. Needs the lock.
+
+        Raises:
+            InputError: nothing was learned yet, or the generation before is gone.
+        """
+        current = self.current()
+        if current.number == 0:
+            raise InputError(f"{self.path}: nothing to undo: it has learned no task")
+        undone = self.history()[-1]
+        if self.previous() is None:
+            raise InputError(
+                f"{self.path}: cannot undo task {undone.t} ({undone.name!r}): one step back is kept, and it was taken"
+                "\nhint: a copy of the folder made before is the only way further back"
+            )
+        self.files.remove(self.working)
+        self._link("current", f"generations/{current.number - 1:06d}")
+        self._clean()
+        return undone
+
+    def require_space(self) -> None:
+        """Refuse to start a task whose result could not be committed.
+
+        Raises:
+            InputError: less is free than two saves of training and one generation take.
+        """
+        pairs = sum(4 * self.identity.rank * (out + inner) for out, inner in self.identity.layers.values())
+        require_space(self.path, 12 * pairs + (1 << 20), "learning a task")
+
+    # How it is done
+
+    def _write_generation(self, number: int, state: State, history: bytes, base_path: str, settings: dict[str, Any]) -> None:
+        identity = self.identity
+        contents = {HISTORY: history, STATE: adapter.encode_tensors(_flatten(state))}
+        if state.t:
+            named = adapter.encode(
+                state.deployed,
+                scale=identity.scale,
+                num_layers=identity.num_layers,
+                base=identity.base.name,
+                extra={"base_fingerprint": identity.base.fingerprint, "method": identity.method, "tasks": state.t},
+            )
+            contents |= {f"adapter/{name}": data for name, data in named.items()}
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            written_by=f"mbf-mlx {__version__}",
+            stream=identity.id,
+            generation=number,
+            t=state.t,
+            base=identity.base,
+            base_path=base_path,
+            method=identity.method,
+            method_options=identity.method_options,
+            settings=settings,
+            seed=state.seed,
+            files={name: _record(data) for name, data in contents.items()},
+        ).sealed()
+        contents[MANIFEST] = manifest.to_json()
+        require_space(self.path, sum(map(len, contents.values())) + (1 << 16), "a commit")
+        building = self.path / "generations" / f"building-{number:06d}"
+        self._discard(building)
+        try:
+            self.files.make_folder(building / "adapter")
+            for name, data in contents.items():
+                self.files.write(building / name, data)
+            self.files.sync_folder(building / "adapter")
+            self.files.sync_folder(building)
+            self.files.rename(building, self._folder(number))
+            self.files.sync_folder(self.path / "generations")
+        except BaseException:
+            self._discard(building)
+            raise
+
+    def _replace(self, name: str, data: bytes) -> None:
+        self._swap(name, lambda path: self.files.write(path, data))
+
+    def _link(self, name: str, target: str) -> None:
+        self._swap(name, lambda path: self.files.link(target, path))
+
+    def _swap(self, name: str, make: Any) -> None:
+        """Make a neighbour and give it the name at one instant."""
+        neighbour = self.path / f"{name}.new"
+        self._discard(neighbour)
+        try:
+            make(neighbour)
+            self.files.rename(neighbour, self.path / name)
+        except BaseException:
+            self._discard(neighbour)
+            raise
+        self.files.sync_folder(self.path)
+
+    def _discard(self, path: Path) -> None:
+        """Remove what is half made; what resists is left to the next writer."""
+        try:
+            self.files.remove(path)
+        except (InputError, OSError):
+            pass
+
+    def _clean(self) -> None:
+        """Remove what is neither the current generation nor the one before; a folder loses its name before its files."""
+        current = self.current().number
+        keep = {self._folder(current).name, self._folder(current - 1).name}
+        for folder in sorted((self.path / "generations").iterdir()):
+            if folder.name in keep:
+                continue
+            doomed = folder.with_name(f"removing-{folder.name}")
+            if not folder.name.startswith("removing-"):
+                self.files.remove(doomed)
+                self.files.rename(folder, doomed)
+            self.files.remove(doomed if doomed.exists() else folder)
+        for name in ("current.new", "adapter.new", "stream.json.new", "lock.json.new"):
+            self._discard(self.path / name)
+
+    def _folder(self, number: int) -> Path:
+        return self.path / "generations" / f"{number:06d}"
+
+    def _current_folder(self) -> Path:
+        """Return where `current` leads: a link, the text that a copy made of it, or the newest whole generation."""
+        link = self.path / "current"
+        target = ""
+        if link.is_symlink():
+            target = os.readlink(link)
+        elif link.is_file() and link.stat().st_size < 100:
+            target = link.read_text(errors="replace").strip()
+        number = target.removeprefix("generations/")
+        if number.isascii() and number.isdigit():
+            return self._folder(int(number))
+        return self._newest_whole()
+
+    def _newest_whole(self) -> Path:
+        numbers = [int(f.name) for f in (self.path / "generations").glob("*") if f.name.isascii() and f.name.isdigit()]
+        for number in sorted(numbers, reverse=True):
+            try:
+                self.verify(self._open_generation(self._folder(number)))
+            except InputError:
+                continue
+            return self._folder(number)
+        raise InputError(f"{self.path}: damaged: no whole generation is left in generations/")
+
+    def _repair_links(self) -> None:
+        try:
+            with self.writer():
+                target = f"generations/{self._current_folder().name}"
+                for name, leads in (("current", target), ("adapter", "current/adapter")):
+                    place = self.path / name
+                    if place.is_dir() and not place.is_symlink():
+                        # A copy that followed the links: the same files stand in generations/.
+                        self.files.remove(place)
+                    self._link(name, leads)
+        except (InputError, OSError):
+            # Read-only, or somebody is writing: reading works without the links.
+            return
+
+    def _open_generation(self, folder: Path) -> Generation:
+        where = folder / MANIFEST
+        try:
+            data = where.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._damage(where, "missing") from None
+        manifest = parse(Manifest, data, where)
+        if manifest.sealed().checksum != manifest.checksum:
+            raise self._damage(where, "its content is not what was committed")
+        if manifest.stream != self.identity.id:
+            raise self._damage(folder, "it belongs to another stream")
+        if f"{manifest.generation:06d}" != folder.name:
+            raise self._damage(folder, f"it holds generation {manifest.generation}")
+        for name, record in manifest.files.items():
+            path = folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                raise self._damage(path, "missing")
+            if size != record.bytes:
+                raise self._damage(path, f"expected {record.bytes:,} bytes, got {size:,}")
+            if size < SMALL_FILE and sha256_file(path) != record.sha256:
+                raise self._damage(path, "its content is not what was committed")
+        return Generation(folder, manifest)
+
+    def _damage(self, path: Path, what: str) -> InputError:
+        return InputError(
+            f"{path}: damaged: {what}\nhint: mbf status {self.path} --repair goes back to the generation before, where"
+            " that is whole"
+        )
+
+
+def _flatten(state: State) -> dict[str, Any]:
+    return {f"{layer}.{name}": tensor for name, kept in state.kept.items() for layer, tensor in kept.items()}
+
+
+def _record(data: bytes) -> FileRecord:
+    return FileRecord(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _describe(holder: Path) -> str:
+    try:
+        owner = json.loads(holder.read_bytes())
+        return f"process {owner['process']} on {owner['host']} since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
