@@ -21,8 +21,8 @@ def orthogonal_init(a: Array) -> Array:
         a: Tuned A of the last task, (rank, in), float32 or float64.
 
     Returns:
-        (rank, in), in the namespace and dtype of `a`; its rows are orthonormal, and where `a` has full rank, row j has a
-        positive inner product with row j of `a`.
+        (rank, in), in the namespace and dtype of `a`; its rows are orthonormal, and where `a` has full rank, row j has
+        a positive inner product with row j of `a`.
 
     Raises:
         ValueError: rank > in, where no such basis exists.

@@ -58,7 +58,9 @@ class Slao:
         if weight not in WEIGHTS and not constant:
             raise InputError(f"slao: weight: expected {', '.join(WEIGHTS)} or a constant in (0, 1], got {weight!r}")
         if start_a == "random" and start_b != "zero":
-            raise InputError("slao: a random start of A has no meaning for a B tuned with another A; use start_b 'zero'")
+            raise InputError(
+                "slao: a random start of A has no meaning for a B tuned with another A; use start_b 'zero'"
+            )
         if start_a == "qr-preserving" and start_b == "zero":
             raise InputError("slao: a start that keeps the function needs B; use start_b 'tuned' or start_a 'qr'")
         if start_a == "qr-preserving" and merged == "a and b":

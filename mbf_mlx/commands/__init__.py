@@ -1,0 +1,134 @@
+"""The command line: the parser, the exit codes, and where each command lives.
+
+Each command is one module, `commands/NAME.py`, with one public function of the same name, whose signature typer reads.
+A module is imported when its command is called and not before: `mbf --help` prints COMMANDS and imports nothing else.
+
+Exit codes: 0 done; 1 the user's input does not fit; 2 wrong usage; 130 stopped by Ctrl-C, SIGTERM or SIGHUP; 141 when
+whoever read our output closed it. Every other exception is a bug of ours and keeps its traceback.
+"""
+
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from mbf_mlx import __version__
+from mbf_mlx.errors import InputError
+
+# name -> its line in `mbf --help`, in the order in which a user meets them
+COMMANDS = {
+    "quickstart": "Everything once, on a small model: fetch, three tasks, the matrix, an export, an answer.",
+    "fetch": "Put a base model from a recipe into models/ (without a name: list the recipes).",
+    "check": "Show what training would see of a task, and every line of it that does not fit.",
+    "learn": "Learn tasks, in order, into a stream (--model BASE makes a new one).",
+    "status": "Show a stream's tasks, its matrix of scores, its sizes and where it stands.",
+    "eval": "Score the deployed adapter again.",
+    "generate": "Answer one prompt (- reads it from stdin).",
+    "chat": "Talk with the model that a stream has taught.",
+    "undo": "Take back the last task.",
+    "doctor": "Show what this machine has, what would run where, and what is missing.",
+}
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which take the same way out as Ctrl-C."""
+
+
+class _Commands(TyperGroup):
+    """The commands of the table, each imported when it is called; and one place where errors become exit codes."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        # typer suggests from these names when a command is misspelt
+        self.commands: dict[str, Any] = dict.fromkeys(_available())
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return the command called `cmd_name`, or None where there is none."""
+        if cmd_name not in self.commands:
+            return None
+        module = importlib.import_module(f"{__name__}.{cmd_name}")
+        one = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_CONTEXT)
+        one.command(cmd_name)(getattr(module, cmd_name))
+        return typer.main.get_command(one)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the table into `mbf --help`."""
+        rows = [(name, COMMANDS[name]) for name in self.commands]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; the exceptions that are no bug leave with their exit code and without a traceback."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except InputError as error:
+            _say(f"error: {error}")
+            raise SystemExit(1) from error
+        except KeyboardInterrupt as error:
+            _say(f"stopped by {error or 'Ctrl-C'}; what was saved is kept")
+            raise SystemExit(130) from error
+        except BrokenPipeError as error:
+            # Python flushes both at exit and would complain there once more.
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            raise SystemExit(141) from error
+
+
+_CONTEXT = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    cls=_Commands,
+    context_settings=_CONTEXT,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mbf {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def mbf(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Teach one quantized Llama task after task on your own machine, in constant memory."""
+
+
+def main() -> NoReturn:
+    """Run the command line on this process's arguments; leaves with an exit code."""
+    for name in ("SIGTERM", "SIGHUP"):
+        # nohup starts us with SIGHUP ignored, and means it.
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
+            signal.signal(getattr(signal, name), _stop)
+    app(prog_name="mbf")
+    raise AssertionError("typer leaves by SystemExit")
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(signal.Signals(number).name)
+
+
+def _available() -> list[str]:
+    return [name for name in COMMANDS if importlib.util.find_spec(f"{__name__}.{name}")]
+
+
+def _say(message: str) -> None:
+    # Progress may have left the cursor in a line; and stderr may be the pipe that broke.
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        pass

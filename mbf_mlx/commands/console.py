@@ -1,0 +1,124 @@
+"""What the commands print through: results on stdout, progress and warnings on stderr.
+
+Nothing here reads rich's markup, so a path or a prompt with [brackets] comes out as it is; colour is the `style`
+argument. Lines are never wrapped, so that other programs can read them.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_SECONDS = 5.0  # between two progress lines where there is no terminal
+
+
+def _console(stderr: bool) -> Console:
+    # Without a terminal rich assumes 80 columns, and would cut a table's.
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 200
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True, width=width)
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
+
+
+def warn(message: str) -> None:
+    """Print one warning on stderr."""
+    err.print(f"warning: {message}", style="yellow")
+
+
+def print_json(document: Any) -> None:
+    """Print `document` on stdout as one JSON document; a number that JSON does not have (NaN, infinity) is null."""
+    ascii_only = (sys.stdout.encoding or "ascii").lower().replace("-", "") != "utf8"
+    print(json.dumps(_finite(document), indent=2, ensure_ascii=ascii_only, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def progress(title: str, total: int | None = None, unit: str = "steps") -> Iterator[Callable[..., None]]:
+    """Show how far a piece of work is: a bar with an ETA on a terminal, else one plain line every few seconds.
+
+    Args:
+        title: What is being done, "learning mail".
+        total: How many `unit` there are; None where nobody knows.
+        unit: What is counted, in the plural.
+
+    Yields:
+        `update(done, **values)`: `done` of the total so far; the values stand beside it in the order they are given,
+        `update(12, loss=0.31, tokens_per_second=243.0, memory="1.2 GB")`.
+    """
+    show = _bar if err.is_terminal else _lines
+    with show(title, total, unit) as update:
+        yield update
+
+
+@contextmanager
+def _bar(title: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[values]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=err) as bar:
+        task = bar.add_task(title, total=total, values="")
+
+        def update(done: int, **values: Any) -> None:
+            bar.update(task, completed=done, values=_words(values))
+
+        yield update
+
+
+@contextmanager
+def _lines(title: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
+    begin = last = time.monotonic()
+
+    def update(done: int, **values: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_SECONDS and done != total:
+            return
+        last = now
+        parts = [f"{done}/{total} {unit}" if total else f"{done} {unit}", _words(values)]
+        if total and 0 < done < total:
+            parts.append(f"{duration((now - begin) / done * (total - done))} left")
+        err.print(f"{title}: " + ", ".join(part for part in parts if part))
+
+    yield update
+
+
+def _words(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name.replace('_per_', '/').replace('_', ' ')} {_number(value)}" for name, value in values.items()
+    )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time as a person says it: "42 s", "3 min 05 s", "2 h 10 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as a person says it, in powers of 1000: "812 kB", "1.3 GB"."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"

@@ -1,0 +1,135 @@
+"""Fixtures that every test may take, and the one table of tolerances."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Before anything imports mlx: no TF32 in matrix products, or float32 would have 10 bits.
+os.environ["MLX_ENABLE_TF32"] = "0"
+# No test asks a hub for anything.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from mbf_mlx import backend
+
+backend.load_blas()  # before any test imports mlx
+ROOT = Path(__file__).resolve().parents[1]
+
+# name -> (relative tolerance, absolute tolerance), as numpy.testing takes them
+TOLERANCES = {
+    # golden values have 60 digits; QR and a few hundred roundings on matrices below 100 x 100 leave this
+    "float64": (1e-12, 1e-12),
+    # the same in float32: 6e-8 a rounding, some hundred of them, and a library's own order of summation
+    "float32": (1e-5, 2e-6),
+    # two forward passes of one model in float32 that differ in the order of their sums
+    "logits": (1e-5, 1e-5),
+    "loss": (1e-5, 1e-6),
+    # gradients sum over all tokens of a batch and pass every layer twice
+    "gradients": (1e-4, 1e-6),
+    # 8 bits of mantissa
+    "bfloat16": (1e-2, 1e-2),
+}
+
+
+@pytest.fixture(scope="session")
+def tolerance():
+    """`tolerance("float32")` as keyword arguments of numpy.testing.assert_allclose."""
+    return lambda name: dict(zip(("rtol", "atol"), TOLERANCES[name], strict=True))
+
+
+@pytest.fixture(params=["numpy", "mlx-cpu", "mlx-gpu"])
+def xp(request):
+    """An array library whose functions the code under test runs on; for MLX on the named device.
+
+    QR and SVD of mlx-gpu need `backend.linalg_device()` around them, as in the package.
+    """
+    if request.param == "numpy":
+        yield np
+        return
+    mx = import_mlx()
+    device = mx.cpu if request.param == "mlx-cpu" else mx.gpu
+    if device == mx.gpu and not mx.is_available(mx.gpu):
+        pytest.skip("this machine has no GPU that mlx can use")
+    before = mx.default_device()
+    mx.set_default_device(device)
+    yield mx
+    mx.set_default_device(before)
+
+
+def import_mlx():
+    """Return mlx.core, or skip: a plain install on Linux has none."""
+    return pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
+
+
+@pytest.fixture
+def mx():
+    """mlx.core, for tests that need no other library."""
+    return import_mlx()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """Folder of a complete MLX model: a random two-layer Llama of 4 bits with a real tokenizer of its own.
+
+    hidden 64, 4 heads, 2 key-value heads, intermediate 128, vocabulary 300; group 32; ChatML template; made once a run.
+    """
+    import_mlx()
+    folder = _temporary(tmp_path_factory) / "tiny-llama"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.json").exists():
+            from tests.tiny_llama import write_tiny_llama
+
+            write_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """Folder of SmolLM2-135M-Instruct as `mbf fetch` leaves it; fetched where it is missing."""
+    import_mlx()
+    models = Path(os.environ.get("MBF_MODELS") or ROOT / "models")
+    folder = models / "smollm2-135m-instruct"
+    with FileLock(_temporary(tmp_path_factory) / "smollm2.lock"):
+        if not (folder / "config.json").exists():
+            command = [sys.executable, str(ROOT / "cli.py"), "fetch", "smollm2-135m-instruct"]
+            done = subprocess.run(
+                command, env={**os.environ, "MBF_MODELS": str(models)}, capture_output=True, text=True, cwd=ROOT
+            )
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                pytest.skip(f"SmolLM2 is not in {models} and could not be fetched: {reason}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def task_data():
+    """Folder with the published text tasks (tasks/, superni/, cl_benchmark/) that the project does not ship."""
+    folder = Path(os.environ.get("MBF_TASK_DATA") or ROOT.parent / "shared" / "data")
+    if not (folder / "tasks").is_dir():
+        pytest.skip(f"no text tasks in {folder}; MBF_TASK_DATA names their folder")
+    return folder
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """`write_jsonl("mail/train.jsonl", rows)` writes rows below tmp_path and returns the file's path."""
+
+    def write(name, rows):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+def _temporary(tmp_path_factory):
+    """Return a temporary folder that all workers of a parallel run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
