@@ -72,11 +72,13 @@ def merge(merged: Array, tuned: Array, weight: float) -> Array:
     A weight of 1 returns `tuned` itself, so that the merge of one task equals its result to the bit.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or the weight is outside [0, 1].
 
     Source: Qiao and Mahdavi 2025, arXiv:2512.23017, Eq. 14.
     """
-    _same_shape("merge", merged, tuned)
+    if tuple(merged.shape) != tuple(tuned.shape):
+        raise ValueError(f"merge: expected two of one shape, got {tuple(merged.shape)} and {tuple(tuned.shape)}")
+    weight = _share("merge", weight)
     return tuned if weight == 1 else merged + weight * (tuned - merged)
 
 
@@ -89,8 +91,8 @@ def merge_products(
     A (2r, in), B = Q_b R_b and A = R_a Q_a, the singular values of the sum are those of the 2r x 2r core R_b R_a.
 
     Args:
-        merged_a, tuned_a: (rank, in), float32 or float64.
-        merged_b, tuned_b: (out, rank).
+        merged_a, tuned_a: (rank, in), float32 or float64; the two ranks may differ.
+        merged_b, tuned_b: (out, rank) of their A.
         weight: Of the tuned pair, in [0, 1].
         rank: Of the result.
 
@@ -99,17 +101,20 @@ def merge_products(
         row of A has a non-negative inner product with the row sum of the stacked A's.
 
     Raises:
-        ValueError: shapes that do not belong together, or a rank that the sum cannot have.
+        ValueError: shapes that do not belong together, a weight outside [0, 1], or a rank that the sum cannot have.
 
     Source: ours; the low-rank SVD of a sum of products is standard.
     """
-    _same_shape("merge_products", merged_a, tuned_a)
-    _same_shape("merge_products", merged_b, tuned_b)
+    shapes = [tuple(array.shape) for array in (merged_a, merged_b, tuned_a, tuned_b)]
+    (merged_rank, in_dims), (out_dims, _), (tuned_rank, _), _ = shapes
+    if shapes != [(merged_rank, in_dims), (out_dims, merged_rank), (tuned_rank, in_dims), (out_dims, tuned_rank)]:
+        raise ValueError(f"merge_products: expected two pairs of one layer, got merged A, B, tuned A, B of {shapes}")
+    weight = _share("merge_products", weight)
     xp = namespace(merged_a)
     b = xp.concatenate([(1 - weight) * merged_b, weight * tuned_b], axis=1)
     a = xp.concatenate([merged_a, tuned_a], axis=0)
-    if rank > min(a.shape[0], a.shape[1], b.shape[0]):
-        raise ValueError(f"merge_products: rank {rank} is more than A {tuple(a.shape)} and B {tuple(b.shape)} can have")
+    if not 1 <= rank <= min(a.shape[0], a.shape[1], b.shape[0]):
+        raise ValueError(f"merge_products: a sum of B {tuple(b.shape)} @ A {tuple(a.shape)} cannot have rank {rank}")
     q_b, r_b = xp.linalg.qr(b)
     q_a, r_a = xp.linalg.qr(a.T)
     u, s, vt = xp.linalg.svd(r_b @ r_a.T)
@@ -126,15 +131,16 @@ def delta(a: Array, b: Array, scale: float) -> Array:
     """Return the update of one base weight, scale * B @ A, (out, in), from A (rank, in) and B (out, rank)."""
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         raise ValueError(f"delta: expected A (rank, in) and B (out, rank), got {tuple(a.shape)} and {tuple(b.shape)}")
-    return scale * (b @ a)
+    return float(scale) * (b @ a)
 
 
 def namespace(array: Array) -> Any:
     """Return the library that `array` belongs to, as an array namespace with `linalg`."""
-    xp = array.__array_namespace__()
-    return xp
+    return array.__array_namespace__()
 
 
-def _same_shape(what: str, one: Array, other: Array) -> None:
-    if tuple(one.shape) != tuple(other.shape):
-        raise ValueError(f"{what}: expected two of one shape, got {tuple(one.shape)} and {tuple(other.shape)}")
+def _share(what: str, weight: float) -> float:
+    """Return `weight` as Python's float: a NumPy float64 scalar would turn float32 arrays into float64."""
+    if not 0 <= weight <= 1:
+        raise ValueError(f"{what}: expected a weight in [0, 1], got {weight}")
+    return float(weight)

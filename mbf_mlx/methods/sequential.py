@@ -6,16 +6,24 @@ Keeps: the deployed pair, nothing else. Constant in the number of tasks.
 from dataclasses import replace
 from typing import Any
 
-from mbf_mlx.methods.base import Factors, State, first_factors
+from mbf_mlx.methods.base import FIRST_A, Factors, State, check_choices, first_factors
 
 
 class Sequential:
-    """Plain SeqLoRA. `first_a`: "uniform" as in LoRA, or "orthonormal"."""
+    """Plain SeqLoRA.
+
+    Args:
+        first_a: A of the first task: "uniform" as in LoRA, or "orthonormal".
+
+    Raises:
+        InputError: another `first_a`.
+    """
 
     name = "sequential"
 
     def __init__(self, first_a: str = "uniform") -> None:
         self.options: dict[str, Any] = {"first_a": first_a}
+        check_choices(self.name, self.options, {"first_a": FIRST_A})
 
     def start(self, state: State) -> Factors:
         """Return the last tuned pair, or a random A and a zero B for the first task."""

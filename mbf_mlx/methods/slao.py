@@ -9,17 +9,16 @@ Source: Qiao and Mahdavi 2025, arXiv:2512.23017, Algorithm 1; the ablations are 
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods.base import Factors, Pair, State, first_factors
-from mbf_mlx.reference import Array, merge, merge_weight, signed_qr
+from mbf_mlx.methods.base import FIRST_A, Factors, Pair, State, check_choices, first_factors, in_double
+from mbf_mlx.reference import merge, merge_weight, signed_qr
 
 CHOICES = {
     "start_a": ("qr", "qr-preserving", "keep", "random"),
-    "first_a": ("uniform", "orthonormal"),
+    "first_a": FIRST_A,
     "start_b": ("tuned", "merged", "zero"),
-    "merged": ("b", "a and b", "none"),
+    "merged": ("b", "a", "a and b", "none"),
+    "train": ("a and b", "a", "b"),
 }
 WEIGHTS = ("1/sqrt(t)", "1/t")
 
@@ -33,8 +32,10 @@ class Slao:
             is; "random", drawn anew.
         first_a: A of the first task: "uniform" as in LoRA, or "orthonormal".
         start_b: "tuned", the last tuned B; "merged", the deployed one (the paper's Last-Merge); "zero".
-        merged: what is merged after a task: "b"; "a and b"; "none", which deploys the tuned pair.
+        merged: what is merged after a task: "b"; "a"; "a and b"; "none", which deploys the tuned pair.
         weight: "1/sqrt(t)"; "1/t"; or a constant in (0, 1], which the first task ignores.
+        train: which factors train; the other one stays as it was drawn (the paper's FREA and FREB). The paper leaves
+            open how a frozen B is drawn: here as A is, (out) in the place of (in), and A starts at zero.
 
     Raises:
         InputError: an argument outside its choices, or a combination without meaning.
@@ -49,31 +50,27 @@ class Slao:
         start_b: str = "tuned",
         merged: str = "b",
         weight: str | float = "1/sqrt(t)",
+        train: str = "a and b",
     ) -> None:
-        options = {"start_a": start_a, "first_a": first_a, "start_b": start_b, "merged": merged, "weight": weight}
-        for key, choices in CHOICES.items():
-            if options[key] not in choices:
-                raise InputError(f"slao: {key}: expected one of {', '.join(choices)}, got {options[key]!r}")
+        self.options: dict[str, Any] = {
+            "start_a": start_a,
+            "first_a": first_a,
+            "start_b": start_b,
+            "merged": merged,
+            "weight": weight,
+            "train": train,
+        }
+        check_choices(self.name, self.options, CHOICES)
         constant = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight <= 1
         if weight not in WEIGHTS and not constant:
             raise InputError(f"slao: weight: expected {', '.join(WEIGHTS)} or a constant in (0, 1], got {weight!r}")
-        if start_a == "random" and start_b != "zero":
-            raise InputError(
-                "slao: a random start of A has no meaning for a B tuned with another A; use start_b 'zero'"
-            )
-        if start_a == "qr-preserving" and start_b == "zero":
-            raise InputError("slao: a start that keeps the function needs B; use start_b 'tuned' or start_a 'qr'")
-        if start_a == "qr-preserving" and merged == "a and b":
-            raise InputError("slao: with A merged, too, merged B has no basis to be moved to; use merged 'b' or 'none'")
-        if merged == "none" and (start_b == "merged" or weight != WEIGHTS[0]):
-            raise InputError("slao: with nothing merged there is neither a merged B to start from nor a weight")
-        self.options: dict[str, Any] = options
+        _refuse_without_meaning(start_a, start_b, merged, weight, train)
+        self.trains = tuple(train.split(" and "))
 
     def start(self, state: State) -> Factors:
         """Return the factors that task state.t + 1 starts from."""
-        start_a = self.options["start_a"]
-        if state.t == 0 or start_a == "random":
-            return first_factors(state, self.options["first_a"])
+        if state.t == 0 or self.options["start_a"] == "random":
+            return first_factors(state, self.options["first_a"], zero="a" if self.trains == ("a",) else "b")
         return {name: self._start_pair(state, name) for name in state.layers}
 
     def _start_pair(self, state: State, name: str) -> Pair:
@@ -81,10 +78,8 @@ class Slao:
         b = {"tuned": tuned.b, "merged": deployed.b, "zero": 0 * tuned.b}[self.options["start_b"]]
         if self.options["start_a"] == "keep":
             return Pair(tuned.a, b)
-        if self.options["start_a"] == "qr":
-            return Pair(_split(tuned.a)[0], b)
-        basis, r = _split(tuned.a)
-        return Pair(basis, b @ r)
+        basis, r = in_double(signed_qr, tuned.a)
+        return Pair(basis, b @ r if self.options["start_a"] == "qr-preserving" else b)
 
     def finish(self, state: State, tuned: Factors) -> State:
         """Merge the tuned factors of task state.t + 1 into the deployed ones."""
@@ -92,30 +87,33 @@ class Slao:
         if t == 1 or merged == "none":
             deployed = dict(tuned)
         else:
-            weight = self._weight(t)
-            deployed = {name: self._merge_pair(state, name, pair, weight) for name, pair in tuned.items()}
-        kept: dict[str, dict[str, Array]] = {}
-        if merged != "none":
+            deployed = {name: self._merge_pair(state, name, pair, t) for name, pair in tuned.items()}
+        kept = {}
+        if merged in ("b", "a and b"):
             kept["tuned_b"] = {name: pair.b for name, pair in tuned.items()}
-        if merged == "a and b":
+        if merged in ("a", "a and b"):
             kept["tuned_a"] = {name: pair.a for name, pair in tuned.items()}
         return replace(state, t=t, deployed=deployed, kept=kept)
 
-    def _merge_pair(self, state: State, name: str, tuned: Pair, weight: float) -> Pair:
-        old = state.deployed[name]
-        if self.options["merged"] == "a and b":
-            return Pair(merge(old.a, tuned.a, weight), merge(old.b, tuned.b, weight))
-        old_b = old.b
+    def _merge_pair(self, state: State, name: str, tuned: Pair, t: int) -> Pair:
+        (old_a, old_b), (a, b) = state.deployed[name], tuned
+        weight, merged = self._weight(t), self.options["merged"]
         if self.options["start_a"] == "qr-preserving":
-            old_b = old.b @ _split(self._tuned(state, name).a)[1]
-        return Pair(tuned.a, merge(old_b, tuned.b, weight))
+            _, r = in_double(signed_qr, self._tuned(state, name).a)
+            old_b = old_b @ r
+        if merged in ("a", "a and b"):
+            a = merge(old_a, a, weight)
+        if merged in ("b", "a and b"):
+            b = merge(old_b, b, weight)
+        return Pair(a, b)
 
     def _tuned(self, state: State, name: str) -> Pair:
-        """Return the last tuned pair: A is the deployed one unless A is merged, too."""
-        deployed = state.deployed[name]
-        a = state.kept["tuned_a"][name] if "tuned_a" in state.kept else deployed.a
-        b = state.kept["tuned_b"][name] if "tuned_b" in state.kept else deployed.b
-        return Pair(a, b)
+        """Return the last tuned pair: a factor that is not merged is deployed as it was tuned."""
+        a, b = state.deployed[name]
+        kept = state.kept
+        return Pair(
+            kept["tuned_a"][name] if "tuned_a" in kept else a, kept["tuned_b"][name] if "tuned_b" in kept else b
+        )
 
     def _weight(self, t: int) -> float:
         weight = self.options["weight"]
@@ -124,9 +122,18 @@ class Slao:
         return merge_weight(t) if weight == "1/sqrt(t)" else float(weight)
 
 
-def _split(a: Array) -> tuple[Array, Array]:
-    """Return `signed_qr(a)`, for NumPy in double precision: one start for all machines, to float32's last bit."""
-    if not isinstance(a, np.ndarray):
-        return signed_qr(a)
-    q, r = signed_qr(a.astype(np.float64))
-    return q.astype(a.dtype), r.astype(a.dtype)
+def _refuse_without_meaning(start_a: str, start_b: str, merged: str, weight: str | float, train: str) -> None:
+    if start_a == "random" and start_b != "zero":
+        raise InputError("slao: a random start of A has no meaning for a B tuned with another A; use start_b 'zero'")
+    if start_a == "qr-preserving" and start_b == "zero":
+        raise InputError("slao: a start that keeps the function needs B; use start_b 'tuned' or start_a 'qr'")
+    if start_a == "qr-preserving" and merged in ("a", "a and b"):
+        raise InputError("slao: with A merged, too, merged B has no basis to be moved to; use merged 'b' or 'none'")
+    if merged == "none" and (start_b == "merged" or weight != WEIGHTS[0]):
+        raise InputError("slao: with nothing merged there is neither a merged B to start from nor a weight")
+    if merged == "a" and start_b == "merged":
+        raise InputError("slao: with A alone merged there is no merged B to start from; use start_b 'tuned'")
+    if train != "a and b" and (start_a != "keep" or start_b != "tuned"):
+        raise InputError("slao: a factor that does not train stays as it is; use start_a 'keep' and start_b 'tuned'")
+    if train != "a and b" and merged not in (train, "none"):
+        raise InputError(f"slao: only {train!r} trains, so nothing else can be merged; use merged {train!r} or 'none'")

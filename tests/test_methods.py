@@ -1,0 +1,93 @@
+"""What every method has in common: the registry, the first draw, the empty state."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mbf_mlx import methods
+from mbf_mlx.errors import InputError
+from mbf_mlx.methods import State, empty_state, make
+from mbf_mlx.methods.base import first_factors, in_double
+
+LAYERS = {"model.layers.0.self_attn.q_proj": (6, 9), "model.layers.0.self_attn.v_proj": (4, 9)}
+
+
+def test_the_products_own_method_comes_first():
+    assert methods.names()[:2] == ["slao", "sequential"]
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match=r"method: expected one of slao, sequential.*, got 'sloa'"):
+        make("sloa")
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_an_unknown_option_is_refused_by_name(name):
+    with pytest.raises(InputError, match=f"method {name}: .*no_such_option"):
+        make(name, {"no_such_option": 1})
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_is_made_again_from_the_options_it_writes(name):
+    method = make(name)
+    assert method.name == name
+    assert make(name, json.loads(json.dumps(method.options))).options == method.options
+
+
+@pytest.mark.parametrize("first_a", ["uniform", "orthonormal"])
+def test_first_factors_are_random_a_and_zero_b_in_single_precision(first_a):
+    factors = first_factors(empty_state(LAYERS, rank=3), first_a)
+    assert set(factors) == set(LAYERS)
+    for name, (out, inner) in LAYERS.items():
+        a, b = factors[name]
+        assert a.shape == (3, inner) and b.shape == (out, 3)
+        assert a.dtype == b.dtype == np.float32
+        assert not b.any()
+        if first_a == "uniform":
+            assert np.abs(a).max() <= 1 / np.sqrt(inner) and np.std(a) > 0.3 / np.sqrt(inner)
+        else:
+            np.testing.assert_allclose(a @ a.T, np.eye(3), atol=1e-6)
+
+
+def test_first_factors_can_draw_b_and_leave_a_at_zero():
+    for name, (a, b) in first_factors(empty_state(LAYERS, rank=3), "orthonormal", zero="a").items():
+        assert not a.any() and a.shape == (3, LAYERS[name][1])
+        np.testing.assert_allclose(b.T @ b, np.eye(3), atol=1e-6)
+
+
+def test_first_factors_depend_on_seed_and_task_and_not_on_the_order_of_layers():
+    def first_a(layers=LAYERS, seed=0, t=0):
+        state = State(t=t, layers=layers, rank=3, seed=seed)
+        return first_factors(state, "uniform")["model.layers.0.self_attn.q_proj"].a
+
+    turned = dict(reversed(LAYERS.items()))
+    assert np.array_equal(first_a(), first_a(turned))
+    assert not np.array_equal(first_a(), first_a(seed=1))
+    assert not np.array_equal(first_a(), first_a(t=1))
+
+
+def test_a_rank_larger_than_a_layer_names_every_such_layer():
+    with pytest.raises(InputError, match="rank 5 is larger") as error:
+        empty_state(LAYERS, rank=5)
+    assert "v_proj: 4 x 9" in str(error.value) and "q_proj" not in str(error.value)
+
+
+def test_kept_bytes_count_the_deployed_pair_and_what_the_next_task_needs():
+    state = empty_state({"layer": (6, 9)}, rank=3)
+    assert state.kept_bytes() == 0
+    method = make("slao")
+    state = method.finish(state, method.start(state))
+    assert state.kept_bytes() == 4 * (3 * 9 + 2 * 6 * 3)  # one A and two B, as the paper says
+
+
+def test_numpy_arrays_are_computed_in_double_precision_and_come_back_as_they_were():
+    seen = []
+
+    def twice(a, b):
+        seen.extend([a.dtype, b.dtype])
+        return 2 * a, 2 * b
+
+    a, b = in_double(twice, np.ones(2, dtype=np.float32), np.ones(3, dtype=np.float32))
+    assert seen == [np.float64, np.float64] and a.dtype == b.dtype == np.float32
+    assert in_double(np.sum, np.ones((2, 2), dtype=np.float32)).dtype == np.float32
