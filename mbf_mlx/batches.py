@@ -1,0 +1,137 @@
+"""Batches: which rows go together, what the model reads of them, and where it is asked for a token.
+
+Letters: rows of a batch; P tokens that all of them start with (the shared prefix); L input tokens of the longest row
+after it; N supervised tokens of the batch. A row of n tokens has the inputs tokens[:-1] and the targets tokens[1:]:
+token i is predicted at input i - 1. The forward pass is left to engine.py, and mlx is not imported here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+BUCKETS_PER_DOUBLING = 8  # rows of one bucket differ by at most 9 % in length; they mix freely from epoch to epoch
+PAD = 0  # any token does: padding stands behind a row's last input, where a causal model never sees it
+
+
+class Row(Protocol):
+    """What a batch needs of an encoded row; `tasks.Encoded` is one."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...  # int32[n]
+
+    @property
+    def supervised(self) -> np.ndarray: ...  # bool[n]; [i] says that token i is a label
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Batch:
+    """Rows that go through the model together."""
+
+    prefix: np.ndarray  # int32[P]; P is 0 where nothing is shared
+    tokens: np.ndarray  # int32[rows, L], each row's inputs after the prefix, padded on the right
+    lengths: np.ndarray  # int32[rows], how many of the L are real
+    positions: np.ndarray  # int32[N], where logits are needed: flat indices into rows * L, ascending
+    targets: np.ndarray  # int32[N], the token that is right there
+    row_of: np.ndarray  # int32[N], the row (0 to rows - 1) that each of them belongs to
+    indices: tuple[int, ...]  # the rows' places in the task
+    real_tokens: int  # prompt and completion tokens of the rows, the prefix counted for each
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that a plain forward pass computes: the prefix once, and the rows with their padding."""
+        return len(self.prefix) + self.tokens.size
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Return the batches of one epoch as lists of row indices; every row stands in exactly one.
+
+    Rows of similar length (a bucket) go together; which of them, and the order of the batches, is drawn from `seed` and
+    `epoch`. Where the rows do not divide evenly, one batch, at a place that is drawn too, is smaller.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows of a batch.
+        seed, epoch: What the draw depends on, besides the lengths.
+    """
+    if batch_size < 1:
+        raise ValueError(f"plan_batches: expected at least 1 row in a batch, got {batch_size}")
+    rng = np.random.default_rng([seed, epoch])
+    buckets = np.floor(BUCKETS_PER_DOUBLING * np.log2(np.maximum(np.asarray(lengths, dtype=np.int64), 1)))
+    shuffled = rng.permutation(len(lengths))
+    ordered = shuffled[np.argsort(buckets[shuffled], kind="stable")]
+    sizes = [batch_size] * (len(ordered) // batch_size)
+    if rest := len(ordered) % batch_size:
+        # Always at the end, it would always hold the longest rows, and an optimizer step would weigh them more.
+        sizes.insert(int(rng.integers(len(sizes) + 1)), rest)
+    batches = [[int(i) for i in part] for part in np.split(ordered, np.cumsum(sizes[:-1]))] if sizes else []
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def make_batch(encoded: Sequence[Row], indices: Sequence[int], *, share_prefix: bool = True) -> Batch:
+    """Return the rows `encoded[i]` for i in `indices` as one batch.
+
+    What no target depends on is left out: a row is read up to its last supervised token. A row's first token has no
+    input before it and is never a target.
+
+    Args:
+        encoded: The task's rows.
+        indices: Those of this batch, at least one.
+        share_prefix: Whether the tokens that all rows start with are kept apart, to be computed once. They end
+            before the first input that predicts a target, so that every target keeps its input in `tokens`.
+    """
+    if not len(indices):
+        raise ValueError("make_batch: expected at least one row")
+    rows = [encoded[i] for i in indices]
+    labels = [np.flatnonzero(row.supervised[1:]) + 1 for row in rows]  # places of the targets, all of them >= 1
+    inputs = [row.tokens[: places[-1]] if len(places) else row.tokens[:0] for row, places in zip(rows, labels)]
+    shared = _shared_prefix(inputs, labels) if share_prefix else 0
+    lengths = np.array([max(len(each) - shared, 0) for each in inputs], dtype=np.int32)
+    tokens = np.full((len(rows), max(int(lengths.max()), 1)), PAD, dtype=np.int32)
+    for line, each in zip(tokens, inputs):
+        line[: max(len(each) - shared, 0)] = each[shared:]
+    width = tokens.shape[1]
+    positions = [r * width + places - 1 - shared for r, places in enumerate(labels)]
+    return Batch(
+        prefix=max(inputs, key=len)[:shared].astype(np.int32),
+        tokens=tokens,
+        lengths=lengths,
+        positions=np.concatenate(positions).astype(np.int32),
+        targets=np.concatenate([row.tokens[places] for row, places in zip(rows, labels)]).astype(np.int32),
+        row_of=np.repeat(np.arange(len(rows)), [len(places) for places in labels]).astype(np.int32),
+        indices=tuple(int(i) for i in indices),
+        real_tokens=sum(len(row.tokens) for row in rows),
+    )
+
+
+def without_prefix(batch: Batch) -> Batch:
+    """Return the same batch with the prefix written out in front of every row."""
+    shared = len(batch.prefix)
+    if not shared:
+        return batch
+    count = len(batch.tokens)
+    return Batch(
+        prefix=batch.prefix[:0],
+        tokens=np.concatenate([np.broadcast_to(batch.prefix, (count, shared)), batch.tokens], axis=1),
+        lengths=batch.lengths + shared,
+        positions=batch.positions + (batch.row_of + 1) * shared,
+        targets=batch.targets,
+        row_of=batch.row_of,
+        indices=batch.indices,
+        real_tokens=batch.real_tokens,
+    )
+
+
+def _shared_prefix(inputs: list[np.ndarray], labels: list[np.ndarray]) -> int:
+    """Return P: how many inputs all rows with targets start with, and no target is predicted at."""
+    inputs = [each for each in inputs if len(each)]  # a row without targets is not read at all
+    if len(inputs) < 2:
+        return 0
+    first = inputs[0]
+    shared = min(int(places[0]) - 1 for places in labels if len(places))
+    for each in inputs[1:]:
+        shared = min(shared, len(each))
+        differ = np.flatnonzero(first[:shared] != each[:shared])
+        shared = int(differ[0]) if len(differ) else shared
+    return shared

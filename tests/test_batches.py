@@ -1,0 +1,138 @@
+"""Batches: every row once, rows of one length together, and no target without the inputs it needs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mbf_mlx.batches import make_batch, plan_batches, without_prefix
+
+
+@dataclass(frozen=True)
+class Row:
+    tokens: np.ndarray
+    supervised: np.ndarray
+
+
+def row(tokens, supervised):
+    return Row(np.array(tokens, dtype=np.int32), np.array(supervised, dtype=bool))
+
+
+@st.composite
+def rows_of_a_task(draw):
+    """Rows with a common beginning of any length, any tokens supervised."""
+    common = draw(st.lists(st.integers(0, 3), max_size=6))
+    rows = []
+    for _ in range(draw(st.integers(1, 5))):
+        tokens = common + draw(st.lists(st.integers(0, 3), min_size=2, max_size=6))
+        rows.append(row(tokens, draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))))
+    return rows
+
+
+def context_of(batch, n):
+    """The tokens that the model has read when it predicts target n."""
+    r, place = divmod(int(batch.positions[n]), batch.tokens.shape[1])
+    assert r == batch.row_of[n] and place < batch.lengths[r]
+    return [*batch.prefix.tolist(), *batch.tokens[r, : place + 1].tolist()]
+
+
+@given(rows=rows_of_a_task(), share=st.booleans())
+def test_every_supervised_token_is_predicted_from_exactly_the_tokens_before_it(rows, share):
+    batch = make_batch(rows, range(len(rows)), share_prefix=share)
+    expected = [
+        (r, each.tokens[:i].tolist(), int(each.tokens[i]))
+        for r, each in enumerate(rows)
+        for i in range(1, len(each.tokens))
+        if each.supervised[i]
+    ]
+    for form in (batch, without_prefix(batch)):
+        got = [(int(form.row_of[n]), context_of(form, n), int(form.targets[n])) for n in range(len(form.targets))]
+        assert got == expected
+    assert len(without_prefix(batch).prefix) == 0
+    assert batch.real_tokens == sum(len(each.tokens) for each in rows)
+    assert batch.tokens.dtype == batch.prefix.dtype == batch.positions.dtype == batch.targets.dtype == np.int32
+
+
+def test_the_prefix_is_all_that_the_rows_share_before_the_first_target():
+    rows = [row([1, 2, 3, 4, 5], [0, 0, 0, 1, 1]), row([1, 2, 3, 9, 6, 7], [0, 0, 0, 0, 0, 1])]
+    batch = make_batch(rows, [0, 1])
+    assert batch.prefix.tolist() == [1, 2]  # token 3 is shared too, but it is the input that predicts token 4
+    assert batch.tokens.tolist() == [[3, 4, 0], [3, 9, 6]]
+    assert batch.positions.tolist() == [0, 1, 5]
+    assert batch.targets.tolist() == [4, 5, 7]
+    assert batch.lengths.tolist() == [2, 3]
+    assert batch.computed_tokens == 8
+
+
+def test_equal_rows_keep_the_input_of_each_target():
+    rows = [row([1, 2, 3, 4], [0, 0, 1, 1])] * 3
+    batch = make_batch(rows, [0, 1, 2])
+    assert batch.prefix.tolist() == [1]
+    assert batch.tokens.tolist() == [[2, 3]] * 3
+
+
+def test_rows_of_two_tokens_share_nothing_and_are_predicted():
+    batch = make_batch([row([1, 2], [0, 1]), row([1, 3], [1, 1])], [1, 0])
+    assert len(batch.prefix) == 0
+    assert batch.tokens.tolist() == [[1], [1]]
+    assert batch.targets.tolist() == [3, 2]  # the first token of a row has no input before it
+    assert batch.indices == (1, 0)
+
+
+def test_what_follows_the_last_target_is_not_computed():
+    batch = make_batch([row([1, 2, 3, 4, 5, 6], [0, 0, 1, 0, 0, 0])], [0])
+    assert batch.tokens.tolist() == [[1, 2]]
+
+
+def test_a_row_without_targets_neither_counts_nor_limits_the_prefix():
+    rows = [row([1, 2, 3], [0, 0, 1]), row([7, 8, 9], [0, 0, 0]), row([1, 2, 4], [0, 0, 1])]
+    batch = make_batch(rows, [0, 1, 2])
+    assert batch.prefix.tolist() == [1]
+    assert batch.targets.tolist() == [3, 4]
+    assert make_batch(rows, [1]).targets.size == 0
+
+
+def test_a_batch_without_rows_is_refused():
+    with pytest.raises(ValueError, match="at least one row"):
+        make_batch([], [])
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), max_size=60),
+    batch_size=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+    epoch=st.integers(0, 5),
+)
+def test_an_epoch_holds_every_row_once_in_full_batches_but_one(lengths, batch_size, seed, epoch):
+    batches = plan_batches(lengths, batch_size, seed, epoch)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert sorted(map(len, batches))[1:] == [batch_size] * max(len(batches) - 1, 0)
+    assert batches == plan_batches(lengths, batch_size, seed, epoch)
+
+
+def test_rows_of_a_batch_have_nearly_one_length():
+    lengths = np.random.default_rng(0).integers(10, 200, size=800).tolist()
+    batches = plan_batches(lengths, 8, 0, 0)
+    computed = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert computed < 1.06 * sum(lengths)
+
+
+def test_epochs_and_seeds_differ():
+    lengths = [20] * 64
+    plans = {str(plan_batches(lengths, 8, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(plans) == 9
+    together = [{frozenset(batch) for batch in plan_batches(lengths, 8, 0, epoch)} for epoch in range(2)]
+    assert together[0] != together[1]
+
+
+def test_the_smaller_batch_does_not_always_hold_the_longest_rows():
+    lengths = list(range(10, 43))
+    smallest = [min(plan_batches(lengths, 8, seed, 0), key=len) for seed in range(20)]
+    assert len({lengths[batch[0]] for batch in smallest}) > 2
+
+
+def test_a_batch_size_below_one_is_refused():
+    with pytest.raises(ValueError, match="at least 1 row"):
+        plan_batches([3, 4], 0, 0, 0)

@@ -1,0 +1,210 @@
+"""The engine's loss, gradients and scores against a plain computation with all logits."""
+
+import importlib
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mbf_mlx import engine
+from mbf_mlx.batches import make_batch
+
+VOCABULARY = 61
+KEYS = ("self_attn.q_proj", "self_attn.v_proj")
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCABULARY,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+GEMMA2 = LLAMA | {
+    "model_type": "gemma2",
+    "head_dim": 16,
+    "final_logit_softcapping": 0.5,
+    "attn_logit_softcapping": 50.0,
+    "query_pre_attn_scalar": 16,
+}
+COHERE = LLAMA | {"model_type": "cohere", "logit_scale": 0.0625, "layer_norm_eps": 1e-5, "use_qk_norm": False}
+
+
+@dataclass(frozen=True)
+class Row:
+    tokens: np.ndarray
+    supervised: np.ndarray
+
+
+def build(config, *, bits=0, keys=KEYS, seed=0, **changes):
+    """A random model of two layers with LoRA factors that already do something."""
+    config = config | changes
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    mx.random.seed(seed)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    # Random weights of mlx's size leave every layer nearly silent; with these, every layer has its say.
+    model.update({"model": {"layers": tree_map(lambda w: 2 * w, model.model.parameters()["layers"])}})
+    if bits:
+        nn.quantize(model, group_size=32, bits=bits)
+    model.freeze()
+    linear_to_lora_layers(model, config["num_hidden_layers"], {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": keys})
+    factors = {name: 0.1 * mx.random.normal(value.shape) for name, value in tree_flatten(model.trainable_parameters())}
+    model.load_weights(list(factors.items()), strict=False)
+    mx.eval(model.parameters())
+    return model
+
+
+def rows_with(prefix, tails, supervised_tail=3, seed=0):
+    """Rows of `prefix` common tokens and `tails` more, of which the last ones are supervised."""
+    rng = np.random.default_rng(seed)
+    common = rng.integers(1, VOCABULARY, prefix)
+    rows = []
+    for own in tails:
+        tokens = np.concatenate([common, rng.integers(1, VOCABULARY, own)]).astype(np.int32)
+        rows.append(Row(tokens, np.arange(len(tokens)) >= len(tokens) - supervised_tail))
+    return rows
+
+
+def plain_loss(model, rows):
+    """The loss by way of all logits of each row by itself: no padding, no prefix, no picking."""
+    total = mx.array(0.0)
+    for row in rows:
+        logits = model(mx.array(row.tokens[None, :-1]))[0].astype(mx.float32)
+        losses = nn.losses.cross_entropy(logits, mx.array(row.tokens[1:]), reduction="none")
+        total = total + (losses * mx.array(row.supervised[1:].astype(np.float32))).sum()
+    return total
+
+
+def gradients(model, loss, *args):
+    value, grads = nn.value_and_grad(model, loss)(*args)
+    mx.eval(value, grads)
+    return value.item(), dict(tree_flatten(grads))
+
+
+def assert_same_as_plain(model, rows, *, share=True, tolerance=1e-5, **options):
+    expected, expected_grads = gradients(model, lambda: plain_loss(model, rows))
+    prepared = engine.prepare(model, **options)
+    batch = make_batch(rows, range(len(rows)), share_prefix=share)
+    value, grads = gradients(model, prepared.loss_sum, batch)
+    assert value == pytest.approx(expected, rel=tolerance)
+    assert grads and grads.keys() == expected_grads.keys()
+    for name, grad in expected_grads.items():
+        assert mx.abs(grads[name] - grad).max().item() <= tolerance * mx.abs(grad).max().item(), name
+    assert any(mx.abs(grad).max().item() > 0 for grad in expected_grads.values())
+    assert_scores_are_the_rows_own(model, rows, *prepared.score(batch))
+    return prepared
+
+
+def assert_scores_are_the_rows_own(model, rows, losses, best, margin):
+    n = 0
+    for row in rows:
+        logits = np.array(model(mx.array(row.tokens[None, :-1]))[0].astype(mx.float32))
+        for place in np.flatnonzero(row.supervised[1:]):
+            second, first = np.sort(logits[place])[-2:]
+            assert losses[n] == pytest.approx(np.logaddexp.reduce(logits[place]) - logits[place, row.tokens[place + 1]])
+            assert margin[n] == pytest.approx(first - second, abs=1e-4)
+            assert best[n] == logits[place].argmax()
+            n += 1
+    assert n == len(losses) == len(best) == len(margin) > 0
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("bits", [0, 4])
+def test_loss_and_gradients_equal_all_logits_on_a_padded_batch(bits, share, checkpoint):
+    rows = rows_with(9, [4, 11, 7])
+    prepared = assert_same_as_plain(build(LLAMA, bits=bits), rows, share=share, checkpoint=checkpoint)
+    assert prepared.picks_positions and prepared.shares_prefix
+
+
+@pytest.mark.parametrize("budget", [1, 3 * 4 * VOCABULARY * 5])
+def test_logits_in_chunks_give_the_same_loss(budget):
+    assert_same_as_plain(build(LLAMA), rows_with(3, [9, 4, 8]), logits_bytes=budget)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "tails", "supervised"),
+    [(9, [4, 4], 9), (1, [1, 1, 1], 1), (12, [0, 0, 0], 3), (0, [5, 2], 2), (20, [3], 2)],
+    ids=["the prefix would swallow targets", "rows of two tokens", "equal rows", "nothing shared", "one row"],
+)
+def test_the_prefix_never_changes_the_result(prefix, tails, supervised):
+    assert_same_as_plain(build(LLAMA, bits=4), rows_with(prefix, tails, supervised))
+
+
+def test_all_linear_layers_and_an_untied_head():
+    keys = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    keys += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert_same_as_plain(build(LLAMA, keys=keys), rows_with(8, [4, 11, 7]))
+    assert_same_as_plain(build(LLAMA, bits=8, tie_word_embeddings=False), rows_with(8, [4, 11, 7]))
+
+
+@pytest.mark.parametrize("key", ["lm_head", "model.embed_tokens"])
+def test_a_trained_head_gets_its_own_gradient(key):
+    model = build(LLAMA, keys=[*KEYS, key], tie_word_embeddings=key != "lm_head")
+    assert_same_as_plain(model, rows_with(6, [4, 7]), logits_bytes=1)
+
+
+@pytest.mark.parametrize("config", [GEMMA2, COHERE], ids=["soft-capped", "scaled"])
+def test_a_head_that_does_more_is_computed_as_the_model_does(config):
+    prepared = assert_same_as_plain(build(config), rows_with(6, [4, 7]))
+    assert prepared.picks_positions
+
+
+def test_a_sliding_window_keeps_its_prefix_in_every_row():
+    model = build(LLAMA, sliding_window=4, layer_types=["full_attention", "sliding_attention"])
+    prepared = assert_same_as_plain(model, rows_with(9, [4, 7]))
+    assert prepared.picks_positions and not prepared.shares_prefix
+
+
+def test_a_model_that_hides_its_backbone_goes_through_all_logits():
+    class Hidden(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        @property
+        def layers(self):
+            return self.inner.layers
+
+        def __call__(self, tokens, cache=None):
+            return self.inner(tokens, cache)
+
+    for checkpoint in (False, True):
+        model = Hidden(build(LLAMA))
+        prepared = assert_same_as_plain(model, rows_with(6, [4, 7]), checkpoint=checkpoint)
+        assert not prepared.picks_positions
+
+
+def test_a_batch_without_targets_moves_nothing():
+    model = build(LLAMA)
+    batch = make_batch([Row(np.array([1, 2, 3], np.int32), np.zeros(3, bool))], [0])
+    prepared = engine.prepare(model)
+    value, grads = gradients(model, prepared.loss_sum, batch)
+    assert value == 0 and all(mx.abs(grad).max().item() == 0 for grad in grads.values())
+    assert [len(each) for each in prepared.score(batch)] == [0, 0, 0]
+
+
+def test_checkpointing_leaves_the_model_as_it_was():
+    model = build(LLAMA)
+    classes = [type(block) for block in model.layers]
+    prepared = engine.prepare(model, checkpoint=True)
+    gradients(model, prepared.loss_sum, make_batch(rows_with(6, [4, 7]), [0, 1]))
+    assert [type(block) for block in model.layers] == classes
+
+
+def test_a_half_precision_model_is_recognized_and_its_loss_is_in_float32():
+    model = build(LLAMA)
+    model.set_dtype(mx.bfloat16)
+    rows = rows_with(9, [4, 11, 7])
+    prepared = engine.prepare(model)
+    assert prepared.picks_positions and prepared.shares_prefix
+    loss = prepared.loss_sum(make_batch(rows, [0, 1, 2]))
+    assert loss.dtype == mx.float32
+    assert loss.item() == pytest.approx(plain_loss(model, rows).item(), rel=0.05)
