@@ -1,0 +1,220 @@
+"""The `mlx` target: a fused model folder that mlx-lm, LM Studio's MLX engine and mlx-swift load as it is.
+
+Untouched tensors are copied byte for byte; layers with factors are fused (fuse.py) and stored with more bits, which
+`quantization` in config.json says layer by layer. Config keys, tokenizer files, chat template and licence are the
+base's own files.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from mbf_mlx.errors import InputError
+from mbf_mlx.export.checkpoint import Checkpoint, Layer
+from mbf_mlx.export.fuse import Form, Fused, Survival, delta_rows, find_layers, store, touched_form
+from mbf_mlx.export.place import fresh_folder
+from mbf_mlx.export.tensors import Tensor, Writer
+from mbf_mlx.methods import Factors
+
+BITS = (4, 5, 6, 8, 16, 32)
+PARTS = ("weight", "scales", "biases")  # of a layer; a linear layer's own bias is left as it is
+COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+INDEX = "model.safetensors.index.json"
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the layer or tensor at hand
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What an `mlx` export did."""
+
+    out: Path
+    bits: int | None
+    bytes_base: int  # of the base's tensors
+    bytes_out: int
+    layers: list[Fused] = field(default_factory=list)  # those with factors
+
+    @property
+    def retention(self) -> float:
+        """The mean over the layers with factors; 1 if there is none."""
+        return float(np.mean([layer.retention for layer in self.layers])) if self.layers else 1.0
+
+
+def write_mlx_folder(
+    base_folder: Path,
+    factors: Factors,
+    scale: float,
+    out: Path,
+    *,
+    bits: int | None = None,
+    force: bool = False,
+    forbidden: tuple[Path, ...] = (),
+    progress: Progress | None = None,
+    finish: Callable[[Path, FolderReport], None] | None = None,
+) -> FolderReport:
+    """Write the base with the adapter fused into it as a folder of its own.
+
+    Args:
+        base_folder: An MLX model folder, or a Hugging Face one whose tensors are named as MLX names them.
+        factors: The deployed pair of every layer.
+        scale: delta = scale * B @ A.
+        out: The folder to make; see `place.fresh_folder` for what is refused.
+        bits: Of the layers with factors; None is 8. 16 and 32 dequantize the whole model.
+        force: Replace an earlier export.
+        forbidden: Folders to stay out of beside the base: the stream.
+        progress: Called after each tensor.
+        finish: Called with the folder before it gets its name, to check it and to add the card.
+
+    Raises:
+        InputError: the adapter does not fit the base, or `out` may not be written.
+    """
+    if bits is not None and bits not in BITS:
+        raise InputError(f"bits: expected one of {', '.join(map(str, BITS))}, got {bits}")
+    base = Checkpoint(base_folder)
+    touched = find_layers(base, factors)
+    forms = _forms(base, touched, factors, bits)
+    plans = {path: _plan(base, forms, path) for path in base.files}
+    bytes_out = sum(tensor.nbytes for plan in plans.values() for tensor in plan.values())
+    with fresh_folder(out, force=force, needs=bytes_out, forbidden=(base_folder, *forbidden)) as folder:
+        fuse = _Fuse(base, forms, touched, factors, scale)
+        done, layers = 0, []
+        for path, plan in plans.items():
+            with Writer(folder / path.name, plan, base.metadata[path]) as writer:
+                for name in base.names_in(path):
+                    fused = fuse.write(name, writer)
+                    layers += [fused] if fused else []
+                    done += base.tensors[name].nbytes
+                    if progress:
+                        progress(done, base.nbytes, name)
+        report = FolderReport(out, bits, base.nbytes, bytes_out, layers)
+        _write_config(base, forms, bits, folder)
+        _write_index(base, plans, folder)
+        copy_companions(base_folder, folder)
+        if finish:
+            finish(folder, report)
+    return report
+
+
+def _forms(base: Checkpoint, touched: dict[str, Layer], factors: Factors, bits: int | None) -> dict[str, Form]:
+    """Return the form of every layer that does not stay as it is."""
+    moved = [name for name in touched if np.any(factors[name].b)]
+    if bits not in (16, 32):
+        return {name: touched_form(touched[name], bits) for name in moved}
+    forms = {}
+    for name in base.layer_names():
+        layer = touched.get(name) or base.layer(name)
+        form = Form(None, "F32" if bits == 32 else _half_type(base, layer))
+        if name in moved or layer.setting or layer.dtype != form.dtype:
+            forms[name] = form
+    return forms
+
+
+def _half_type(base: Checkpoint, layer: Layer) -> str:
+    if layer.dtype in ("F16", "BF16"):
+        return layer.dtype
+    stated = base.config.get("torch_dtype") or base.config.get("dtype")
+    return "BF16" if stated == "bfloat16" else "F16"
+
+
+def _plan(base: Checkpoint, forms: dict[str, Form], path: Path) -> dict[str, Tensor]:
+    """Return what the new file has in place of `path`; all parts of a changed layer go where its weight was."""
+    plan: dict[str, Tensor] = {}
+    for name in base.names_in(path):
+        layer, part = _split(name)
+        if layer not in forms or part not in PARTS:
+            plan[name] = base.tensors[name]
+        elif part == "weight":
+            plan |= forms[layer].tensors(base.layer(layer))
+    return plan
+
+
+def _split(name: str) -> tuple[str, str]:
+    layer, _, part = name.rpartition(".")
+    return layer, part
+
+
+class _Fuse:
+    """Writes the tensors of the base, one name after the other, fused where they have factors."""
+
+    def __init__(
+        self, base: Checkpoint, forms: dict[str, Form], touched: dict[str, Layer], factors: Factors, scale: float
+    ) -> None:
+        self._base, self._forms, self._touched, self._factors, self._scale = base, forms, touched, factors, scale
+
+    def write(self, name: str, writer: Writer) -> Fused | None:
+        """Write what stands in place of one tensor of the base; return what became of a layer with factors."""
+        layer_name, part = _split(name)
+        if layer_name not in self._forms:
+            writer.copy(name, self._base.tensors[name])
+            still = part == "weight" and layer_name in self._touched
+            return _unmoved(self._touched[layer_name]) if still else None
+        if part not in PARTS:
+            writer.copy(name, self._base.tensors[name])
+        if part != "weight":
+            return None
+        layer = self._touched.get(layer_name) or self._base.layer(layer_name)
+        form, survival = self._forms[layer_name], Survival()
+        pair = self._factors.get(layer_name)
+        delta = partial(delta_rows, pair, self._scale) if pair else None
+        for first, tensors in store(layer, form, delta, survival):
+            for tensor_name, rows in tensors.items():
+                writer.write(tensor_name, rows, first)
+        return _fused(layer, form, survival) if pair else None
+
+
+def _fused(layer: Layer, form: Form, survival: Survival) -> Fused:
+    bytes_after = sum(tensor.nbytes for tensor in form.tensors(layer).values())
+    before = str(Form(layer.setting, layer.dtype))
+    numbers = {"size": survival.size, "retention": survival.retention, "error": survival.error}
+    return Fused(layer.name, before, str(form), layer.nbytes, bytes_after, **numbers)
+
+
+def _unmoved(layer: Layer) -> Fused:
+    return _fused(layer, Form(layer.setting, layer.dtype), Survival())
+
+
+def _write_config(base: Checkpoint, forms: dict[str, Form], bits: int | None, folder: Path) -> None:
+    """Write config.json with the base's keys in their order; where nothing has to change it is the base's own file."""
+    config, quantized = dict(base.config), {name: form.setting for name, form in forms.items() if form.setting}
+    if bits in (16, 32):
+        config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+        types = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        stored = {form.dtype for form in forms.values()}
+        for key in ("torch_dtype", "dtype"):
+            if config.get(key) and len(stored) == 1:
+                config[key] = types[stored.pop()]
+                break
+    elif quantized:
+        entries = {name: asdict(setting) for name, setting in quantized.items()}
+        for key in ("quantization", "quantization_config"):
+            if config.get(key) == base.quantization:
+                config[key] = {**base.quantization, **entries}
+    if config == base.config:
+        shutil.copyfile(base.folder / "config.json", folder / "config.json")
+    else:
+        text = json.dumps(config, indent=4, ensure_ascii=False)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _write_index(base: Checkpoint, plans: dict[Path, dict[str, Tensor]], folder: Path) -> None:
+    """Write the index of the weight files if the base has one."""
+    if not (base.folder / INDEX).is_file():
+        return
+    index = json.loads((base.folder / INDEX).read_text(encoding="utf-8"))
+    total = sum(tensor.nbytes for plan in plans.values() for tensor in plan.values())
+    index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+    index["weight_map"] = {name: path.name for path, plan in plans.items() for name in plan}
+    (folder / INDEX).write_text(json.dumps(index, indent=4) + "\n", encoding="utf-8")
+
+
+def copy_companions(base_folder: Path, folder: Path) -> None:
+    """Copy the base's tokenizer files, chat template, generation settings and licence, byte for byte."""
+    for pattern in COPIED:
+        for path in sorted(base_folder.glob(pattern)):
+            ours = path.name in ("config.json", INDEX) or path.name.startswith("mbf")
+            if path.is_file() and not ours and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
