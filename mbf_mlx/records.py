@@ -19,6 +19,10 @@ SCORE_DIGITS = 6
 R = TypeVar("R", bound="Record")
 
 
+class NewerFormatError(InputError):
+    """Written by a later version of ours."""
+
+
 class Record(BaseModel):
     """A JSON object with just these fields."""
 
@@ -124,9 +128,7 @@ class TaskRecord(Record):
         if len(Record.to_json(bare)) > LINE_BYTES and isinstance(self.labels, list):
             digest = hashlib.sha256(json.dumps(self.labels).encode()).hexdigest()
             record = record.model_copy(update={"labels": f"sha256:{digest}"})
-        while (
-            len(Record.to_json(record.model_copy(update={"scores": [], "losses": []}))) > LINE_BYTES and record.curve
-        ):
+        while len(Record.to_json(record.model_copy(update={"scores": [], "losses": []}))) > LINE_BYTES and record.curve:
             record = record.model_copy(update={"curve": record.curve[::2] if len(record.curve) > 2 else []})
         return Record.to_json(record)
 
@@ -144,7 +146,7 @@ def parse(kind: type[R], data: bytes, where: Path | str) -> R:
     version = document.get("format_version", FORMAT_VERSION) if isinstance(document, dict) else FORMAT_VERSION
     if isinstance(version, int) and version > FORMAT_VERSION:
         writer = document.get("written_by", "a newer mbf-mlx")
-        raise InputError(
+        raise NewerFormatError(
             f"{where}: format version {version}, written by {writer}; this mbf-mlx reads versions up to"
             f" {FORMAT_VERSION}\nhint: upgrade with: pip install -U mbf-mlx"
         )

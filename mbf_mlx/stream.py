@@ -26,8 +26,9 @@ from filelock import FileLock, Timeout
 from mbf_mlx import __version__, adapter
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import State, empty_state
-from mbf_mlx.records import FORMAT_VERSION, FileRecord, Identity, Manifest, TaskRecord, parse
+from mbf_mlx.records import FORMAT_VERSION, FileRecord, Identity, Manifest, NewerFormatError, TaskRecord, parse
 from mbf_mlx.storage import Files, refusal, require_space, sha256_file
+from mbf_mlx.working import Working
 
 MANIFEST, HISTORY, STATE = "manifest.json", "history.jsonl", "state.safetensors"
 SMALL_FILE = 1 << 20  # bytes; smaller files are hashed at every opening, larger ones on request
@@ -60,7 +61,9 @@ class StreamFolder:
         self.working = path / "working"
 
     @classmethod
-    def create(cls, path: Path, identity: Identity, base_path: str, seed: int, files: Files | None = None) -> "StreamFolder":
+    def create(
+        cls, path: Path, identity: Identity, base_path: str, seed: int, files: Files | None = None
+    ) -> "StreamFolder":
         """Make a stream that has learned nothing.
 
         Raises:
@@ -96,16 +99,37 @@ class StreamFolder:
         """
         if not path.exists():
             raise InputError(f"{path}: no such stream\nhint: mbf learn {path} TASK --model BASE makes one")
-        where = path / "stream.json"
-        try:
-            data = where.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{path}: not a stream: stream.json is missing") from None
-        stream = cls(path, parse(Identity, data, where), files or Files())
+        stream = cls(path, cls._read_identity(path), files or Files())
         stream.current()
         if not (path / "current").is_symlink() or not (path / "adapter").is_symlink():
             stream._repair_links()
         return stream
+
+    @staticmethod
+    def _read_identity(path: Path) -> Identity:
+        where = path / "stream.json"
+        try:
+            return parse(Identity, where.read_bytes(), where)
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{path}: not a stream: stream.json is missing") from None
+
+    @classmethod
+    def repair(cls, path: Path, files: Files | None = None) -> str:
+        """Make the newest whole generation the current one; return what was done, in one line.
+
+        Raises:
+            InputError: nothing whole is left, or stream.json itself is damaged.
+        """
+        stream = cls(path, cls._read_identity(path), files or Files())
+        with stream.writer(clean=False):
+            newest = stream._newest_whole()
+            if newest == stream._current_folder():
+                return f"{path}: nothing to repair: its current generation is whole"
+            lost = stream._current_folder().name
+            stream._link("current", f"generations/{newest.name}")
+            stream._clean()
+        t = stream.current().manifest.t
+        return f"{path}: went back from generation {lost}, which is damaged, to {newest.name}: it has learned {t} tasks"
 
     # Reading
 
@@ -161,16 +185,34 @@ class StreamFolder:
             if record.bytes >= SMALL_FILE and sha256_file(path) != record.sha256:
                 raise self._damage(path, "its content is not what was committed")
 
+    def verify_all(self) -> None:
+        """Check every byte of the generations that are kept.
+
+        Raises:
+            InputError: a file does not hold what was committed.
+        """
+        for generation in (self.current(), self.previous()):
+            if generation is not None:
+                self.verify(generation)
+
     def previous(self) -> Generation | None:
         """Return the generation before the current one, where it is kept."""
         folder = self._folder(self.current().number - 1)
         return self._open_generation(folder) if folder.exists() else None
 
+    def interrupted(self) -> dict[str, Any] | None:
+        """Return the task and step of a run that was interrupted and can go on, or None."""
+        saved = Working(self.working, self.files).load()
+        return {"task": saved.run.get("task"), "step": saved.progress.get("step")} if saved else None
+
     # Writing
 
     @contextmanager
-    def writer(self) -> Iterator["StreamFolder"]:
+    def writer(self, clean: bool = True) -> Iterator["StreamFolder"]:
         """Hold the stream's one lock; it dies with the process. What a crash left behind is removed first.
+
+        Args:
+            clean: Whether to remove that; not where the current generation may be damaged.
 
         Raises:
             InputError: somebody else holds it; the message says who and since when.
@@ -186,7 +228,7 @@ class StreamFolder:
         try:
             owner = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             self._replace("lock.json", json.dumps(owner).encode())
-            if (self.path / "stream.json").exists():
+            if clean and (self.path / "stream.json").exists():
                 self._clean()
             yield self
         finally:
@@ -243,7 +285,9 @@ class StreamFolder:
 
     # How it is done
 
-    def _write_generation(self, number: int, state: State, history: bytes, base_path: str, settings: dict[str, Any]) -> None:
+    def _write_generation(
+        self, number: int, state: State, history: bytes, base_path: str, settings: dict[str, Any]
+    ) -> None:
         identity = self.identity
         contents = {HISTORY: history, STATE: adapter.encode_tensors(_flatten(state))}
         if state.t:
@@ -311,7 +355,7 @@ class StreamFolder:
             pass
 
     def _clean(self) -> None:
-        """Remove what is neither the current generation nor the one before; a folder loses its name before its files."""
+        """Remove what is neither the current generation nor the one before; a folder loses its name first."""
         current = self.current().number
         keep = {self._folder(current).name, self._folder(current - 1).name}
         for folder in sorted((self.path / "generations").iterdir()):
@@ -353,7 +397,7 @@ class StreamFolder:
 
     def _repair_links(self) -> None:
         try:
-            with self.writer():
+            with self.writer(clean=False):
                 target = f"generations/{self._current_folder().name}"
                 for name, leads in (("current", target), ("adapter", "current/adapter")):
                     place = self.path / name
@@ -371,8 +415,13 @@ class StreamFolder:
             data = where.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise self._damage(where, "missing") from None
-        manifest = parse(Manifest, data, where)
-        if manifest.sealed().checksum != manifest.checksum:
+        try:
+            manifest = parse(Manifest, data, where)
+        except NewerFormatError:
+            raise
+        except InputError as error:
+            raise self._damage(where, str(error).partition("damaged: ")[2]) from error
+        if manifest.to_json() != data or manifest.sealed() != manifest:
             raise self._damage(where, "its content is not what was committed")
         if manifest.stream != self.identity.id:
             raise self._damage(folder, "it belongs to another stream")
