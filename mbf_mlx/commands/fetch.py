@@ -1,0 +1,56 @@
+"""`mbf fetch`: a base model from a recipe into models/, or the list of recipes."""
+
+from typing import Annotated, Any
+
+import typer
+
+from mbf_mlx.commands.console import err, out, print_json, size
+
+
+def fetch(
+    name: Annotated[str | None, typer.Argument(help="A recipe; without one they are listed.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use what this machine has; download nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Put a base model from a recipe into models/ (or $MBF_MODELS); without a name: list the recipes."""
+    from mbf_mlx import sources
+    from mbf_mlx.errors import InputError
+    from mbf_mlx.recipe import recipes
+
+    known = recipes()
+    if name is None:
+        _list(known, json)
+        return
+    if name not in known:
+        raise InputError(
+            f"{name}: no such recipe: expected one of {', '.join(known)}\nhint: --model takes hub ids, too"
+        )
+    folder = sources.fetch(known[name], offline=offline, report=err.print)
+    if json:
+        print_json({"name": name, "path": str(folder), "licence": known[name].licence})
+    else:
+        out.print(f"{name} is in {folder}")
+
+
+def _list(known: dict[str, Any], json: bool) -> None:
+    from mbf_mlx.recipe import models_folder
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": recipe.name,
+            "summary": recipe.summary,
+            "quantization": recipe.quantization,
+            "licence": recipe.licence,
+            "download_bytes": recipe.download_bytes,
+            "run_by_us": recipe.run_by_us,
+            "fetched": (models_folder() / recipe.name / "config.json").is_file(),
+        }
+        for recipe in known.values()
+    ]
+    if json:
+        print_json({"recipes": rows})
+        return
+    for row in rows:
+        state = "here" if row["fetched"] else size(row["download_bytes"])
+        tried = "" if row["run_by_us"] else ", not run by us"
+        out.print(f"{row['name']:24} {state:>8}  {row['summary']} ({row['licence']}{tried})")

@@ -1,0 +1,281 @@
+"""The base model: load it, attach LoRA layers to it, read and write their factors.
+
+Shapes: our A is (rank, in) and our B (out, rank); mlx-lm stores the transposes, `lora_a` (in, rank) and `lora_b`
+(rank, out). They are turned here and in adapter.py, nowhere else. The layers are mlx-lm's own LoRALinear, so that what
+is trained is what mlx-lm loads. Where a base comes from is sources.py's business, on which device it runs backend.py's.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map, tree_unflatten
+from mlx_lm import utils as mlx_lm
+from mlx_lm.tuner.lora import LoRALinear
+
+from mbf_mlx.config import LoRAConfig
+from mbf_mlx.errors import InputError
+from mbf_mlx.fingerprint import fingerprint
+from mbf_mlx.methods import Factors, Layers, Pair
+from mbf_mlx.sources import check_folder, read_config
+
+_PROBE_TOKENS = 8  # of the row on which `effect` compares logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A loaded base model."""
+
+    model: nn.Module
+    tokenizer: Any  # mlx-lm's wrapper
+    config: dict[str, Any]  # config.json, with what generation_config.json says of the end tokens
+    path: Path
+    fingerprint: str
+    quantization: str  # "4 bits, group 32, affine; some layers 8 bits", or "none"
+
+
+def load_base(folder: Path, *, dequantize: bool = False, dtype: str | None = None) -> Base:
+    """Load a model folder as mlx-lm does, one module in memory at a time.
+
+    Args:
+        folder: A local MLX or Hugging Face model folder, as `sources.resolve_base` gives it.
+        dequantize: Replace quantized linear layers and embeddings by plain ones; their values stay the same.
+        dtype: What parameters in floating point become, "float32" for CPUs; None leaves them.
+
+    Raises:
+        InputError: the folder does not hold a model that mlx-lm can load.
+    """
+    check_folder(folder)
+    config = read_config(folder)
+    try:
+        model, config = mlx_lm.load_model(folder, lazy=True)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        said = f"missing in config.json: {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{folder}: mlx-lm cannot load this model: {said}") from error
+    tokenizer = load_tokenizer(folder, config)
+    _settle(model, dequantize, getattr(mx, dtype) if dtype else None)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        path=folder,
+        fingerprint=fingerprint(folder),
+        quantization=describe_quantization(config),
+    )
+
+
+def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
+    """Return mlx-lm's tokenizer of a model folder; no code of the folder's is run.
+
+    Raises:
+        InputError: its tokenizer files cannot be read.
+    """
+    ends = (config if config is not None else mlx_lm.load_config(folder)).get("eos_token_id")
+    try:
+        return mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
+
+
+def _settle(model: nn.Module, dequantize: bool, dtype: mx.Dtype | None) -> None:
+    """Read the weights in, module by module, so that none is in memory twice."""
+    modules = model.named_modules()
+    while modules:
+        name, module = modules.pop()  # what is done with is held by nobody
+        if module.children() and any(module.children().values()):
+            continue
+        if dequantize and isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+            module = _plain(module, dtype or mx.float32)
+            model.update_modules(tree_unflatten([(name, module)]))
+        elif dtype is not None:
+            module.update(tree_map(lambda value: _cast(value, dtype), module.parameters()))
+        mx.eval(module.parameters())
+    mx.eval(model.parameters())
+    model.eval()
+
+
+def _cast(value: mx.array, dtype: mx.Dtype) -> mx.array:
+    return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
+
+
+def _plain(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """Return the linear layer or embedding whose weight a quantized one holds."""
+    # In float32 a code times its scale plus its bias is what the kernels on a GPU compute; in float16 it is rounded.
+    weight = mx.dequantize(
+        module.weight,
+        _cast(module.scales, mx.float32),
+        _cast(module.biases, mx.float32) if module.get("biases") is not None else None,
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+        global_scale=module.get("global_scale"),
+        dtype=mx.float32,
+    ).astype(dtype)
+    if isinstance(module, nn.QuantizedEmbedding):
+        plain: nn.Module = nn.Embedding(1, 1)
+    else:
+        plain = nn.Linear(1, 1, bias="bias" in module)
+        if "bias" in module:
+            plain.bias = _cast(module.bias, dtype)
+    plain.weight = weight
+    return plain
+
+
+def describe_quantization(config: dict[str, Any]) -> str:
+    """Return in words how a model is quantized: "4 bits, group 64, affine", or "none"."""
+    quantization = config.get("quantization") or {}
+    if "bits" not in quantization:
+        return "none"
+    words = f"{quantization['bits']} bits, group {quantization['group_size']}, {quantization.get('mode', 'affine')}"
+    layers = [layer for layer in quantization.values() if isinstance(layer, dict)]
+    others = sorted({layer.get("bits", quantization["bits"]) for layer in layers} - {quantization["bits"]})
+    return words + (f"; some layers {' and '.join(map(str, others))} bits" if others else "")
+
+
+def attach(model: nn.Module, config: LoRAConfig) -> Layers:
+    """Put LoRA factors beside linear layers and freeze everything else; A is random, B zero, both float32.
+
+    Args:
+        model: A model of mlx-lm's without factors.
+        config: Which layers, and how large.
+
+    Returns:
+        The (out, in) of every layer that got factors, by its path in the model, first block first.
+
+    Raises:
+        InputError: keys that name no layer, layers that cannot get factors, more blocks than there are.
+    """
+    chosen = find_layers(model, config)
+    model.freeze()
+    adapted = {
+        name: LoRALinear.from_base(module, r=config.rank, dropout=config.dropout, scale=config.scale)
+        for name, module in chosen.items()
+    }
+    model.update_modules(tree_unflatten(list(adapted.items())))
+    mx.eval(model.trainable_parameters())
+    model.eval()
+    return {name: (layer.lora_b.shape[1], layer.lora_a.shape[0]) for name, layer in adapted.items()}
+
+
+def find_layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """Return the linear layers that `config` chooses, by their path in the model, first block first.
+
+    A key is a layer's own name, "q_proj", or its path inside a block, "self_attn.q_proj".
+    """
+    blocks = _blocks(model)
+    if config.num_layers > len(blocks):
+        raise InputError(f"num_layers: expected at most the model's {len(blocks)} blocks, got {config.num_layers}")
+    if config.num_layers > 0:
+        blocks = dict(list(blocks.items())[-config.num_layers :])
+    found: dict[str, nn.Module] = {}
+    used, available, refused = set(), set(), {}
+    for block, layer in blocks.items():
+        for path, module in reversed(layer.named_modules()):
+            if "weight" not in module or module.weight.ndim < 2:
+                continue
+            fits = type(module) in (nn.Linear, nn.QuantizedLinear)
+            available |= {path} if fits else set()
+            matching = [key for key in config.keys if path == key or path.endswith(f".{key}")]
+            used |= set(matching)
+            if matching and fits:
+                found[f"{block}.{path}"] = module
+            elif matching:
+                refused[path] = type(module).__name__
+    if refused:
+        names = [f"  {path}: {kind}" for path, kind in sorted(refused.items())]
+        raise InputError(
+            "only ordinary linear layers can get factors, not mixtures of experts or other kinds:\n" + "\n".join(names)
+        )
+    unknown = [key for key in config.keys if key not in used]
+    if unknown:
+        raise InputError(_unknown_keys(model, unknown, available))
+    return found
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the transformer blocks by their path in the model."""
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, list) or not layers:
+        raise InputError(f"{type(model).__module__}: this architecture has no list of blocks; cannot attach factors")
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {paths[id(layer)]: layer for layer in layers}
+
+
+def _unknown_keys(model: nn.Module, unknown: list[str], available: set[str]) -> str:
+    outside = {path.rpartition(".")[2]: path for path, module in model.named_modules() if "weight" in module}
+    message = f"keys: no layer called {', '.join(unknown)}; expected of {', '.join(sorted(available))}"
+    for key in unknown:
+        if (leaf := key.rpartition(".")[2]) in outside and outside[leaf].rpartition(".")[2] not in {
+            path.rpartition(".")[2] for path in available
+        }:
+            message += f"\nhint: {outside[leaf]} lies outside the blocks; embeddings and heads cannot get factors yet"
+    return message
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Return the layers with factors, by their path in the model, first block first."""
+    return {name: module for name, module in _in_order(model) if isinstance(module, LoRALinear)}
+
+
+def _in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (f"{block}.{path}", module)
+        for block, layer in _blocks(model).items()
+        for path, module in reversed(layer.named_modules())
+    ]
+
+
+def read_factors(model: nn.Module) -> Factors:
+    """Return copies of all factors: A (rank, in) and B (out, rank), NumPy float32."""
+    layers = lora_layers(model)
+    mx.eval([(layer.lora_a, layer.lora_b) for layer in layers.values()])
+    return {
+        name: Pair(np.ascontiguousarray(np.array(layer.lora_a).T), np.ascontiguousarray(np.array(layer.lora_b).T))
+        for name, layer in layers.items()
+    }
+
+
+def write_factors(model: nn.Module, factors: Factors) -> None:
+    """Set all factors of a model.
+
+    Args:
+        model: With factors attached.
+        factors: A (rank, in) and B (out, rank) of NumPy or MLX, for exactly the layers that have them.
+
+    Raises:
+        InputError: layers that are missing, unknown or of another shape; all are named.
+    """
+    layers = lora_layers(model)
+    problems = [f"  {name}: missing" for name in layers if name not in factors]
+    problems += [f"  {name}: the model has no factors there" for name in factors if name not in layers]
+    for name, pair in factors.items():
+        if name in layers:
+            for letter, value, now in (("A", pair.a, layers[name].lora_a), ("B", pair.b, layers[name].lora_b)):
+                if tuple(value.shape) != now.shape[::-1]:
+                    expected, got = now.shape[::-1], tuple(value.shape)
+                    problems.append(f"  {name}: expected {letter} of shape {expected}, got {got}")
+    if problems:
+        raise InputError("the factors do not fit the model:\n" + "\n".join(problems))
+    for name, pair in factors.items():
+        layers[name].lora_a = mx.contiguous(mx.array(pair.a).astype(mx.float32).T)
+        layers[name].lora_b = mx.contiguous(mx.array(pair.b).astype(mx.float32).T)
+    mx.eval([(layer.lora_a, layer.lora_b) for layer in layers.values()])
+
+
+def effect(model: nn.Module) -> float:
+    """Return the largest difference that the factors make to any logit of a short row; 0 where they do nothing."""
+    layers = lora_layers(model)
+    tokens = mx.arange(1, 1 + _PROBE_TOKENS)[None]
+    with_factors = model(tokens)
+    kept = {name: layer.lora_b for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.lora_b = mx.zeros_like(layer.lora_b)
+        difference = mx.abs(with_factors.astype(mx.float32) - model(tokens).astype(mx.float32)).max()
+        return float(np.array(difference))
+    finally:
+        for name, layer in layers.items():
+            layer.lora_b = kept[name]

@@ -1,0 +1,87 @@
+"""Recipes: the base models that we vouch for, one TOML file each, and where their weights come from."""
+
+import os
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mbf_mlx.errors import InputError
+
+_PACKAGE = Path(__file__).resolve().parent
+RECIPE_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "models")  # in the wheel; in a checkout
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PackageSource(_Table):
+    """A GGUF file inside a wheel on PyPI."""
+
+    package: str
+    version: str
+    file: str  # its path inside the wheel
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")  # of the file
+
+
+class HubSource(_Table):
+    """A repository of the Hugging Face hub that holds an MLX model folder."""
+
+    hub: str = Field(pattern="^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$")
+    revision: str | None = None  # the newest where none was tried
+
+
+class TriedLoRA(_Table):
+    """Settings that we have trained this model with."""
+
+    rank: int
+    scale: float
+    keys: list[str]
+    num_layers: int = -1
+    learning_rate: float
+
+
+class Recipe(_Table):
+    """One base model."""
+
+    name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$")
+    summary: str
+    family: str
+    licence: str
+    original: str  # the unquantized model on the hub
+    quantization: str
+    download_bytes: int  # about
+    run_by_us: bool  # or only believed to work
+    source: PackageSource | HubSource
+    lora: TriedLoRA | None = None
+
+
+def recipes() -> dict[str, Recipe]:
+    """Return all recipes by name, those that we have run first."""
+    folder = next((folder for folder in RECIPE_FOLDERS if any(folder.glob("*.toml"))), None)
+    found = [read_recipe(path) for path in sorted(folder.glob("*.toml"))] if folder else []
+    return {recipe.name: recipe for recipe in sorted(found, key=lambda recipe: not recipe.run_by_us)}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read one recipe.
+
+    Raises:
+        InputError: not TOML, or other fields than a recipe has.
+    """
+    try:
+        recipe = Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from error
+    except ValidationError as error:
+        problems = [f"  {'.'.join(map(str, one['loc'])) or 'recipe'}: {one['msg']}" for one in error.errors()]
+        raise InputError(f"{path}: not a recipe:\n" + "\n".join(dict.fromkeys(problems))) from error
+    if recipe.name != path.stem:
+        raise InputError(f"{path}: name: expected {path.stem!r}, as the file is called, got {recipe.name!r}")
+    return recipe
+
+
+def models_folder() -> Path:
+    """Return where fetched and converted models go: $MBF_MODELS, else `models` in the working folder."""
+    return Path(os.environ.get("MBF_MODELS") or "models")
