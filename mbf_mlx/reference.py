@@ -9,6 +9,7 @@ Source: Qiao and Mahdavi, "Merge before Forget", arXiv:2512.23017, Algorithm 1; 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 Array = Any  # an array of NumPy, MLX or CuPy
@@ -53,6 +54,23 @@ def signed_qr(a: Array) -> tuple[Array, Array]:
     return xp.where(flip, -q, q).T, xp.where(flip[:, None], -r, r).T
 
 
+def in_basis(a: Array, b: Array, basis: str) -> tuple[Array, Array]:
+    """Return a start made of one pair, A (rank, in) and B (out, rank).
+
+    Args:
+        a, b: The pair.
+        basis: "qr", an orthonormal basis of A's rows and B as it is, which is another function; "qr-preserving", the
+            same with B moved along: a = R Q starts from Q and B R; "balanced", each singular value's root on either
+            side, B @ A as it was; "keep", the pair itself.
+    """
+    if basis == "keep":
+        return a, b
+    if basis == "balanced":
+        return cut_rank(a, b, a.shape[0])
+    q, r = signed_qr(a)
+    return q, b if basis == "qr" else b @ r
+
+
 def merge_weight(t: int) -> float:
     """Return lambda(t) = 1 / sqrt(t), the weight of task t's result; 1 for the first task.
 
@@ -87,9 +105,6 @@ def merge_products(
 ) -> tuple[Array, Array]:
     """Return the pair (A, B) whose product is nearest to (1 - weight) merged_B merged_A + weight tuned_B tuned_A.
 
-    Exact in Frobenius norm and without ever forming an (out, in) matrix: with the factors stacked to B (out, 2r) and
-    A (2r, in), B = Q_b R_b and A = R_a Q_a, the singular values of the sum are those of the 2r x 2r core R_b R_a.
-
     Args:
         merged_a, tuned_a: (rank, in), float32 or float64; the two ranks may differ.
         merged_b, tuned_b: (out, rank) of their A.
@@ -97,29 +112,60 @@ def merge_products(
         rank: Of the result.
 
     Returns:
-        A (rank, in) and B (out, rank), balanced: each singular value's root on either side, signs fixed so that every
-        row of A has a non-negative inner product with the row sum of the stacked A's.
+        What `cut_rank` gives: A (rank, in) and B (out, rank), balanced, nearest in Frobenius norm.
 
     Raises:
         ValueError: shapes that do not belong together, a weight outside [0, 1], or a rank that the sum cannot have.
 
-    Source: ours; the low-rank SVD of a sum of products is standard.
+    Source: ours.
     """
-    shapes = [tuple(array.shape) for array in (merged_a, merged_b, tuned_a, tuned_b)]
-    (merged_rank, in_dims), (out_dims, _), (tuned_rank, _), _ = shapes
-    if shapes != [(merged_rank, in_dims), (out_dims, merged_rank), (tuned_rank, in_dims), (out_dims, tuned_rank)]:
-        raise ValueError(f"merge_products: expected two pairs of one layer, got merged A, B, tuned A, B of {shapes}")
     weight = _share("merge_products", weight)
-    xp = namespace(merged_a)
-    b = xp.concatenate([(1 - weight) * merged_b, weight * tuned_b], axis=1)
-    a = xp.concatenate([merged_a, tuned_a], axis=0)
+    return cut_rank(*stack_pairs([(merged_a, merged_b), (tuned_a, tuned_b)], [1 - weight, weight]), rank)
+
+
+def stack_pairs(pairs: Sequence[tuple[Array, Array]], weights: Sequence[float] | None = None) -> tuple[Array, Array]:
+    """Return the pair whose product is the sum of weight * B @ A over the pairs, exactly; its rank is that of all.
+
+    Args:
+        pairs: A (rank, in) and B (out, rank) of one layer, each of a rank of its own.
+        weights: One a pair; all 1 by default. They go into B.
+
+    Raises:
+        ValueError: pairs of two layers.
+    """
+    shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in pairs]
+    if any(a[0] != b[1] or (a[1], b[0]) != (shapes[0][0][1], shapes[0][1][0]) for a, b in shapes):
+        raise ValueError(f"stack_pairs: expected A (rank, in) and B (out, rank) of one layer, got {shapes}")
+    xp = namespace(pairs[0][0])
+    weights = weights or [1.0] * len(pairs)
+    weighted = [b if weight == 1 else float(weight) * b for weight, (_, b) in zip(weights, pairs, strict=True)]
+    return xp.concatenate([a for a, _ in pairs], axis=0), xp.concatenate(weighted, axis=1)
+
+
+def cut_rank(a: Array, b: Array, rank: int) -> tuple[Array, Array]:
+    """Return the pair of the given rank whose product is nearest to b @ a in Frobenius norm.
+
+    No (out, in) matrix is formed: with B = Q_b R_b and A = R_a Q_a, the singular values of B A are those of R_b R_a.
+
+    Args:
+        a: (k, in), float32 or float64.
+        b: (out, k).
+        rank: Of the result.
+
+    Returns:
+        A (rank, in) and B (out, rank), balanced: each singular value's root on either side, and signs such that every
+        row of A has a non-negative inner product with the sum of the rows of `a`.
+
+    Raises:
+        ValueError: a rank that b @ a cannot have.
+    """
     if not 1 <= rank <= min(a.shape[0], a.shape[1], b.shape[0]):
-        raise ValueError(f"merge_products: a sum of B {tuple(b.shape)} @ A {tuple(a.shape)} cannot have rank {rank}")
+        raise ValueError(f"cut_rank: B {tuple(b.shape)} @ A {tuple(a.shape)} cannot have rank {rank}")
+    xp = namespace(a)
     q_b, r_b = xp.linalg.qr(b)
     q_a, r_a = xp.linalg.qr(a.T)
     u, s, vt = xp.linalg.svd(r_b @ r_a.T)
     root = xp.sqrt(s[:rank])
-    # The core is square where in and out allow it; `rank` rows and columns are all that is kept.
     new_b = (q_b @ u[:, :rank]) * root
     new_a = root[:, None] * (vt[:rank] @ q_a.T)
     # A singular vector's sign is open; without a rule two libraries would start the next task differently.
@@ -127,11 +173,112 @@ def merge_products(
     return new_a * sign[:, None], new_b * sign
 
 
+def split_delta(matrix: Array, rank: int) -> tuple[Array, Array]:
+    """Return the pair (A, B) of the given rank whose product is nearest to an (out, in) matrix, balanced.
+
+    Raises:
+        ValueError: a rank that the matrix cannot have.
+    """
+    if not 1 <= rank <= min(matrix.shape):
+        raise ValueError(f"split_delta: a matrix of shape {tuple(matrix.shape)} cannot have rank {rank}")
+    xp = namespace(matrix)
+    # The thin Q of the longer side first: MLX's SVD gives full bases, which a tall matrix would pay for squared.
+    if matrix.shape[0] < matrix.shape[1]:
+        a, b = split_delta(matrix.T, rank)
+        return b.T, a.T
+    q, r = xp.linalg.qr(matrix)
+    u, s, vt = xp.linalg.svd(r)
+    root = xp.sqrt(s[:rank])
+    return root[:, None] * vt[:rank], (q @ u[:, :rank]) * root
+
+
+def input_basis(merged_a: Array, tuned_a: Array) -> Array:
+    """Return orthonormal rows, (2 rank, in): first a basis of merged_A's rows, then of what tuned_A adds to them.
+
+    Raises:
+        ValueError: the two have more rows together than columns.
+    """
+    return signed_qr(namespace(merged_a).concatenate([merged_a, tuned_a], axis=0))[0]
+
+
+def merge_by_inputs(
+    merged: tuple[Array, Array],
+    tuned: tuple[Array, Array],
+    weight: float,
+    rank: int,
+    old_gram: Array,
+    new_gram: Array,
+    ridge: float = 1e-3,
+) -> tuple[Array, Array, Array]:
+    """Return the pair whose outputs are nearest to those of both pairs, each on its own tasks' inputs.
+
+    With x an input of the layer, M = merged_B merged_A, D = tuned_B tuned_A and w the weight, W minimizes
+    (1 - w) E_old |(W - M) x|^2 + w E_new |(W - D) x|^2 among all W with rows in the span of both A's rows, and is then
+    cut to the rank in the same metric. Where old and new inputs are alike in every direction, W is (1 - w) M + w D as
+    in `merge_products`; in a direction that only one side's inputs have, that side decides.
+
+    With Q = input_basis(...), z = Q x, M = X_old Q and D = X_new Q, the minimum before the cut is
+    W = ((1 - w) X_old G_old + w X_new G_new) ((1 - w) G_old + w G_new)^-1 Q, G being means of z z^T. G_old is known in
+    the first `rank` coordinates alone. The others are completed from the new inputs: the same regression on the known
+    coordinates, the same residual.
+
+    Args:
+        merged, tuned: A (rank, in) and B (out, rank) each.
+        weight: Of the tuned pair, in [0, 1].
+        rank: Of the result.
+        old_gram: (rank, rank), the mean of z z^T over the old tasks' inputs, z = orthogonal_init(merged A) x.
+        new_gram: (2 rank, 2 rank), the same over the new task's inputs, z = input_basis(merged A, tuned A) x.
+        ridge: Share of a Gram's mean diagonal that is added to its diagonal; a large one leads to `merge_products`.
+
+    Returns:
+        A (rank, in), B (out, rank), and the old Gram of the next merge, (rank, rank).
+
+    Raises:
+        ValueError: a weight outside [0, 1], a rank that the sum cannot have, or more rows together than columns.
+
+    Source: ours; for one layer with full Grams the closed form is RegMean, Jin et al. 2023, arXiv:2212.09849.
+    """
+    weight, xp = _share("merge_by_inputs", weight), namespace(merged[0])
+    known = merged[0].shape[0]
+    q, r = signed_qr(xp.concatenate([merged[0], tuned[0]], axis=0))
+    new = _with_ridge(new_gram, ridge)
+    old = _complete(_with_ridge(old_gram, ridge), new)
+    gram = (1 - weight) * old + weight * new
+    values, vectors = xp.linalg.eigh(gram)
+    inverse_root = (vectors / xp.sqrt(values)) @ vectors.T
+    pull = (1 - weight) * (merged[1] @ r[:known] @ old) + weight * (tuned[1] @ r[known:] @ new)
+    a, b = cut_rank(xp.eye(len(values), dtype=values.dtype), pull @ inverse_root, rank)
+    a = a @ inverse_root
+    basis, _ = signed_qr(a)
+    return a @ q, b, basis @ gram @ basis.T
+
+
+def _with_ridge(gram: Array, ridge: float) -> Array:
+    xp = namespace(gram)
+    return gram + ridge * xp.diagonal(gram).mean() * xp.eye(gram.shape[0], dtype=gram.dtype)
+
+
+def _complete(old: Array, new: Array) -> Array:
+    """Return a Gram of new's size that is `old` in its first coordinates and continues from them as `new` does."""
+    xp, known = namespace(old), old.shape[0]
+    regression = xp.linalg.solve(new[:known, :known], new[:known, known:]).T
+    residual = new[known:, known:] - regression @ new[:known, known:]
+    across = regression @ old
+    lower = xp.concatenate([across, across @ regression.T + residual], axis=1)
+    return xp.concatenate([xp.concatenate([old, across.T], axis=1), lower], axis=0)
+
+
 def delta(a: Array, b: Array, scale: float) -> Array:
     """Return the update of one base weight, scale * B @ A, (out, in), from A (rank, in) and B (out, rank)."""
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         raise ValueError(f"delta: expected A (rank, in) and B (out, rank), got {tuple(a.shape)} and {tuple(b.shape)}")
     return float(scale) * (b @ a)
+
+
+def update_norm(a: Array, b: Array) -> Array:
+    """Return the Frobenius norm of b @ a, a scalar, through two rank x rank matrices."""
+    xp = namespace(a)
+    return xp.sqrt(xp.maximum(((b.T @ b) * (a @ a.T)).sum(), 0.0))
 
 
 def namespace(array: Array) -> Any:

@@ -7,7 +7,7 @@ import pytest
 
 from mbf_mlx import methods
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods import State, empty_state, make
+from mbf_mlx.methods import Row, State, empty_state, make
 from mbf_mlx.methods.base import first_factors, in_double
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (6, 9), "model.layers.0.self_attn.v_proj": (4, 9)}
@@ -79,6 +79,34 @@ def test_kept_bytes_count_the_deployed_pair_and_what_the_next_task_needs():
     method = make("slao")
     state = method.finish(state, method.start(state))
     assert state.kept_bytes() == 4 * (3 * 9 + 2 * 6 * 3)  # one A and two B, as the paper says
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_what_a_method_keeps_grows_with_the_tasks_only_where_it_says_so(name):
+    method, state, sizes = make(name), empty_state(LAYERS, rank=2), []
+    for seed in range(6):
+        generator = np.random.default_rng(seed)
+        start = method.start(state)
+        tuned = {
+            layer: type(fields)(*(x + generator.normal(size=x.shape).astype(np.float32) for x in fields))
+            for layer, fields in start.items()
+        }
+        more = {}
+        if hasattr(method, "measure"):
+            more["inputs"] = {layer: p @ p.T for layer, p in method.measure(state, tuned).items()}
+        state = method.finish(state, tuned, **more)
+        if getattr(method, "needs", None) == "gradients":
+            state = method.after_task(state, {n: type(f)(*(x * x for x in f)) for n, f in tuned.items()})
+        elif getattr(method, "needs", None) == "rows":
+            rows = [Row(np.full(40, 100 * seed + i, dtype=np.int32), np.arange(40) > 30) for i in range(100)]
+            state = method.after_task(state, rows)
+        assert state.t == seed + 1 and set(state.deployed) == set(LAYERS)
+        assert len({pair.a.shape[0] for pair in state.deployed.values()}) == 1  # an adapter has one rank
+        sizes.append(state.kept_bytes())
+    if method.grows:
+        assert sorted(set(sizes)) == sizes
+    else:
+        assert len(set(sizes[1:])) == 1, sizes
 
 
 def test_numpy_arrays_are_computed_in_double_precision_and_come_back_as_they_were():

@@ -205,8 +205,8 @@ def test_other_weights_give_the_running_mean_a_fading_memory_and_the_last_task(w
 @pytest.mark.parametrize("train", ["a", "b"])
 def test_the_factor_that_does_not_train_is_drawn_once_and_never_changed(train):
     method = make("slao", {"train": train, "start_a": "keep", "merged": train, "first_a": "orthonormal"})
-    assert method.trains == (train,)
     state = empty_state(LAYERS, RANK)
+    assert method.rates(state) == {"a": float(train == "a"), "b": float(train == "b")}
     first = method.start(state)
     frozen, trained = ("b", "a") if train == "a" else ("a", "b")
     for step in range(3):

@@ -128,6 +128,23 @@ def test_an_orthonormal_start_is_its_own_start(xp, a):
     np.testing.assert_allclose(to_numpy(reference.orthogonal_init(q)), to_numpy(q), atol=1e-5)
 
 
+@pytest.mark.parametrize("basis", ["qr-preserving", "balanced", "keep"])
+def test_these_starts_keep_the_function(xp, basis):
+    a, b = random_pair(np.random.default_rng(11), 3, 8, 6)
+    new_a, new_b = (to_numpy(x) for x in reference.in_basis(single(xp, a), single(xp, b), basis))
+    np.testing.assert_allclose(new_b @ new_a, b @ a, atol=1e-5)
+    if basis == "qr-preserving":
+        np.testing.assert_allclose(new_a @ new_a.T, np.eye(3), **SINGLE)
+    if basis == "balanced":
+        np.testing.assert_allclose(new_a @ new_a.T, new_b.T @ new_b, atol=1e-5)
+
+
+def test_the_start_of_algorithm_1_keeps_b_and_takes_a_basis_of_a():
+    a, b = random_pair(np.random.default_rng(12), 3, 8, 6)
+    new_a, new_b = reference.in_basis(a, b, "qr")
+    assert new_b is b and np.array_equal(new_a, reference.orthogonal_init(a))
+
+
 # --- the merge of one factor -----------------------------------------------------------------------------------------
 
 
@@ -278,15 +295,150 @@ def test_merged_products_of_nothing_are_zero(xp):
 
 def test_merged_products_refuse_what_does_not_belong_together():
     a, b = np.ones((2, 5)), np.ones((4, 2))
-    with pytest.raises(ValueError, match="expected two pairs of one layer"):
-        reference.merge_products(a, b, np.ones((2, 6)), b, 0.5, 2)
-    with pytest.raises(ValueError, match="expected two pairs of one layer"):
-        reference.merge_products(a, np.ones((4, 3)), a, b, 0.5, 2)
+    for other in [(np.ones((2, 6)), b), (a, np.ones((5, 2))), (a, np.ones((4, 3)))]:
+        with pytest.raises(ValueError, match=r"expected A \(rank, in\) and B \(out, rank\) of one layer"):
+            reference.merge_products(a, b, *other, 0.5, 2)
     for rank in (0, 5):
         with pytest.raises(ValueError, match=f"cannot have rank {rank}"):
             reference.merge_products(a, b, a, b, 0.5, rank)
     with pytest.raises(ValueError, match=r"expected a weight in \[0, 1\]"):
         reference.merge_products(a, b, a, b, 2.0, 2)
+
+
+# --- the merge in the metric of the inputs ---------------------------------------------------------------------------
+
+
+def input_case(seed, rank=2, in_dims=12, out_dims=6, rows=400):
+    """Two pairs, and inputs of the old and of the new tasks with different covariances."""
+    generator = np.random.default_rng(seed)
+    merged, tuned = (random_pair(generator, rank, in_dims, out_dims) for _ in range(2))
+    old, new = (generator.normal(size=(rows, in_dims)) @ generator.normal(size=(in_dims, in_dims)) for _ in range(2))
+    return merged, tuned, old, new
+
+
+def grams(merged_a, tuned_a, old, new):
+    z_old = old @ reference.orthogonal_init(merged_a).T
+    z_new = new @ reference.input_basis(merged_a, tuned_a).T
+    return z_old.T @ z_old / len(old), z_new.T @ z_new / len(new)
+
+
+def test_input_basis_begins_with_the_start_of_the_merged_a():
+    (merged_a, _), (tuned_a, _), _, _ = input_case(0)
+    q = reference.input_basis(merged_a, tuned_a)
+    np.testing.assert_allclose(q @ q.T, np.eye(4), **DOUBLE)
+    np.testing.assert_allclose(q[:2], reference.orthogonal_init(merged_a), **DOUBLE)
+    np.testing.assert_allclose(tuned_a @ q.T @ q, tuned_a, **DOUBLE)
+
+
+def test_alike_inputs_merge_as_products_do(xp):
+    (merged, tuned, _, _), weight = input_case(1), 0.3
+    old_gram, new_gram = np.eye(2), np.eye(4)
+    a, b, gram = reference.merge_by_inputs(
+        tuple(single(xp, x) for x in merged),
+        tuple(single(xp, x) for x in tuned),
+        weight,
+        3,
+        single(xp, old_gram),
+        single(xp, new_gram),
+    )
+    expected, _ = dense_best(merged, tuned, weight, 3)
+    np.testing.assert_allclose(to_numpy(b) @ to_numpy(a), expected, atol=1e-4)
+    np.testing.assert_allclose(to_numpy(gram), 1.001 * np.eye(3), atol=1e-5)
+
+
+def test_the_merge_by_inputs_is_the_minimum_of_both_sides_errors():
+    (merged, tuned, _, new), weight = input_case(2), 0.4
+    q = reference.input_basis(merged[0], tuned[0])
+    z_new = new @ q.T
+    # Old inputs for which the completion is true: known coordinates of their own, the others regressed on them as the
+    # new ones are, with the new ones' residual, to which the known ones are orthogonal.
+    regression = np.linalg.lstsq(z_new[:, :2], z_new[:, 2:], rcond=None)[0]
+    residual = z_new[:, 2:] - z_new[:, :2] @ regression
+    drawn = np.random.default_rng(3).normal(size=(len(new), 2)) * [1.0, 10.0]
+    known = drawn - residual @ np.linalg.lstsq(residual, drawn, rcond=None)[0]
+    z_old = np.concatenate([known, known @ regression + residual], axis=1)
+    old_gram, new_gram = known.T @ known / len(new), z_new.T @ z_new / len(new)
+    a, b, _ = reference.merge_by_inputs(merged, tuned, weight, 4, old_gram, new_gram, ridge=0.0)
+
+    def error(matrix):
+        old_error = (z_old @ q @ (matrix - merged[1] @ merged[0]).T) ** 2
+        new_error = (z_new @ q @ (matrix - tuned[1] @ tuned[0]).T) ** 2
+        return (1 - weight) * old_error.sum() + weight * new_error.sum()
+
+    best = error(b @ a)
+    assert best < 0.999 * error((1 - weight) * merged[1] @ merged[0] + weight * tuned[1] @ tuned[0])
+    generator = np.random.default_rng(4)
+    for size in (1e-3, 1e-1):
+        step = size * generator.normal(size=(6, 4)) @ q
+        assert error(b @ a + step) > best and error(b @ a - step) > best
+
+
+def test_a_direction_that_only_one_side_sees_is_decided_by_that_side():
+    # merged reads the inputs x1 and x2, tuned x3 and x4. Old inputs have x1 alone of the first two, new ones x2 alone.
+    generator = np.random.default_rng(5)
+    merged = np.eye(2, 7), generator.normal(size=(6, 2))
+    tuned = np.eye(7)[2:4], generator.normal(size=(6, 2))
+    old_gram, new_gram = np.diag([1.0, 1e-9]), np.diag([1e-9, 1.0, 1.0, 1.0])
+    a, b, _ = reference.merge_by_inputs(merged, tuned, 0.5, 4, old_gram, new_gram, ridge=0.0)
+    whole = b @ a
+    np.testing.assert_allclose(whole[:, 0], merged[1][:, 0], atol=1e-6)  # merged decides, in full
+    np.testing.assert_allclose(whole[:, 1], 0, atol=1e-6)  # tuned decides, which ignores x2
+    np.testing.assert_allclose(whole[:, 2:4], tuned[1] / 2, atol=1e-6)  # both have it alike: the mean of 0 and tuned
+    np.testing.assert_allclose(whole[:, 4:], 0, atol=1e-9)
+
+
+def test_more_rows_together_than_columns_are_refused():
+    pair = np.ones((3, 5)), np.ones((6, 3))
+    with pytest.raises(ValueError, match="rank <= in"):
+        reference.merge_by_inputs(pair, pair, 0.5, 3, np.eye(3), np.eye(6))
+
+
+def test_the_old_gram_of_the_next_merge_is_that_of_the_mixed_inputs(xp):
+    merged, tuned, old, new = input_case(6)
+    old_gram, new_gram = grams(merged[0], tuned[0], old, new)
+    pairs = [tuple(single(xp, x) for x in pair) for pair in (merged, tuned)]
+    a, _, gram = reference.merge_by_inputs(*pairs, 1.0, 2, single(xp, old_gram), single(xp, new_gram), ridge=0.0)
+    z = new @ reference.orthogonal_init(to_numpy(a).astype(np.float64)).T
+    np.testing.assert_allclose(to_numpy(gram), z.T @ z / len(new), atol=1e-3 * np.abs(to_numpy(gram)).max())
+
+
+# --- sums of products, and cuts ---------------------------------------------------------------------------------------
+
+
+def test_stacked_pairs_sum_their_products(xp):
+    generator = np.random.default_rng(8)
+    pairs = [random_pair(generator, rank, 7, 5) for rank in (1, 3, 2)]
+    a, b = reference.stack_pairs([(single(xp, a), single(xp, b)) for a, b in pairs], [0.5, 1, -2])
+    assert a.shape == (6, 7) and b.shape == (5, 6)
+    expected = sum(weight * b @ a for weight, (a, b) in zip([0.5, 1, -2], pairs, strict=True))
+    np.testing.assert_allclose(to_numpy(b) @ to_numpy(a), expected, atol=1e-5)
+
+
+def test_one_stacked_pair_is_itself():
+    a, b = random_pair(np.random.default_rng(9), 2, 7, 5)
+    one_a, one_b = reference.stack_pairs([(a, b)])
+    assert np.array_equal(one_a, a) and np.array_equal(one_b, b)
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (5, 5)])
+def test_a_split_matrix_is_the_best_of_its_rank_and_balanced(xp, shape):
+    matrix = np.random.default_rng(10).normal(size=shape)
+    a, b = (to_numpy(x) for x in reference.split_delta(single(xp, matrix), 3))
+    u, s, vt = np.linalg.svd(matrix)
+    assert a.shape == (3, shape[1]) and b.shape == (shape[0], 3)
+    np.testing.assert_allclose(b @ a, (u[:, :3] * s[:3]) @ vt[:3], atol=1e-5)
+    np.testing.assert_allclose(a @ a.T, np.diag(s[:3]), atol=1e-5)
+
+
+def test_a_matrix_cannot_be_split_to_more_than_its_rank():
+    with pytest.raises(ValueError, match=r"a matrix of shape \(4, 5\) cannot have rank 5"):
+        reference.split_delta(np.ones((4, 5)), 5)
+
+
+def test_update_norm_is_that_of_the_product(xp):
+    a, b = random_pair(np.random.default_rng(13), 3, 8, 6)
+    assert float(reference.update_norm(single(xp, a), single(xp, b))) == pytest.approx(np.linalg.norm(b @ a), rel=1e-5)
+    assert float(reference.update_norm(single(xp, a), single(xp, 0 * b))) == 0
 
 
 # --- the delta, and what holds everywhere ----------------------------------------------------------------------------

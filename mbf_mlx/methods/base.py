@@ -1,16 +1,19 @@
 """What every continual method shares: factors, the state between tasks, and what a method has to answer.
 
 Shapes: A (rank, in), B (out, rank). A layer is named by its path in the MLX model, "model.layers.0.self_attn.q_proj".
+`start`, `finish` and `after_task` may be given NumPy arrays or MLX arrays on the CPU; `penalty` and `effective` run in
+the training step, on arrays of the library that trains.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.reference import Array, orthogonal_init
+from mbf_mlx.reference import Array, namespace, orthogonal_init
 
 
 class Pair(NamedTuple):
@@ -42,25 +45,50 @@ class State:
         arrays += [array for tensors in self.kept.values() for array in tensors.values()]
         return sum(int(array.nbytes) for array in arrays)
 
+    def to(self, xp: Any) -> "State":
+        """Return the same state with every array in the library `xp`: done once a task, before its training steps."""
+        deployed = {name: Pair(xp.asarray(a), xp.asarray(b)) for name, (a, b) in self.deployed.items()}
+        kept = {key: {name: xp.asarray(x) for name, x in tensors.items()} for key, tensors in self.kept.items()}
+        return replace(self, deployed=deployed, kept=kept)
+
+
+class Row(NamedTuple):
+    """One tokenized training row, as `encode` gives it."""
+
+    tokens: np.ndarray  # int32[n]
+    supervised: np.ndarray  # bool[n]; supervised[i] says that token i is a label
+
 
 class Method(Protocol):
-    """A continual method. `start` and `finish` are all that the paper's needs; train.py looks for the rest by name.
+    """A continual method: `start` and `finish` are all that the paper's needs.
 
-    Optional, where a method has them: `penalty(factors, state)`, a scalar added to the loss and differentiated in the
-    namespace of `factors`; `after_task(state, gradients)`, called with mean squared gradients of the task's rows;
-    `extra_rows(state)`, token rows mixed into the task's own; `trains`, the factors that get gradients, ("a", "b")
-    where a method has none.
+    Others have some of these besides, which learn.py and train.py look for by name:
+
+    - `rates(state) -> dict[str, float]`: the learning rate of each field ("a", "b") as a share of the task's own; 0 for
+      one that does not train. Without it every field has the whole rate.
+    - `effective(tuned, state) -> Factors`: the pairs that the model applies while training, made of what trains and of
+      what `state` holds; differentiated through. Without it what trains is itself what is applied. A method that has
+      it may train other named tuples than `Pair`, and none at all in some layers.
+    - `penalty(tuned, state)`: a scalar that is added to the loss of every step, or None where there is none.
+    - `measure(state, tuned) -> dict[str, Array]`: a matrix P (k, in) for each layer; `finish` is then called with
+      `inputs=`, for each layer the mean of (P x)(P x)^T over the tokens x that reach the layer in the task's rows,
+      (k, k), the model applying what was tuned.
+    - `needs` and `after_task(state, what) -> State`, called after `finish`: for `needs` "gradients", `what` has, for
+      each array that trained, the mean over the task's rows of the squared gradient of the row's loss (its mean
+      cross-entropy); for "rows" it is the task's training rows, a list of `Row`.
+    - `extra_rows(state, count) -> list[Row]`: rows to mix into the `count` rows of the task.
     """
 
     name: str
     options: dict[str, Any]  # what the manifest keeps, enough for `make(name, options)`
+    grows: bool  # whether what it keeps grows with the number of tasks
 
-    def start(self, state: State) -> Factors:
-        """Return the factors that task state.t + 1 starts from."""
+    def start(self, state: State) -> Any:
+        """Return what task state.t + 1 starts from: Factors, or other named tuples where there is an `effective`."""
         ...
 
-    def finish(self, state: State, tuned: Factors) -> State:
-        """Return the state after task state.t + 1, whose tuned factors are given."""
+    def finish(self, state: State, tuned: Any) -> State:
+        """Return the state after task state.t + 1, given what `start` returned as training left it."""
         ...
 
 
@@ -100,6 +128,17 @@ def first_factors(state: State, first_a: str, zero: str = "b") -> Factors:
     return factors
 
 
+def pad_rank(pair: Pair, rank: int) -> Pair:
+    """Return the pair with zero rows in A and columns in B up to `rank`: an adapter has one rank for all layers."""
+    missing = rank - pair.a.shape[0]
+    if missing == 0:
+        return pair
+    xp = namespace(pair.a)
+    rows = xp.zeros((missing, pair.a.shape[1]), dtype=pair.a.dtype)
+    columns = xp.zeros((pair.b.shape[0], missing), dtype=pair.b.dtype)
+    return Pair(xp.concatenate([pair.a, rows], axis=0), xp.concatenate([pair.b, columns], axis=1))
+
+
 def in_double(function: Callable[..., Any], *arrays: Array) -> Any:
     """Return what `function` makes of the arrays, for NumPy's computed in double precision and cast back.
 
@@ -111,6 +150,18 @@ def in_double(function: Callable[..., Any], *arrays: Array) -> Any:
     if isinstance(results, tuple):
         return tuple(result.astype(arrays[0].dtype) for result in results)
     return results.astype(arrays[0].dtype)
+
+
+def check_number(method: str, key: str, value: Any, least: float, most: float = math.inf) -> None:
+    """Refuse an option that is not a number in [least, most].
+
+    Raises:
+        InputError: naming the method, the option, what it may be and what it is.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not least <= value <= most:
+        expected = f"a number of at least {least}" if most == math.inf else f"a number in [{least}, {most}]"
+        raise InputError(f"{method}: {key}: expected {expected}, got {value!r}")
 
 
 def check_choices(method: str, options: Mapping[str, Any], choices: Mapping[str, tuple[str, ...]]) -> None:

@@ -5,10 +5,30 @@ from typing import Any
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods.base import Method
+from mbf_mlx.methods.dare import Dare
+from mbf_mlx.methods.frozen_a import FrozenA
+from mbf_mlx.methods.magmax import MagMax
+from mbf_mlx.methods.opcm import Opcm
+from mbf_mlx.methods.products import Products
+from mbf_mlx.methods.running_mean import RunningMean
 from mbf_mlx.methods.sequential import Sequential
 from mbf_mlx.methods.slao import Slao
+from mbf_mlx.methods.task_arithmetic import TaskArithmetic
+from mbf_mlx.methods.ties import Ties
 
-_METHODS: dict[str, Callable[..., Method]] = {method.name: method for method in (Slao, Sequential)}
+_ALL: tuple[type[Method], ...] = (
+    Slao,
+    Sequential,
+    Products,
+    FrozenA,
+    RunningMean,
+    TaskArithmetic,
+    MagMax,
+    Ties,
+    Dare,
+    Opcm,
+)
+_METHODS: dict[str, Callable[..., Method]] = {method.name: method for method in _ALL}
 
 
 def names() -> list[str]:

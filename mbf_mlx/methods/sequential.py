@@ -20,6 +20,7 @@ class Sequential:
     """
 
     name = "sequential"
+    grows = False
 
     def __init__(self, first_a: str = "uniform") -> None:
         self.options: dict[str, Any] = {"first_a": first_a}

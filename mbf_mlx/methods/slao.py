@@ -42,6 +42,7 @@ class Slao:
     """
 
     name = "slao"
+    grows = False
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class Slao:
         weight: str | float = "1/sqrt(t)",
         train: str = "a and b",
     ) -> None:
-        self.options: dict[str, Any] = {
+        self.settings: dict[str, Any] = {
             "start_a": start_a,
             "first_a": first_a,
             "start_b": start_b,
@@ -60,30 +61,36 @@ class Slao:
             "weight": weight,
             "train": train,
         }
-        check_choices(self.name, self.options, CHOICES)
+        self.options = self.settings  # a method made of this one shows its own
+        check_choices(self.name, self.settings, CHOICES)
         constant = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight <= 1
         if weight not in WEIGHTS and not constant:
-            raise InputError(f"slao: weight: expected {', '.join(WEIGHTS)} or a constant in (0, 1], got {weight!r}")
-        _refuse_without_meaning(start_a, start_b, merged, weight, train)
-        self.trains = tuple(train.split(" and "))
+            raise InputError(
+                f"{self.name}: weight: expected {', '.join(WEIGHTS)} or a constant in (0, 1], got {weight!r}"
+            )
+        _refuse_without_meaning(self.name, start_a, start_b, merged, weight, train)
+
+    def rates(self, state: State) -> dict[str, float]:
+        """Return the learning rates of A and B as shares of the task's own: 0 for a factor that does not train."""
+        return {factor: float(factor in self.settings["train"].split(" and ")) for factor in "ab"}
 
     def start(self, state: State) -> Factors:
         """Return the factors that task state.t + 1 starts from."""
-        if state.t == 0 or self.options["start_a"] == "random":
-            return first_factors(state, self.options["first_a"], zero="a" if self.trains == ("a",) else "b")
+        if state.t == 0 or self.settings["start_a"] == "random":
+            return first_factors(state, self.settings["first_a"], zero="a" if self.settings["train"] == "a" else "b")
         return {name: self._start_pair(state, name) for name in state.layers}
 
     def _start_pair(self, state: State, name: str) -> Pair:
         tuned, deployed = self._tuned(state, name), state.deployed[name]
-        b = {"tuned": tuned.b, "merged": deployed.b, "zero": 0 * tuned.b}[self.options["start_b"]]
-        if self.options["start_a"] == "keep":
+        b = {"tuned": tuned.b, "merged": deployed.b, "zero": 0 * tuned.b}[self.settings["start_b"]]
+        if self.settings["start_a"] == "keep":
             return Pair(tuned.a, b)
         basis, r = in_double(signed_qr, tuned.a)
-        return Pair(basis, b @ r if self.options["start_a"] == "qr-preserving" else b)
+        return Pair(basis, b @ r if self.settings["start_a"] == "qr-preserving" else b)
 
     def finish(self, state: State, tuned: Factors) -> State:
         """Merge the tuned factors of task state.t + 1 into the deployed ones."""
-        t, merged = state.t + 1, self.options["merged"]
+        t, merged = state.t + 1, self.settings["merged"]
         if t == 1 or merged == "none":
             deployed = dict(tuned)
         else:
@@ -97,8 +104,8 @@ class Slao:
 
     def _merge_pair(self, state: State, name: str, tuned: Pair, t: int) -> Pair:
         (old_a, old_b), (a, b) = state.deployed[name], tuned
-        weight, merged = self._weight(t), self.options["merged"]
-        if self.options["start_a"] == "qr-preserving":
+        weight, merged = self._weight(t), self.settings["merged"]
+        if self.settings["start_a"] == "qr-preserving":
             _, r = in_double(signed_qr, self._tuned(state, name).a)
             old_b = old_b @ r
         if merged in ("a", "a and b"):
@@ -116,24 +123,28 @@ class Slao:
         )
 
     def _weight(self, t: int) -> float:
-        weight = self.options["weight"]
+        weight = self.settings["weight"]
         if weight == "1/t":
             return 1 / t
         return merge_weight(t) if weight == "1/sqrt(t)" else float(weight)
 
 
-def _refuse_without_meaning(start_a: str, start_b: str, merged: str, weight: str | float, train: str) -> None:
+def _refuse_without_meaning(
+    name: str, start_a: str, start_b: str, merged: str, weight: str | float, train: str
+) -> None:
     if start_a == "random" and start_b != "zero":
-        raise InputError("slao: a random start of A has no meaning for a B tuned with another A; use start_b 'zero'")
+        raise InputError(f"{name}: a random start of A has no meaning for a B tuned with another A; use start_b 'zero'")
     if start_a == "qr-preserving" and start_b == "zero":
-        raise InputError("slao: a start that keeps the function needs B; use start_b 'tuned' or start_a 'qr'")
+        raise InputError(f"{name}: a start that keeps the function needs B; use start_b 'tuned' or start_a 'qr'")
     if start_a == "qr-preserving" and merged in ("a", "a and b"):
-        raise InputError("slao: with A merged, too, merged B has no basis to be moved to; use merged 'b' or 'none'")
+        raise InputError(f"{name}: with A merged, too, merged B has no basis to be moved to; use merged 'b' or 'none'")
     if merged == "none" and (start_b == "merged" or weight != WEIGHTS[0]):
-        raise InputError("slao: with nothing merged there is neither a merged B to start from nor a weight")
+        raise InputError(f"{name}: with nothing merged there is neither a merged B to start from nor a weight")
     if merged == "a" and start_b == "merged":
-        raise InputError("slao: with A alone merged there is no merged B to start from; use start_b 'tuned'")
+        raise InputError(f"{name}: with A alone merged there is no merged B to start from; use start_b 'tuned'")
     if train != "a and b" and (start_a != "keep" or start_b != "tuned"):
-        raise InputError("slao: a factor that does not train stays as it is; use start_a 'keep' and start_b 'tuned'")
+        raise InputError(f"{name}: a factor that does not train stays as it is; use start_a 'keep' and start_b 'tuned'")
     if train != "a and b" and merged not in (train, "none"):
-        raise InputError(f"slao: only {train!r} trains, so nothing else can be merged; use merged {train!r} or 'none'")
+        raise InputError(
+            f"{name}: only {train!r} trains, so nothing else can be merged; use merged {train!r} or 'none'"
+        )

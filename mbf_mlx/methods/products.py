@@ -1,0 +1,203 @@
+"""Merging products: what is deployed is a mean of the tasks' updates B @ A, not of their B under the newest A.
+
+After task t the update is (1 - w) merged_B merged_A + w tuned_B tuned_A, exactly, cut back to a pair of the stream's
+rank; w = t ** -exponent. So an old B is never used under an A that it was not tuned with.
+
+Options are what can be had at the same memory:
+- where the next task starts: at the tuned pair, at the merged one (then nothing else is kept), or between them;
+- in which basis: see `basis`;
+- `metric` "inputs": what is near is judged by the layer's outputs on the tasks' own inputs instead of by weights, with
+  a Gram matrix of rank x rank numbers a layer kept for the old ones (`reference.merge_by_inputs`);
+- `norm` "kept": a mean of updates that point apart is shorter than they are; this gives it the mean of their lengths;
+- `rate_a`: how fast A learns after the first task, compared with B: the less A moves, the less the cut takes away.
+
+Keeps: two pairs (merged and tuned), or one where tasks start from the merged one; with "inputs" rank^2 numbers a layer
+more. Constant in the number of tasks.
+
+Source: ours; Algorithm 1 of arXiv:2512.23017 merges B alone and is `slao`.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from mbf_mlx.errors import InputError
+from mbf_mlx.methods.base import (
+    FIRST_A,
+    Factors,
+    Pair,
+    State,
+    check_choices,
+    check_number,
+    first_factors,
+    in_double,
+    pad_rank,
+)
+from mbf_mlx.reference import (
+    Array,
+    cut_rank,
+    in_basis,
+    input_basis,
+    merge_by_inputs,
+    merge_products,
+    orthogonal_init,
+    stack_pairs,
+    update_norm,
+)
+
+CHOICES = {
+    "basis": ("qr", "qr-preserving", "balanced", "keep"),
+    "metric": ("weights", "inputs"),
+    "norm": ("free", "kept"),
+    "first_a": FIRST_A,
+}
+
+
+class Products:
+    """The merge of products.
+
+    Args:
+        exponent: w = t ** -exponent is the weight of task t, in [0, 2]; 0.5 as in the paper, 1 is the plain mean.
+        rank: Of what is merged and deployed; None is the stream's.
+        start: The pair that the next task starts from: "tuned", "merged", or the tuned one's share in between.
+        basis: Of the start, as in `reference.in_basis`: "qr" as in Algorithm 1, "qr-preserving", "balanced" or "keep".
+            A merged pair has no basis of its own, so it cannot start with "qr".
+        metric: "weights" or "inputs".
+        norm: "free" or "kept".
+        rate_a: A's learning rate as a share of B's, after the first task, in [0, 1].
+        first_a: A of the first task: "orthonormal", or "uniform" as in LoRA.
+
+    Raises:
+        InputError: an argument outside its choices, or a combination without meaning.
+    """
+
+    name = "products"
+    grows = False
+
+    def __init__(
+        self,
+        exponent: float = 0.5,
+        rank: int | None = None,
+        start: str | float = "tuned",
+        basis: str = "qr",
+        metric: str = "weights",
+        norm: str = "free",
+        rate_a: float = 1.0,
+        first_a: str = "orthonormal",
+    ) -> None:
+        self.options: dict[str, Any] = {
+            "exponent": exponent,
+            "rank": rank,
+            "start": start,
+            "basis": basis,
+            "metric": metric,
+            "norm": norm,
+            "rate_a": rate_a,
+            "first_a": first_a,
+        }
+        check_choices(self.name, self.options, CHOICES)
+        check_number(self.name, "exponent", exponent, 0, 2)
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+            raise InputError(f"products: rank: expected a whole number of at least 1, got {rank!r}")
+        check_number(self.name, "rate_a", rate_a, 0, 1)
+        if start not in ("tuned", "merged"):
+            check_number(self.name, "start ('tuned', 'merged' or the tuned pair's share)", start, 0, 1)
+        self._share = float({"tuned": 1, "merged": 0}.get(str(start), start))
+        if self._share < 1 and basis == "qr":
+            raise InputError(
+                "products: a merged pair's A is one of many that give its product, so an orthonormal basis with B as it"
+                " is would be another function; use basis 'qr-preserving' or 'balanced'"
+            )
+        if metric == "inputs":
+            if rank is not None:
+                raise InputError(
+                    "products: metric 'inputs' knows the inputs in the stream's rank alone; leave out rank"
+                )
+            self.measure = self._measure  # train.py looks for it by name
+
+    def rates(self, state: State) -> dict[str, float]:
+        """Return the learning rates of A and B as shares of the task's own."""
+        return {"a": self.options["rate_a"] if state.t else 1.0, "b": 1.0}
+
+    def start(self, state: State) -> Factors:
+        """Return the factors that task state.t + 1 starts from."""
+        if state.t == 0:
+            self._check_layers(state)
+            return first_factors(state, self.options["first_a"])
+        return {name: Pair(*in_double(self._start(state.rank), *self._pairs(state, name))) for name in state.layers}
+
+    def _check_layers(self, state: State) -> None:
+        """Refuse, before anything is trained, layers too small for what is merged in them."""
+        rank = self.options["rank"] or 1
+        if rank > 2 * state.rank:
+            raise InputError(f"products: rank: two pairs of rank {state.rank} have at most twice that, got {rank}")
+        least = 2 * state.rank if self.options["metric"] == "inputs" else rank
+        if small := [
+            f"  {name}: {out} x {inner}" for name, (out, inner) in state.layers.items() if inner < least or out < rank
+        ]:
+            raise InputError(f"products: these layers are too small for a merge of rank {least}:\n" + "\n".join(small))
+
+    def _pairs(self, state: State, name: str) -> list[Array]:
+        """Return merged A and B, and tuned A and B where they are kept."""
+        tuned = [state.kept[key][name] for key in ("tuned_a", "tuned_b") if key in state.kept]
+        return [*state.deployed[name], *tuned]
+
+    def _start(self, rank: int) -> Any:
+        def start(a: Array, b: Array, *tuned: Array) -> tuple[Array, Array]:
+            if self._share == 1:
+                a, b = tuned
+            elif self._share > 0:
+                a, b = stack_pairs([(a, b), (tuned[0], tuned[1])], [1 - self._share, self._share])
+            if a.shape[0] > rank:
+                a, b = cut_rank(a, b, rank)
+            return in_basis(a, b, self.options["basis"])
+
+        return start
+
+    def _measure(self, state: State, tuned: Factors) -> dict[str, Array]:
+        """Return, a layer, the directions in which the inputs' Gram is needed: (rank, in), later (2 rank, in)."""
+        if state.t == 0:
+            return {name: in_double(orthogonal_init, pair.a) for name, pair in tuned.items()}
+        return {name: in_double(input_basis, state.deployed[name].a, pair.a) for name, pair in tuned.items()}
+
+    def finish(self, state: State, tuned: Factors, inputs: dict[str, Array] | None = None) -> State:
+        """Merge the tuned factors of task state.t + 1 into the deployed ones; `inputs` where `measure` asks for it."""
+        t, rank = state.t + 1, self.options["rank"] or state.rank
+        kept: dict[str, dict[str, Array]] = {}
+        if self._share > 0:
+            kept = {"tuned_a": {n: p.a for n, p in tuned.items()}, "tuned_b": {n: p.b for n, p in tuned.items()}}
+        if t == 1:
+            deployed = {name: pad_rank(pair, rank) for name, pair in tuned.items()}
+            grams = inputs
+        else:
+            merged = {name: self._merge(state, name, pair, t, rank, inputs) for name, pair in tuned.items()}
+            deployed = {name: Pair(a, b) for name, (a, b, *_) in merged.items()}
+            grams = {name: rest[0] for name, (_, _, *rest) in merged.items() if rest}
+        if self.options["metric"] == "inputs":
+            kept["inputs_gram"] = dict(grams or {})
+        return replace(state, t=t, deployed=deployed, kept=kept)
+
+    def _merge(
+        self, state: State, name: str, tuned: Pair, t: int, rank: int, inputs: dict[str, Array] | None
+    ) -> tuple[Array, ...]:
+        weight, old = t ** -float(self.options["exponent"]), state.deployed[name]
+
+        def by_weights(old_a: Array, old_b: Array, a: Array, b: Array) -> tuple[Array, ...]:
+            return self._with_norm(merge_products(old_a, old_b, a, b, weight, rank), (old_a, old_b), (a, b), weight)
+
+        def by_inputs(old_a: Array, old_b: Array, a: Array, b: Array, *grams: Array) -> tuple[Array, ...]:
+            *pair, gram = merge_by_inputs((old_a, old_b), (a, b), weight, rank, *grams)
+            return *self._with_norm(tuple(pair), (old_a, old_b), (a, b), weight), gram
+
+        if self.options["metric"] == "weights":
+            return in_double(by_weights, *old, *tuned)
+        if inputs is None:
+            raise ValueError("products: metric 'inputs' needs the Gram matrices that `measure` asks for")
+        return in_double(by_inputs, *old, *tuned, state.kept["inputs_gram"][name], inputs[name])
+
+    def _with_norm(self, pair: Any, old: Any, tuned: Any, weight: float) -> tuple[Array, Array]:
+        """Return the pair, with norm "kept" at the weighted mean of both updates' norms."""
+        if self.options["norm"] == "free":
+            return pair
+        aim = (1 - weight) * float(update_norm(*old)) + weight * float(update_norm(*tuned))
+        length = float(update_norm(*pair))
+        return pair[0], pair[1] * (aim / length if length else 1.0)
