@@ -1,0 +1,216 @@
+"""Rows become tokens: which of them are supervised, and what is cut from a row that is too long.
+
+A row's tokens are a prompt, exactly the one from which an answer is generated, and the answer that continues it, which
+ends with the token that ends a turn and holds nothing after it. The answer is tokenized apart from the prompt: no
+token may reach over the seam, or training would see a prompt that generation never sees.
+
+What a template writes is left to template.py, pieces of text and their tokens to pieces.py, batches to batches.py.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mbf_mlx.config import DataConfig
+from mbf_mlx.pieces import Pieces
+from mbf_mlx.rows import BadRow, Row
+from mbf_mlx.splits import Problems
+from mbf_mlx.template import ChatTemplate, Rendered
+
+CHUNK = 512  # rows that are rendered and tokenized together
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A row's tokens; `supervised[i]` says that token i is a label, to be predicted from the tokens before it."""
+
+    tokens: np.ndarray  # int32 (n,)
+    supervised: np.ndarray  # bool (n,); never the first, which nothing predicts
+    prompt_length: int  # tokens before the last answer: what a generation starts from
+    cut: int  # tokens that were cut because the row was too long
+    row: Row
+
+
+def encode(
+    row: Row, tokenizer: Any, *, template: str = "chat", mask_prompt: bool = True, max_length: int = 2048
+) -> Encoded:
+    """Return one row's tokens; an `Encoder` makes those of many rows faster.
+
+    Raises:
+        BadRow: it does not fit, or the model's template refuses it.
+    """
+    data = DataConfig(template=template, mask_prompt=mask_prompt, max_seq_length=max_length)
+    _, encoded = next(Encoder(tokenizer, data).stream([row]))
+    if isinstance(encoded, BadRow):
+        raise encoded
+    return encoded
+
+
+def encode_prompt(row: Row, tokenizer: Any, *, template: str = "chat", max_length: int = 2048) -> np.ndarray:
+    """Return the tokens from which a row's last answer is generated, int32 (n,): what is supervised goes on here."""
+    encoded = encode(row, tokenizer, template=template, max_length=max_length)
+    return encoded.tokens[: encoded.prompt_length]
+
+
+class Encoder:
+    """Encodes rows with one tokenizer and one setting.
+
+    Args:
+        tokenizer: mlx-lm's TokenizerWrapper, or the transformers tokenizer inside it.
+        data: Template, mask and length. The template "chat" means "none" for a model without one.
+    """
+
+    def __init__(self, tokenizer: Any, data: DataConfig):
+        self.data = data
+        self._pieces = Pieces(tokenizer)
+        has_template = getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", None) is not None)
+        self._template = ChatTemplate(tokenizer) if data.template == "chat" and has_template else None
+
+    def all(self, rows: Iterable[Row], path: Path) -> list[Encoded]:
+        """Return all rows' tokens; `path` is what an error calls the task.
+
+        Raises:
+            InputError: with every row that does not fit, as `file:line: reason`.
+        """
+        problems, encoded = Problems(), []
+        for row, found in self.stream(rows):
+            if isinstance(found, BadRow):
+                problems.add(row.file, row.line, str(found))
+            else:
+                encoded.append(found)
+        problems.raise_any(path)
+        return encoded
+
+    def stream(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Encoded | BadRow]]:
+        """Yield each row with its tokens, or with the reason why it has none; few are in memory at once."""
+        iterator = iter(rows)
+        while chunk := list(islice(iterator, CHUNK)):
+            whole = self._parts(chunk)
+            for row, full, parts in zip(chunk, whole, self._fitted(chunk, whole), strict=True):
+                if isinstance(parts, _Parts) and isinstance(full, _Parts):
+                    yield row, self._encoded(row, parts, full.length - parts.length)
+                elif isinstance(parts, BadRow):
+                    yield row, parts
+
+    def marked(self, encoded: Encoded) -> list[tuple[str, bool]]:
+        """Return what a row says in pieces, each with whether it is supervised."""
+        edges = (np.flatnonzero(np.diff(encoded.supervised)) + 1).tolist()
+        spans = zip([0, *edges], [*edges, len(encoded.tokens)], strict=True)
+        return [(self._pieces.text(encoded.tokens[i:j].tolist()), bool(encoded.supervised[i])) for i, j in spans]
+
+    def _encoded(self, row: Row, parts: "_Parts", cut: int) -> Encoded:
+        tokens = np.array(parts.prompt + parts.answer, np.int32)
+        supervised = np.array(parts.supervised + [True] * len(parts.answer), bool)
+        if not self.data.mask_prompt:
+            supervised[:] = True
+        supervised[0] = False
+        return Encoded(tokens, supervised, len(parts.prompt), cut, row)
+
+    def _parts(self, rows: Sequence[Row]) -> "list[_Parts | BadRow]":
+        """Return the rows' tokens, however many; all rows are of one kind."""
+        if not rows:
+            return []
+        if rows[0].kind == "text":
+            tokens = [self._pieces.ended(tokens) for tokens in self._pieces.begun([row.text for row in rows])]
+            return [_Parts(tokens[:1], [False], tokens[1:]) for tokens in tokens]
+        if self._template is not None:
+            return self._chat_parts(self._template.render(rows))
+        if rows[0].kind == "messages":
+            why = "--template none" if self.data.template == "none" else "the model has none"
+            reason = f"messages need a chat template ({why}): expected prompt/completion or text rows"
+            return [BadRow(reason) for _ in rows]
+        prompts = self._pieces.begun([row.prompt for row in rows])
+        answers = self._pieces.continued([row.completion for row in rows])
+        return [_Parts(p, [False] * len(p), self._pieces.ended(a)) for p, a in zip(prompts, answers, strict=True)]
+
+    def _chat_parts(self, rendered: "list[Rendered | BadRow]") -> "list[_Parts | BadRow]":
+        good = [text for text in rendered if isinstance(text, Rendered)]
+        answers = [self._pieces.turn(tokens) for tokens in self._pieces.continued([text.answer for text in good])]
+        found = (
+            _Parts(*prompt, tokens if ends else self._pieces.ended(tokens))
+            for prompt, (tokens, ends) in zip(self._prompts(good), answers, strict=True)
+        )
+        return [text if isinstance(text, BadRow) else next(found) for text in rendered]
+
+    def _prompts(self, rendered: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
+        """Return each prompt's tokens, and which of them earlier answers hold."""
+        texts = [text.prompt for text in rendered]
+        if not any(text.earlier for text in rendered):
+            return [(tokens, [False] * len(tokens)) for tokens in self._pieces.plain(texts)]
+        prompts = []
+        for text, tokens, places in zip(rendered, *self._pieces.placed(texts), strict=True):
+            supervised = np.zeros(len(tokens), bool)
+            starts, stops = np.array(places).reshape(-1, 2).T
+            for begin, end in text.earlier:
+                inside = np.flatnonzero((starts >= begin) & (stops <= end) & (starts < stops))
+                turn, _ = self._pieces.turn([tokens[i] for i in inside])
+                supervised[inside[: len(turn)]] = True
+            prompts.append((tokens, supervised.tolist()))
+        return prompts
+
+    def _fitted(self, rows: Sequence[Row], parts: "list[_Parts | BadRow]") -> "list[_Parts | BadRow]":
+        """Return the rows' tokens with the text of each last user message cut on its left until the row fits.
+
+        Text rows lose their end instead.
+        """
+        limit, fitted = self.data.max_seq_length, list(parts)
+        longs = {i: part for i, part in enumerate(parts) if isinstance(part, _Parts) and part.length > limit}
+        if rows[0].kind == "text":
+            for i, part in longs.items():
+                fitted[i] = part._replace(answer=part.answer[: limit - 1])
+            return fitted
+        texts = {i: _question(rows[i]) for i in longs}
+        places = dict(zip(longs, self._pieces.placed(list(texts.values()))[1], strict=True))
+        drops, least = dict.fromkeys(longs, 0), {i: part.length - len(places[i]) for i, part in longs.items()}
+        while longs:
+            for i, part in longs.items():
+                drops[i] += part.length - limit
+                if drops[i] >= len(places[i]):
+                    fitted[i] = BadRow(self._too_long(rows[i], part, least[i]))
+            left = [i for i in longs if drops[i] < len(places[i])]
+            # The text is cut and the row made anew: what comes out is the template around a shorter text, no other.
+            shorter = self._parts([_asking(rows[i], texts[i][places[i][drops[i]][0] :]) for i in left])
+            longs = {}
+            for i, new in zip(left, shorter, strict=True):
+                fitted[i] = new
+                if isinstance(new, _Parts) and new.length > limit:
+                    longs[i] = new
+        return fitted
+
+    def _too_long(self, row: Row, parts: "_Parts", least: int) -> str:
+        needed = f"{len(parts.answer)} tokens of the answer and {least - len(parts.answer)} around the prompt's text"
+        if row.kind == "messages":
+            needed = f"{least} tokens without the text of the last user message"
+        return f"{needed} do not fit into --max-seq-length {self.data.max_seq_length}"
+
+
+class _Parts(NamedTuple):
+    prompt: list[int]
+    supervised: list[bool]  # of the prompt's tokens
+    answer: list[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+def _question(row: Row) -> str:
+    """Return the text of the last user message, the one that may be cut."""
+    if row.kind == "completion":
+        return row.prompt
+    texts = [message["content"] for message in row.messages if message["role"] == "user"]
+    return str(texts[-1]) if texts else ""
+
+
+def _asking(row: Row, text: str) -> Row:
+    """Return the row with another text in its last user message."""
+    if row.kind == "completion":
+        return replace(row, prompt=text)
+    place = max(i for i, message in enumerate(row.messages) if message["role"] == "user")
+    messages = list(row.messages)
+    messages[place] = {**messages[place], "content": text}
+    return replace(row, messages=tuple(messages))

@@ -1,0 +1,250 @@
+"""One training row, whatever file it came from: what it holds, and the rules that it must meet.
+
+A row is one of three kinds, as in mlx-lm's data sets: "completion" (a prompt and its answer), "messages" (a
+conversation, perhaps with tools) and "text". Reading files is left to formats.py, tokens to encode.py.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+NAMES = {"completion": "prompt/completion", "messages": "messages", "text": "text"}
+EXAMPLES = {
+    "completion": '{"prompt": "Is this mail spam?\\nYou won!\\nAnswer:", "completion": " yes"}',
+    "messages": '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]}',
+    "text": '{"text": "Ferns are plants without flowers."}',
+}
+
+# What other tools call the same things: only to tell which key to rename, never read in their place.
+_ALIASES = {
+    "prompt": ("input", "question", "instruction", "query", "context", "source"),
+    "completion": ("output", "response", "answer", "target", "label", "chosen"),
+    "messages": ("conversations", "conversation", "chat", "dialog", "turns"),
+    "role": ("from",),
+    "content": ("value", "text"),
+    "text": ("content", "document", "body"),
+}
+_ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
+
+
+class BadRow(ValueError):
+    """A row that cannot be learned: the reason in one line and, where it can be told, the row put right."""
+
+    def __init__(self, reason: str, fixed: str | None = None):
+        super().__init__(reason)
+        self.fixed = fixed
+
+
+class Skipped(BadRow):
+    """A row that a published benchmark is known to have and that says nothing to learn: a warning, no error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row and the place that it came from."""
+
+    kind: str  # "completion", "messages" or "text"
+    file: Path
+    line: int  # from 1
+    prompt: str = ""
+    completion: str = ""
+    answers: tuple[str, ...] = ()  # all that count as right; the first is the completion
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    text: str = ""
+    digest: bytes = field(default=b"", compare=False)  # 16 bytes over what the row says, not over where it stands
+
+    def __post_init__(self) -> None:
+        said = (self.kind, self.prompt, self.completion, self.answers, self.messages, self.tools, self.text)
+        digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
+        object.__setattr__(self, "digest", digest)
+
+    @property
+    def where(self) -> str:
+        """The place as an error names it: `file:line`."""
+        return f"{self.file}:{self.line}"
+
+
+def row_from(document: object, file: Path, line: int) -> Row:
+    """Return the row that one JSON value says.
+
+    A row that has the keys of several kinds is read as mlx-lm reads it: prompt and completion before messages
+    before text. Other keys are ignored.
+
+    Raises:
+        BadRow: it is no object, or its keys, types or texts do not fit.
+    """
+    if not isinstance(document, dict):
+        raise BadRow(f'expected an object {{"prompt": …, "completion": …}}, got {_type(document)}')
+    if "prompt" in document and "completion" in document:
+        prompt, completion = _text(document, "prompt"), _text(document, "completion")
+        return Row("completion", file, line, prompt, completion, (completion,), tools=_tools(document))
+    if "messages" in document:
+        return Row("messages", file, line, messages=_messages(document["messages"]), tools=_tools(document))
+    if "text" in document:
+        if "tools" in document:
+            raise BadRow('"tools" go with "messages", not with "text"')
+        return Row("text", file, line, text=_text(document, "text"))
+    raise _wrong_keys(document)
+
+
+def reference_text(row: Row) -> str:
+    """Return the answer that a row expects, without white space around it: "" for text rows."""
+    if row.kind == "messages":
+        return str(row.messages[-1]["content"]).strip()
+    return row.completion.strip()
+
+
+def check_text(text: object, name: str, *, may_be_empty: bool = False) -> str:
+    """Return `text` where it is text that a tokenizer takes and that says something.
+
+    Raises:
+        BadRow: another type, nothing but white space, half a surrogate pair, a NUL byte.
+    """
+    if not isinstance(text, str):
+        raise BadRow(f"{name}: expected text, got {_type(text)}")
+    if not may_be_empty and not text.strip():
+        raise BadRow(f"{name}: expected text, got {'nothing but white space' if text else 'nothing'}")
+    if "\0" in text:
+        raise BadRow(f"{name}: holds a NUL byte (is the file UTF-16, or binary?)")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise BadRow(f"{name}: holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return text
+
+
+def _text(document: Mapping[str, Any], key: str) -> str:
+    return check_text(document[key], f'"{key}"')
+
+
+def _type(value: object) -> str:
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text"}
+    return names.get(type(value)) or ("a list" if isinstance(value, list) else "an object")
+
+
+def _tools(document: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    tools = document.get("tools")
+    if tools is None:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow('"tools": expected a list of objects')
+    check_text(json.dumps(tools, ensure_ascii=False), '"tools"')
+    return tuple(tools)
+
+
+def _messages(messages: object) -> tuple[dict[str, Any], ...]:
+    """Return the messages checked, their contents as text."""
+    if not isinstance(messages, list):
+        raise BadRow(f'"messages": expected a list, got {_type(messages)}')
+    if not messages:
+        raise BadRow("\"messages\": expected at least a user's and an assistant's message, got an empty list")
+    checked = tuple(_message(message, f"messages[{place}]") for place, message in enumerate(messages))
+    roles = [message["role"] for message in checked]
+    if "assistant" not in roles:
+        raise BadRow("no message of the assistant: expected an answer to learn")
+    if roles[0] == "assistant":
+        raise BadRow("messages[0] is the assistant's: expected a message before it that it answers")
+    if roles[-1] != "assistant":
+        raise BadRow(
+            f"the last message is of role {roles[-1]}: expected the assistant's answer (add it, or end before)"
+        )
+    return checked
+
+
+def _message(message: object, name: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise BadRow(f'{name}: expected an object {{"role": …, "content": …}}, got {_type(message)}')
+    if "role" not in message:
+        raise BadRow(
+            f'{name}: expected "role" and "content", got {_keys(message)}{_rename(message, "role", "content")}'
+        )
+    role = message["role"]
+    if role not in ROLES:
+        got = json.dumps(role)[:40] if isinstance(role, str) else _type(role)
+        meant = _ROLE_ALIASES.get(role) if isinstance(role, str) else None
+        hint = f' (write "{meant}")' if meant else ""
+        raise BadRow(f"{name}.role: expected {', '.join(ROLES[:-1])} or {ROLES[-1]}, got {got}{hint}")
+    calls = message.get("tool_calls")
+    if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
+        raise BadRow(f"{name}.tool_calls: expected a list of objects")
+    if "content" not in message and not calls:
+        raise BadRow(f'{name}: expected "content", got {_keys(message)}{_rename(message, "content")}')
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{name}.content[{place}]") for place, part in enumerate(content))
+    if content is None and calls:
+        content = ""
+    must_speak = role == "user" or (role == "assistant" and not calls)
+    content = check_text(content, f"{name}.content", may_be_empty=not must_speak)
+    others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+    check_text(json.dumps(others, ensure_ascii=False), name)
+    if calls:
+        others["tool_calls"] = [_plain_call(call) for call in calls]
+    return {"role": role, "content": content, **others}
+
+
+def _part(part: object, name: str) -> str:
+    """Return the text of one part of a content given as a list, as chat interfaces write it."""
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise BadRow(f'{name}: expected {{"type": "text", "text": …}}; pictures and sound cannot be learned')
+
+
+def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object: chat templates write them as JSON themselves."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _wrong_keys(document: dict[str, Any]) -> BadRow:
+    """Return the error for a row of no known kind, with the keys to rename where they can be guessed."""
+    expected = '"prompt" and "completion", or "messages", or "text"'
+    if not document:
+        return BadRow(f"expected {expected}, got an empty object")
+    for keys in (("prompt", "completion"), ("messages",), ("text",)):
+        renamed = {old: key for key in keys if (old := _meant(document, key))}
+        if len(renamed) == len(keys):
+            fixed = {renamed.get(key, key): value for key, value in document.items()}
+            return BadRow(f"expected {expected}, got {_keys(document)}{_rename(document, *keys)}", _shown(fixed))
+    return BadRow(f"expected {expected}, got {_keys(document)}")
+
+
+def _keys(document: Mapping[str, Any]) -> str:
+    names = [json.dumps(str(key)[:40]) for key in list(document)[:6]]
+    return ", ".join(names) + (", …" if len(document) > 6 else "") if names else "an empty object"
+
+
+def _meant(document: Mapping[str, Any], key: str) -> str | None:
+    """Return the key of `document` that was probably meant as `key`."""
+    if key in document:
+        return key
+    for other in document:
+        if other.strip().lower() == key or other.strip().lower() in _ALIASES[key]:
+            return other
+    return next(iter(difflib.get_close_matches(key, list(document), 1, 0.8)), None)
+
+
+def _rename(document: Mapping[str, Any], *keys: str) -> str:
+    pairs = [(_meant(document, key), key) for key in keys if key not in document]
+    names = [f'"{old[:40]}" to "{key}"' for old, key in pairs if old]
+    return f" (rename {' and '.join(names)})" if names else ""
+
+
+def _shown(document: Mapping[str, Any]) -> str | None:
+    """Return a row as a line to print, its texts shortened; None where it would still not fit."""
+    short = {k: v if len(v) <= 60 else v[:59] + "…" for k, v in document.items() if isinstance(v, str)}
+    try:
+        row_from(dict(document), Path(), 0)
+        return json.dumps({key: short.get(key, value) for key, value in document.items()}, ensure_ascii=False)[:400]
+    except BadRow:
+        return None
