@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from mbf_mlx import backend
+from mbf_mlx.blas import load_blas
 
-backend.load_blas()  # before any test imports mlx
+load_blas()  # before any test imports mlx
 ROOT = Path(__file__).resolve().parents[1]
 
 # name -> (relative tolerance, absolute tolerance), as numpy.testing takes them

@@ -74,7 +74,7 @@ class _Commands(TyperGroup):
             _say(f"error: {error}")
             raise SystemExit(1) from error
         except KeyboardInterrupt as error:
-            _say(f"stopped by {error or 'Ctrl-C'}; what was saved is kept")
+            _say(f"stopped by {str(error) or 'Ctrl-C'}; what was saved is kept")
             raise SystemExit(130) from error
         except BrokenPipeError as error:
             # Python flushes both at exit and would complain there once more.
@@ -83,7 +83,7 @@ class _Commands(TyperGroup):
             raise SystemExit(141) from error
 
 
-_CONTEXT = {"help_option_names": ["-h", "--help"]}
+_CONTEXT = {"help_option_names": ["--help", "-h"]}
 app = typer.Typer(
     cls=_Commands,
     context_settings=_CONTEXT,

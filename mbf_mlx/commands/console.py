@@ -67,8 +67,8 @@ def progress(title: str, total: int | None = None, unit: str = "steps") -> Itera
 
 @contextmanager
 def _bar(title: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[values]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=err) as bar:
+    name, values = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[values]}"))
+    with Progress(name, BarColumn(), MofNCompleteColumn(), values, TimeRemainingColumn(), console=err) as bar:
         task = bar.add_task(title, total=total, values="")
 
         def update(done: int, **values: Any) -> None:
@@ -118,7 +118,7 @@ def duration(seconds: float) -> str:
 def size(count: float) -> str:
     """Return a number of bytes as a person says it, in powers of 1000: "812 kB", "1.3 GB"."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
+        if count < 999.5 or unit == "TB":
             break
         count /= 1000
     return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"

@@ -1,0 +1,108 @@
+# Every target sets itself up: a virtual environment in .venv with the right extra for this machine. All can be repeated.
+#
+#   make quickstart     install, then `mbf quickstart`: one small model learns three tasks
+#   make test           formatting, lint, types and tests; at most 10 minutes on two cores
+#   make test-all       the same with the slow tests: the full quickstart, and what needs torch, peft or npm
+#   make bench          the benchmarks
+#   make format         format the code and mend what the linter can
+#   make release-check  build the wheel, install it into an empty environment, run it there
+#
+# PYTHON=python3.12 says which Python; EXTRA=cpu, cuda12, cuda13 or none says which mlx.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+comma := ,
+extras = $(subst none,,$(EXTRA))
+
+# Runs it: a version manager leaves names that start nothing.
+fits = $1 -c 'import sys; sys.version_info >= (3, 11) and print("yes")' 2>/dev/null
+# The CUDA that the driver can run; a Mac's mlx needs no extra.
+define find_extra
+case "$$(uname -s)" in \
+Darwin) echo none ;; \
+*) driver=$$(sed -n 's/.*Module.* \([0-9][0-9]*\)\.[0-9.]* .*/\1/p' /proc/driver/nvidia/version 2>/dev/null | head -n 1); \
+   if [ "$${driver:-0}" -ge 580 ]; then echo cuda13; elif [ "$${driver:-0}" -ge 550 ]; then echo cuda12; else echo cpu; fi ;; \
+esac
+endef
+
+ifndef PYTHON
+PYTHON := $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.14,$(if $(shell $(call fits,$p)),$p)))
+endif
+ifndef EXTRA
+EXTRA := $(shell $(find_extra))
+endif
+WORKERS ?= 2
+
+# Stamps inside the environment say what is installed in it; one that has lost its Python has to be made again.
+READY := $(VENV)/.installed-$(EXTRA)
+$(shell $(call fits,$(BIN)/python) >/dev/null || rm -f $(READY)*)
+
+.PHONY: help quickstart test test-all bench format release-check install install-dev install-all venv clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+quickstart: install
+	$(BIN)/mbf quickstart
+
+test: install-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy mbf_mlx
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-all: install-all
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy mbf_mlx
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+bench: install-dev
+	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+
+format: install-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+release-check: install-dev
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m pytest tests/test_package.py
+
+# A changed pyproject.toml installs again.
+install: $(READY)
+install-dev: $(READY)-dev
+install-all: $(READY)-all
+
+$(READY): pyproject.toml | venv
+	@echo "installing mbf-mlx$(if $(extras),[$(extras)]) into $(VENV); this takes a minute or two"
+	@$(PIP) install --editable '.$(if $(extras),[$(extras)])'
+	@touch $@
+
+$(READY)-dev: pyproject.toml | venv
+	@echo "installing mbf-mlx[$(if $(extras),$(extras)$(comma))dev] into $(VENV); this takes a minute or two"
+	@$(PIP) install --editable '.[$(if $(extras),$(extras)$(comma))dev]'
+	@touch $@ $(READY)
+
+# torch first and by itself: what comes after would take the newest, with CUDA. PIP_EXTRA_INDEX_URL names another index.
+$(READY)-all: $(READY)-dev
+	@echo "installing torch, peft and node-llama-cpp, which only tests use"
+	@$(PIP) install 'torch==2.13.0'
+	@$(PIP) install 'peft>=0.21'
+	@if [ -f tests/llama_cpp/package.json ] && command -v npm >/dev/null; then \
+	    npm install --prefix tests/llama_cpp --ignore-scripts --no-audit --no-fund --loglevel=error; fi
+	@touch $@
+
+venv:
+	@if [ -z "$(PYTHON)" ] || [ -z "$$($(call fits,$(PYTHON)))" ]; then \
+	    echo "mbf-mlx needs Python 3.11 or newer; $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1 || true)." \
+	         "Say which one with make PYTHON=python3.12" >&2; exit 1; fi
+	@if ! $(call fits,$(BIN)/python) >/dev/null || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	        echo "this Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	    echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear $(VENV); fi
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,262 @@
+"""The house: what may import what, what the wheel holds, and that a clean install runs."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mbf_mlx
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mbf_mlx"
+
+# Imports point down these lines, never up; within a line they may not go round in circles. docs/ has no say here: a new
+# module gets its place in this table.
+LAYERS = [
+    ["commands"],
+    ["serving", "quickstart"],
+    ["api"],
+    ["learn", "exchange", "export", "report"],
+    ["train", "evaluate"],
+    ["engine"],
+    ["model", "sources", "gguf_import", "gguf_file", "gguf_tokenizer", "safetensors_file"],
+    ["stream", "working", "backend"],
+    ["adapter", "batches", "tasks", "encode", "reading", "rows", "formats", "benchmark_formats", "splits", "template"],
+    ["methods"],
+    ["reference", "metrics", "config", "storage", "records", "machine", "blas"],
+    ["errors"],
+]
+# Run in the plain install, where there is no mlx.
+WITHOUT_MLX = [
+    "errors", "config", "reference", "metrics", "storage", "records", "machine", "blas", "methods", "tasks", "encode",
+    "batches", "adapter", "stream", "working", "backend", "exchange", "export.peft", "export.gguf_adapter", "commands",
+]  # fmt: skip
+
+
+def modules():
+    """Return every module of the package, "methods.slao" -> its file."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    found.pop("")
+    return found
+
+
+def imports(file):
+    """Yield (module, whether at the top level) of every import in a file; "mbf_mlx.x" without its first part."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    top = {id(node) for node in ast.iter_child_nodes(tree)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}:{node.lineno}: imports are absolute here"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", id(node) in top
+
+
+def our_imports(file):
+    """Return the modules of this package that a file imports, in functions, too."""
+    known, found = modules(), set()
+    for name, _ in imports(file):
+        if name.startswith("mbf_mlx."):
+            name = name.removeprefix("mbf_mlx.")
+            while name and name not in known:
+                name = name.rpartition(".")[0]
+            found.add(name)
+    return found - {""}
+
+
+def layer(module):
+    """Return the line of LAYERS that a module stands in, 0 the highest."""
+    for number, names in enumerate(LAYERS):
+        if module in names or module.partition(".")[0] in names:
+            return number
+    pytest.fail(f"mbf_mlx.{module} has no place in LAYERS of tests/test_package.py")
+
+
+def run(code, **environment):
+    command = [sys.executable, "-W", "error::DeprecationWarning:mbf_mlx", "-c", code]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=300, env={**os.environ, **environment}
+    )
+
+
+# As if the named packages were not installed: no finder knows them.
+BLOCK = """
+import importlib, sys
+finders = list(sys.meta_path)
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {names}:
+            return next((spec for finder in finders if (spec := finder.find_spec(name, path, target))), None)
+    def find_distributions(self, *context):
+        for finder in finders:
+            for found in getattr(finder, "find_distributions", lambda *context: ())(*context):
+                if found.metadata["Name"].replace("-", "_") not in {names}: yield found
+sys.meta_path[:] = [Without()]
+for name in {modules}:
+    try: importlib.import_module("mbf_mlx." + name)
+    except Exception as error: print(f"{{name}}: {{error!r}}")
+"""
+
+
+def test_every_module_imports_where_torch_is_not_there():
+    done = run(BLOCK.format(names={"torch"}, modules=list(modules())))
+    assert done.returncode == 0, done.stderr
+    # Where mlx is not installed either, what needs it cannot be imported; the next test says what must.
+    assert [line for line in done.stdout.splitlines() if "No module named 'mlx" not in line] == []
+
+
+def test_the_modules_below_the_backend_import_where_mlx_is_not_there():
+    names = [name for name in modules() if name in WITHOUT_MLX or name.partition(".")[0] in WITHOUT_MLX]
+    assert {"methods.slao", "backend", "commands.doctor"} <= set(names)
+    done = run(BLOCK.format(names={"mlx", "mlx_lm", "torch", "transformers"}, modules=names))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""
+
+
+def test_importing_the_package_computes_and_loads_nothing():
+    done = run("import sys, mbf_mlx; print(*sys.modules)")
+    loaded = set(done.stdout.split())
+    assert not loaded & {"mlx.core", "mlx_lm", "transformers", "numpy", "typer"}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_point_down_the_layers(module):
+    here = layer(module)
+    for other in our_imports(modules()[module]):
+        assert layer(other) >= here, f"mbf_mlx.{module} imports mbf_mlx.{other}, which stands above it"
+
+
+def test_imports_do_not_go_round_in_circles():
+    graph = {name: our_imports(file) - {name} for name, file in modules().items()}
+    done, open_now = set(), []
+
+    def visit(name):
+        assert name not in open_now, "circle: " + " -> ".join([*open_now[open_now.index(name) :], name])
+        if name not in done:
+            open_now.append(name)
+            for other in sorted(graph[name]):
+                # A package's own face imports its parts; they may import its siblings.
+                visit(other)
+            open_now.pop()
+            done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_nothing_imports_torch_and_nothing_reads_pickles(module):
+    for name, _ in imports(modules()[module]):
+        assert name.partition(".")[0] not in {"torch", "pickle", "dill", "joblib", "shelve", "marshal"}
+
+
+@pytest.mark.parametrize("module", modules())
+def test_commands_alone_print(module):
+    if module.partition(".")[0] == "commands":
+        pytest.skip("a command prints")
+    for node in ast.walk(ast.parse(modules()[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"print", "input"}, (
+                f"mbf_mlx/{module}:{node.lineno}: commands print, not modules"
+            )
+
+
+@pytest.mark.parametrize("module", modules())
+def test_every_module_says_what_it_is_for(module):
+    assert ast.get_docstring(ast.parse(modules()[module].read_text(encoding="utf-8")))
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    declared = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"] + extras["cpu"]}
+    distributions = importlib.metadata.packages_distributions()
+    # mlx-lm brings these, pinned with it: models, tokenizers, templates, the hub.
+    brought = {"transformers", "tokenizers", "jinja2", "huggingface-hub"}
+    for module, file in modules().items():
+        for name, _ in imports(file):
+            top = name.partition(".")[0]
+            if top == "mbf_mlx" or top in sys.stdlib_module_names:
+                continue
+            names = {item.lower().replace("_", "-") for item in distributions.get(top, [top])}
+            assert names & (declared | brought), f"mbf_mlx.{module} imports {top}, which pyproject.toml does not name"
+
+
+def test_the_version_stands_in_one_place():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["hatch"]["version"]["path"] == "mbf_mlx/__init__.py"
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(mbf_mlx.__version__)}\b", changelog, re.MULTILINE)
+
+
+def test_files_name_no_machine_path():
+    pattern = re.compile(r"(?<![\w.])/(?:root|home/\w+|Users/\w+|work)/")
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.splitlines():
+        file = ROOT / name
+        if name == "tests/test_package.py" or not file.is_file():
+            continue
+        found = pattern.search(file.read_bytes().decode("utf-8", errors="ignore"))
+        assert not found, f"{name} names {found.group()}"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel, built from the sdist as `python -m build` does it."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode and "No module named build" in done.stderr:
+        pytest.skip("the package `build` is not installed: pip install build")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_the_recipes_alone(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}
+    assert {name.split("/")[0] for name in names - metadata} == {"mbf_mlx"}
+    assert any(name.endswith("licenses/LICENSE") for name in metadata)
+    checkout = {str(file.relative_to(ROOT)) for file in modules().values()} | {"mbf_mlx/__init__.py"}
+    assert checkout <= names
+    recipes = {f"mbf_mlx/recipes/{file.name}" for file in (ROOT / "models").glob("*.toml")}
+    assert {name for name in names if name.startswith("mbf_mlx/recipes/")} == recipes
+    assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 3_000_000
+
+
+@pytest.mark.slow
+def test_a_clean_install_runs(wheel, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    python, mbf = (str(tmp_path / "venv" / "bin" / name) for name in ("python", "mbf"))
+    settings = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 600}
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run([python, "-m", "pip", "install", "--quiet", str(wheel)], env=environment, **settings)
+    assert done.returncode == 0, done.stderr
+    for arguments, expected in (
+        (["--version"], f"mbf {mbf_mlx.__version__}"),
+        (["--help"], "Commands:"),
+        (["doctor"], "processor"),
+    ):
+        done = subprocess.run([mbf, *arguments], env=environment, **settings)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
+    code = f"import mbf_mlx, importlib\nfor name in {[n for n in modules() if n in WITHOUT_MLX]}:"
+    code += " importlib.import_module('mbf_mlx.' + name)\nprint(mbf_mlx.__file__)"
+    done = subprocess.run([python, "-c", code], env=environment, **settings)
+    assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stderr
