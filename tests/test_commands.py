@@ -30,8 +30,7 @@ from mbf_mlx.errors import InputError
 def unfit(): raise InputError("mail.jsonl:3: expected a prompt, got nothing\\nhint: write one")
 def bug(): raise RuntimeError("our own [fault]")
 def wait():
-    print("waiting", flush=True)
-    try: time.sleep(60)
+    try: print("waiting", flush=True); time.sleep(60)
     finally: Path("cleaned-up").write_text("yes")
 def flood():
     for number in range(200_000): print(number)

@@ -27,13 +27,14 @@ LAYERS = [
     ["learn", "exchange", "export", "report"],
     ["train", "evaluate"],
     ["engine"],
-    ["model", "sources", "gguf_import", "gguf_file", "gguf_tokenizer", "safetensors_file"],
+    ["model", "fingerprint", "sources", "download", "recipe", "gguf_import", "gguf_file", "gguf_tokenizer",
+     "safetensors_file"],
     ["stream", "working", "backend"],
     ["adapter", "batches", "tasks", "encode", "reading", "rows", "formats", "benchmark_formats", "splits", "template"],
     ["methods"],
     ["reference", "metrics", "config", "storage", "records", "machine", "blas"],
     ["errors"],
-]
+]  # fmt: skip
 # Run in the plain install, where there is no mlx.
 WITHOUT_MLX = [
     "errors", "config", "reference", "metrics", "storage", "records", "machine", "blas", "methods", "tasks", "encode",
