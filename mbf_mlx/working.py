@@ -101,6 +101,6 @@ def check_same_run(saved: Saved, run: dict[str, Any], working: Path) -> None:
     differ = sorted(key for key in saved.run.keys() | run.keys() if saved.run.get(key) != run.get(key))
     lines = "\n".join(f"  {key}: {saved.run.get(key)!r} was saved, {run.get(key)!r} is asked for" for key in differ)
     raise InputError(
-        f"{working}: a run of task {saved.run.get('task')!r} was interrupted, and this one differs:\n{lines}\nhint: run it"
-        " as before to finish it, or add --restart to drop what it had done"
+        f"{working}: a run of task {saved.run.get('task')!r} was interrupted, and this one differs:\n{lines}\nhint: run"
+        " it as before to finish it, or add --restart to drop what it had done"
     )
