@@ -35,6 +35,16 @@ def test_a_method_is_made_again_from_the_options_it_writes(name):
     assert make(name, json.loads(json.dumps(method.options))).options == method.options
 
 
+def test_hooks_say_what_a_method_needs_of_training():
+    for name in ("slao", "products", "magmax"):
+        assert methods.hooks(make(name)) == []
+    assert methods.hooks(make("frozen-a")) == methods.hooks(make("products", {"rate_a": 0.5})) == ["rates"]
+    assert methods.hooks(make("ewc")) == ["penalty", "after_task"]
+    assert methods.hooks(make("lorac")) == ["rates", "effective", "penalty", "after_task"]
+    assert methods.hooks(make("products", {"metric": "inputs"})) == ["measure"]
+    assert methods.hooks(make("replay")) == ["after_task", "extra_rows"]
+
+
 @pytest.mark.parametrize("first_a", ["uniform", "orthonormal"])
 def test_first_factors_are_random_a_and_zero_b_in_single_precision(first_a):
     factors = first_factors(empty_state(LAYERS, rank=3), first_a)

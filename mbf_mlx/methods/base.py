@@ -25,6 +25,7 @@ class Pair(NamedTuple):
 
 Factors = dict[str, Pair]
 Layers = dict[str, tuple[int, int]]  # layer -> (out, in)
+STREAM = "stream"  # stands for a layer where something kept belongs to none
 FIRST_A = ("uniform", "orthonormal")  # how the first A may be drawn
 
 
@@ -90,6 +91,14 @@ class Method(Protocol):
     def finish(self, state: State, tuned: Any) -> State:
         """Return the state after task state.t + 1, given what `start` returned as training left it."""
         ...
+
+
+HOOKS = ("rates", "effective", "penalty", "measure", "after_task", "extra_rows")
+
+
+def hooks(method: Method) -> list[str]:
+    """Return which of the hooks a method has: one without any needs nothing of training but the tuned factors."""
+    return [hook for hook in HOOKS if hasattr(method, hook)]
 
 
 def empty_state(layers: Layers, rank: int, seed: int = 0) -> State:

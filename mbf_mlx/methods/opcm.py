@@ -21,6 +21,7 @@ import numpy as np
 
 from mbf_mlx.methods.base import (
     FIRST_A,
+    STREAM,
     Factors,
     Pair,
     State,
@@ -30,8 +31,6 @@ from mbf_mlx.methods.base import (
     in_double,
 )
 from mbf_mlx.reference import Array, cut_rank, namespace, stack_pairs, update_norm
-
-STREAM = "stream"  # where numbers stand that belong to no layer
 
 
 class Opcm:

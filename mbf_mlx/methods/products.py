@@ -112,9 +112,11 @@ class Products:
                 raise InputError(
                     "products: metric 'inputs' knows the inputs in the stream's rank alone; leave out rank"
                 )
-            self.measure = self._measure  # train.py looks for it by name
+            self.measure = self._measure  # hooks that learn.py and train.py look for by name
+        if rate_a < 1:
+            self.rates = self._rates
 
-    def rates(self, state: State) -> dict[str, float]:
+    def _rates(self, state: State) -> dict[str, float]:
         """Return the learning rates of A and B as shares of the task's own."""
         return {"a": self.options["rate_a"] if state.t else 1.0, "b": 1.0}
 

@@ -5,30 +5,58 @@ from typing import Any
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods.base import Method
+from mbf_mlx.methods.c_lora import CLora
 from mbf_mlx.methods.dare import Dare
+from mbf_mlx.methods.ewc import Ewc
 from mbf_mlx.methods.frozen_a import FrozenA
+from mbf_mlx.methods.inclora import IncLora
+from mbf_mlx.methods.joint import Joint
+from mbf_mlx.methods.l2 import L2
+from mbf_mlx.methods.lorac import Lorac
 from mbf_mlx.methods.magmax import MagMax
+from mbf_mlx.methods.nmt_lora import NmtLora
+from mbf_mlx.methods.o_lora import OLora
 from mbf_mlx.methods.opcm import Opcm
 from mbf_mlx.methods.products import Products
+from mbf_mlx.methods.replay import Replay
 from mbf_mlx.methods.running_mean import RunningMean
 from mbf_mlx.methods.sequential import Sequential
 from mbf_mlx.methods.slao import Slao
 from mbf_mlx.methods.task_arithmetic import TaskArithmetic
 from mbf_mlx.methods.ties import Ties
 
-_ALL: tuple[type[Method], ...] = (
-    Slao,
-    Sequential,
-    Products,
-    FrozenA,
-    RunningMean,
-    TaskArithmetic,
-    MagMax,
-    Ties,
-    Dare,
-    Opcm,
-)
-_METHODS: dict[str, Callable[..., Method]] = {method.name: method for method in _ALL}
+
+def _replay(
+    method: str = "sequential",
+    method_options: dict[str, Any] | None = None,
+    bytes: int = 1_000_000,
+    share: float = 1.0,
+) -> Method:
+    return Replay(make(method, method_options), bytes, share)
+
+
+# The product's own method first, then those that merge, hold parameters back, look at rows again, and grow.
+_METHODS: dict[str, Callable[..., Method]] = {
+    "slao": Slao,
+    "sequential": Sequential,
+    "products": Products,
+    "frozen-a": FrozenA,
+    "running-mean": RunningMean,
+    "task-arithmetic": TaskArithmetic,
+    "magmax": MagMax,
+    "ties": Ties,
+    "dare": Dare,
+    "opcm": Opcm,
+    "ewc": Ewc,
+    "l2": L2,
+    "nmt-lora": NmtLora,
+    "c-lora": CLora,
+    "replay": _replay,
+    "joint": Joint,
+    "inclora": IncLora,
+    "o-lora": OLora,
+    "lorac": Lorac,
+}
 
 
 def names() -> list[str]:

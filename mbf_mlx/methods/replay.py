@@ -1,0 +1,111 @@
+"""Experience replay: some rows of old tasks are kept and trained on again with every new one.
+
+The reservoir has a fixed number of bytes. Which rows of a task stay is decided by a hash of their tokens and the seed:
+those with the smallest come first, the tasks take turns, and what does not fit any more is dropped. A row that was
+dropped could never come back, so the reservoir is what one would have chosen with all rows at hand.
+
+It goes on top of any other method (`method`), sequential LoRA by default. The rows are the user's data: they stay in
+the stream's own state and are never exported.
+
+Keeps: what the other method keeps, and the reservoir. Constant in the number of tasks.
+
+Source: Chaudhry et al. 2019, arXiv:1902.10486, for tiny episodic memories.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mbf_mlx.errors import InputError
+from mbf_mlx.methods import rows as packed
+from mbf_mlx.methods.base import Method, Row, State, check_number
+
+TOKENS_PER_ROW = 16  # room for the rows' own numbers is left for rows of this mean length and longer
+LONGEST = 1 / 8  # of the reservoir: a longer row never enters
+
+
+class Replay:
+    """A reservoir of rows on top of another method.
+
+    Args:
+        method: The other method, made by `make` and not one that looks at rows or gradients itself.
+        bytes: Size of the reservoir.
+        share: Old rows trained on with a task, as a share of the task's own; all that are kept where there are fewer.
+
+    Raises:
+        InputError: an argument outside its choices.
+    """
+
+    name = "replay"
+    needs = "rows"
+
+    def __init__(self, method: Method, bytes: int, share: float) -> None:
+        self.method = method
+        self.options: dict[str, Any] = {
+            "method": method.name,
+            "method_options": method.options,
+            "bytes": bytes,
+            "share": share,
+        }
+        check_number(self.name, "bytes", bytes, 1000)
+        check_number(self.name, "share", share, 0)
+        if hasattr(method, "needs"):
+            raise InputError(
+                f"replay: method: {method.name} looks at a task's {method.needs} itself; choose another one"
+            )
+        self.grows = method.grows
+        self.tokens = int(bytes / (packed.BYTES_PER_TOKEN + packed.BYTES_PER_ROW / TOKENS_PER_ROW)) // 8 * 8
+        for hook in ("rates", "effective", "penalty", "measure"):
+            if hasattr(method, hook):
+                setattr(self, hook, getattr(method, hook))
+
+    def start(self, state: State) -> Any:
+        """Return what the other method starts from."""
+        return self.method.start(state)
+
+    def finish(self, state: State, tuned: Any, **more: Any) -> State:
+        """Return the other method's state, the reservoir as it was."""
+        mine = {key: value for key, value in state.kept.items() if key in packed.NAMES}
+        others = {key: value for key, value in state.kept.items() if key not in packed.NAMES}
+        state = self.method.finish(replace(state, kept=others), tuned, **more)
+        return replace(state, kept=state.kept | mine)
+
+    def extra_rows(self, state: State, count: int) -> list[Row]:
+        """Return old rows to train on with the `count` rows of the next task, drawn without repetition."""
+        rows, _ = packed.unpack(state)
+        generator = np.random.default_rng([state.seed, state.t])
+        chosen = generator.permutation(len(rows))[: round(self.options["share"] * count)]
+        return [rows[i] for i in sorted(chosen)]
+
+    def after_task(self, state: State, rows: Sequence[Row]) -> State:
+        """Let the rows of task state.t into the reservoir."""
+        old, tasks = packed.unpack(state)
+        everything = [*zip(old, tasks, strict=True), *((row, state.t) for row in rows)]
+        everything.sort(key=lambda entry: _hash(entry[0], state.seed))
+        turn: Counter[int] = Counter()
+        in_turns = []
+        for row, task in everything:
+            turn[task] += 1
+            in_turns.append((turn[task], task, row))
+        in_turns.sort(key=lambda entry: entry[:2])
+        kept: list[Row] = []
+        kept_tasks: list[int] = []
+        left = self.tokens
+        for _, task, row in in_turns:
+            if len(row.tokens) > LONGEST * self.tokens:
+                continue
+            if len(row.tokens) > left or len(kept) == self.tokens // TOKENS_PER_ROW:
+                break
+            kept.append(row)
+            kept_tasks.append(task)
+            left -= len(row.tokens)
+        reservoir = packed.pack(kept, kept_tasks, self.tokens, self.tokens // TOKENS_PER_ROW)
+        return replace(state, kept=state.kept | reservoir)
+
+
+def _hash(row: Row, seed: int) -> bytes:
+    return hashlib.blake2b(row.tokens.tobytes(), digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
