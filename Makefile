@@ -96,12 +96,13 @@ $(READY)-all: $(READY)-dev
 	@touch $@
 
 venv:
-	@if [ -z "$(PYTHON)" ] || [ -z "$$($(call fits,$(PYTHON)))" ]; then \
-	    echo "mbf-mlx needs Python 3.11 or newer; $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>&1 || true)." \
-	         "Say which one with make PYTHON=python3.12" >&2; exit 1; fi
-	@if ! $(call fits,$(BIN)/python) >/dev/null || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	@if [ -z "$$($(call fits,$(or $(PYTHON),python3)))" ]; then \
+	    have=$$($(or $(PYTHON),python3) -c 'import platform; print(platform.python_version())' 2>/dev/null); \
+	    echo "mbf-mlx needs Python 3.11 or newer; $(or $(PYTHON),python3) is $${have:-not here}." \
+	         "Say which one to take with make PYTHON=python3.12" >&2; exit 1; fi
+	@if ! $(call fits,$(BIN)/python) >/dev/null || ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
 	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	        echo "this Python cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
+	        echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
 	    echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear $(VENV); fi
 
 clean:

@@ -5,6 +5,7 @@ import functools
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -214,6 +215,30 @@ def test_files_name_no_machine_path():
             continue
         found = pattern.search(file.read_bytes().decode("utf-8", errors="ignore"))
         assert not found, f"{name} names {found.group()}"
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ("*platform*) echo 3.9.6;; *) exit 1;;", "mbf-mlx needs Python 3.11 or newer; {} is 3.9.6."),
+        ("*) exit 127;;", "mbf-mlx needs Python 3.11 or newer; {} is not here."),
+        ("*version_info*) echo yes;; *) exit 1;;", "{} cannot make virtual environments; on Debian and Ubuntu:"),
+    ],
+)
+def test_make_says_in_one_line_which_python_it_cannot_use(answers, message, tmp_path):
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$2" in {answers} esac\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "test", f"PYTHON={python}"], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert done.returncode == 2 and len(said) == 1 and said[0].startswith(message.format(python)), done.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 @pytest.fixture(scope="session")
