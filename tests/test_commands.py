@@ -1,5 +1,6 @@
 """The command line as a user meets it: in a process of its own."""
 
+import ast
 import io
 import json
 import os
@@ -78,7 +79,7 @@ def test_help_lists_every_command_in_the_order_of_the_table():
     done = mbf("--help")
     assert done.returncode == 0
     listed = re.findall(r"^  ([a-z-]+)  +[A-Z]", done.stdout.split("Commands:")[1], re.MULTILINE)
-    assert listed == commands._available()
+    assert listed == commands.available()
 
 
 def test_help_imports_nothing_heavy_and_no_command():
@@ -108,13 +109,19 @@ def test_help_is_instant():
     pytest.fail(f"`mbf --help` took {ours:.2f} s, where Python takes {bare:.2f} s to start")
 
 
-@pytest.mark.parametrize("name", commands._available())
+@pytest.mark.parametrize("name", commands.available())
 def test_every_command_has_its_module_its_function_and_its_help(name):
     done = mbf(name, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"Usage: mbf {name} ")
     summary = done.stdout.split("\n\n")[1]
     assert summary.strip(), "the function's docstring is what the help says first"
+
+
+def test_every_module_with_a_function_of_its_name_is_a_command():
+    for file in sorted((ROOT / "mbf_mlx" / "commands").glob("*.py")):
+        names = {node.name for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)}
+        assert file.stem not in names or file.stem in commands.available()
 
 
 def test_input_that_does_not_fit_is_one_message_without_a_traceback(trouble):

@@ -21,17 +21,24 @@ from typer.core import TyperGroup
 from mbf_mlx import __version__
 from mbf_mlx.errors import InputError
 
-# name -> its line in `mbf --help`, in the order in which a user meets them
+# name -> its line in `mbf --help`, in the order in which a user meets them; a command is there when its module is
 COMMANDS = {
     "quickstart": "Everything once, on a small model: fetch, three tasks, the matrix, an export, an answer.",
     "fetch": "Put a base model from a recipe into models/ (without a name: list the recipes).",
     "check": "Show what training would see of a task, and every line of it that does not fit.",
+    "plan": "Say how much memory, time and disk learning would take on this machine.",
     "learn": "Learn tasks, in order, into a stream (--model BASE makes a new one).",
     "status": "Show a stream's tasks, its matrix of scores, its sizes and where it stands.",
     "eval": "Score the deployed adapter again.",
     "generate": "Answer one prompt (- reads it from stdin).",
     "chat": "Talk with the model that a stream has taught.",
+    "serve": "Serve the model that a stream has taught over HTTP.",
+    "export": "Write what a stream has learned for other programs: mlx, peft, gguf, ollama and more.",
     "undo": "Take back the last task.",
+    "next": "Write the start of the next task, to be trained elsewhere.",
+    "absorb": "Merge an adapter that was tuned elsewhere, as the next task.",
+    "experiment": "Compare methods, orders and seeds on sequences of tasks, from one file.",
+    "report": "Write a stream or an experiment's results as one HTML page.",
     "doctor": "Show what this machine has, what would run where, and what is missing.",
 }
 
@@ -46,7 +53,7 @@ class _Commands(TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         # typer suggests from these names when a command is misspelt
-        self.commands: dict[str, Any] = dict.fromkeys(_available())
+        self.commands: dict[str, Any] = dict.fromkeys(available())
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return the command called `cmd_name`, or None where there is none."""
@@ -108,6 +115,11 @@ def mbf(
     """Teach one quantized Llama task after task on your own machine, in constant memory."""
 
 
+def available() -> list[str]:
+    """Return the names of the commands that are there."""
+    return [name for name in COMMANDS if importlib.util.find_spec(f"{__name__}.{name}")]
+
+
 def main() -> NoReturn:
     """Run the command line on this process's arguments; leaves with an exit code."""
     for name in ("SIGTERM", "SIGHUP"):
@@ -120,10 +132,6 @@ def main() -> NoReturn:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped(signal.Signals(number).name)
-
-
-def _available() -> list[str]:
-    return [name for name in COMMANDS if importlib.util.find_spec(f"{__name__}.{name}")]
 
 
 def _say(message: str) -> None:
