@@ -38,7 +38,7 @@ class BaseRecord(Record):
 
     name: str
     fingerprint: str
-    quantization: dict[str, Any] | None
+    quantization: str  # in words; "none"
     architecture: str
     num_layers: int
 
@@ -115,7 +115,7 @@ class TaskRecord(Record):
     loss_after: float | None
     peak_memory_bytes: int
     settings: dict[str, Any]
-    labels: list[str] | str
+    labels: tuple[str, ...] | str
     curve: list[tuple[int, float]]
     machine: dict[str, Any]
     scores: list[float | None]
@@ -125,7 +125,7 @@ class TaskRecord(Record):
         """Return the line of history, shortened to its bound: labels to their hash first, then the curve."""
         bare = self.model_copy(update={"scores": [], "losses": []})
         record = self
-        if len(Record.to_json(bare)) > LINE_BYTES and isinstance(self.labels, list):
+        if len(Record.to_json(bare)) > LINE_BYTES and not isinstance(self.labels, str):
             digest = hashlib.sha256(json.dumps(self.labels).encode()).hexdigest()
             record = record.model_copy(update={"labels": f"sha256:{digest}"})
         while len(Record.to_json(record.model_copy(update={"scores": [], "losses": []}))) > LINE_BYTES and record.curve:

@@ -4,6 +4,7 @@ A folder is written as a temporary neighbour and renamed when it is whole. Loadi
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from mbf_mlx import safetensors_file
 from mbf_mlx.download import fetch_hub_model, fetch_packaged_file
 from mbf_mlx.errors import InputError
 from mbf_mlx.recipe import HubSource, Recipe, models_folder, recipes
+from mbf_mlx.safetensors_file import read_header
 from mbf_mlx.storage import Files, refusal, sha256_file
 
 ORIGIN = "mbf_origin.json"  # in a folder that we made: what it was made from
@@ -250,3 +252,22 @@ def _read_origin(folder: Path) -> dict[str, Any]:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def unpacked_bytes(folder: Path) -> int:
+    """Return what a model's weights take in float32, quantized ones unpacked; read from the headers alone."""
+    quantization = read_config(folder).get("quantization") or {}
+    tensors = {name: entry for path in weight_files(folder) for name, entry in read_header(path)[0].items()}
+    values = 0
+    for name, entry in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if kind in ("scales", "biases") and f"{layer}.scales" in tensors:
+            continue
+        scales = tensors.get(f"{layer}.scales") if kind == "weight" else None
+        if scales is None:
+            values += math.prod(entry.shape)
+        else:
+            own = quantization.get(layer)
+            group = (own if isinstance(own, dict) else quantization).get("group_size", 32)
+            values += math.prod(scales.shape) * group
+    return 4 * values

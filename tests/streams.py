@@ -13,7 +13,7 @@ def identity(name="a", method="slao", **changes):
     fields = {
         "format_version": FORMAT_VERSION,
         "id": name,
-        "base": BaseRecord(name="tiny", fingerprint="f" * 64, quantization=None, architecture="llama", num_layers=2),
+        "base": BaseRecord(name="tiny", fingerprint="f" * 64, quantization="none", architecture="llama", num_layers=2),
         "method": method,
         "method_options": {},
         "rank": 4,

@@ -25,7 +25,7 @@ PACKAGE = ROOT / "mbf_mlx"
 LAYERS = [
     ["commands"],
     ["api"],
-    ["learn", "exchange", "export", "report"],
+    ["learn", "exchange", "export", "report", "serving"],
     ["train", "evaluate"],
     ["model", "engine"],
     ["stream", "backend"],
@@ -37,7 +37,8 @@ LAYERS = [
 # Run in the plain install, where there is no mlx.
 WITHOUT_MLX = [
     "errors", "config", "reference", "metrics", "storage", "records", "machine", "blas", "methods", "tasks", "encode",
-    "batches", "adapter", "stream", "working", "backend", "exchange", "export.peft", "export.gguf_adapter", "commands",
+    "batches", "adapter", "stream", "working", "backend", "events", "exchange", "export.peft", "export.gguf_adapter",
+    "commands",
 ]  # fmt: skip
 
 

@@ -1,0 +1,393 @@
+"""class Stream, the public Python face: what the commands do, without a terminal.
+
+stream = Stream.open("assistant", base="models/smollm2-135m-instruct")
+stream.learn("tasks/mail.jsonl", epochs=3)
+stream.status()["average_accuracy"]
+stream.export("mlx", "assistant-fused")
+"""
+
+import hashlib
+import uuid
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mbf_mlx import adapter, backend, metrics
+from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
+from mbf_mlx.encode import Encoder
+from mbf_mlx.errors import InputError
+from mbf_mlx.events import Events
+from mbf_mlx.methods import Method, make
+from mbf_mlx.records import FORMAT_VERSION, BaseRecord, Identity, TaskRecord
+from mbf_mlx.stream import STATE, StreamFolder
+from mbf_mlx.tasks import Task, read_task
+
+if TYPE_CHECKING:
+    from mbf_mlx.sources import BaseFolder
+
+DEFAULT_METHOD = "slao"
+
+
+class Stream:
+    """One base model that learns task after task into one folder."""
+
+    def __init__(self, folder: StreamFolder, base: str | None = None, keep_quantized: bool = False) -> None:
+        self.folder = folder
+        self._base_name, self._keep_quantized = base, keep_quantized
+        self._learner: Any = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        base: str | None = None,
+        method: str | None = None,
+        method_options: dict[str, Any] | None = None,
+        lora: LoRAConfig | None = None,
+        template: str | None = None,
+        seed: int = 0,
+        keep_quantized: bool = False,
+    ) -> "Stream":
+        """Open a stream, or make one where there is none and `base` says on which model.
+
+        Args:
+            path: The stream's folder.
+            base: A recipe's name, a model folder, a GGUF file or a hub id; for a stream that is there
+                already it must be its own base, and tells where that has moved to.
+            method, method_options, lora, template: Fixed when a stream is made; where given for one that is there
+                already, they have to be its own.
+            seed: Of the first A.
+            keep_quantized: On a CPU, keep quantized weights as they are: less memory, much slower.
+
+        Raises:
+            InputError: no such stream and no base, a base or setting that is not the stream's, damage.
+        """
+        path = Path(path)
+        if (path / "stream.json").exists() or base is None:
+            stream = cls(StreamFolder.open(path), base, keep_quantized)
+            stream._check_fixed(method, method_options, lora, template)
+            return stream
+        data = DataConfig(template=template) if template else DataConfig()
+        chosen = make(method or DEFAULT_METHOD, method_options)
+        return cls._create(path, base, chosen, lora or LoRAConfig(), data, seed, keep_quantized)
+
+    @classmethod
+    def _create(
+        cls, path: Path, base: str, method: Method, lora: LoRAConfig, data: DataConfig, seed: int, keep_quantized: bool
+    ) -> "Stream":
+        backend.setup()
+        from mbf_mlx import sources
+        from mbf_mlx.learn import load_learner
+
+        source = sources.resolve_base(base)
+        learner = load_learner(source.path, lora, keep_quantized)
+        loaded, layers = learner.base, learner.layers
+        template = loaded.tokenizer.chat_template if data.template == "chat" else None
+        identity = Identity(
+            format_version=FORMAT_VERSION,
+            id=uuid.uuid4().hex,
+            base=BaseRecord(
+                name=source.name,
+                fingerprint=loaded.fingerprint,
+                quantization=loaded.quantization,
+                architecture=str(loaded.config.get("model_type")),
+                num_layers=len(loaded.model.layers),
+            ),
+            method=method.name,
+            method_options=method.options,
+            rank=lora.rank,
+            scale=lora.scale,
+            keys=list(adapter.block_keys(layers)),
+            num_layers=lora.num_layers if lora.num_layers > 0 else len(loaded.model.layers),
+            dropout=lora.dropout,
+            template="chat" if template else "none",
+            template_sha256=hashlib.sha256(str(template or "").encode()).hexdigest(),
+            layers=layers,
+        )
+        stream = cls(StreamFolder.create(path, identity, str(source.path), seed), base, keep_quantized)
+        stream._learner = learner
+        return stream
+
+    # What it does
+
+    def learn(
+        self,
+        *tasks: str | Path | Task,
+        name: str | None = None,
+        train: TrainConfig | None = None,
+        data: DataConfig | None = None,
+        events: Events | None = None,
+        again: bool = False,
+        restart: bool = False,
+        guard: bool = True,
+        score_tasks: int = 0,
+        score_rows: int = 0,
+        **overrides: Any,
+    ) -> list[TaskRecord]:
+        """Learn tasks in order; each is committed before the next one starts.
+
+        Args:
+            tasks: Files or folders, or tasks that were read already.
+            name: Of a single task, in place of its file's.
+            train: How a task is trained.
+            data: How rows become tokens; the template is the stream's whatever it says.
+            events: An `events.Events` that is told what happens.
+            again: Learn a task once more that the stream has; otherwise it is skipped.
+            restart: Drop what an interrupted run of the first task has done.
+            guard: Stop a run whose loss explodes.
+            score_tasks, score_rows: Limits on what is scored after each task; 0 is all.
+            overrides: Fields of TrainConfig, in place of those of `train`.
+
+        Returns:
+            The records of the tasks that were learned now.
+
+        Raises:
+            InputError: anything of the user's that does not fit; the stream keeps what was committed before.
+        """
+        backend.setup()
+        from mbf_mlx import learn as learning
+
+        if name is not None and len(tasks) != 1:
+            raise InputError(f"--name: expected one task to name, got {len(tasks)}")
+        settings = learning.LearnSettings(
+            train=_with(train or TrainConfig(), overrides),
+            data=replace(data or DataConfig(), template=self.folder.identity.template),
+            score_tasks=score_tasks,
+            score_rows=score_rows,
+            again=again,
+            restart=restart,
+            guard=guard,
+        )
+        events = events or Events()
+        read = [task if isinstance(task, Task) else read_task(Path(task), name=name) for task in tasks]
+        todo = [task for task in read if not self._skip(task, again, events)]
+        records = []
+        if todo:
+            with self.folder.writer():
+                learner = self._load()
+                method = make(self.folder.identity.method, self.folder.identity.method_options)
+                tests = learning.TestRows(Encoder(learner.tokenizer, settings.data), score_rows)
+                for number, task in enumerate(todo):
+                    chosen = replace(settings, restart=restart and number == 0)
+                    records.append(learning.learn_task(self.folder, learner, method, task, chosen, events, tests))
+        return records
+
+    def _skip(self, task: Task, again: bool, events: Any) -> bool:
+        from mbf_mlx.learn import known
+
+        if not known(self.folder, task, again):
+            return False
+        events.note(f"{task.name}: learned already, skipped (--again learns it once more)")
+        return True
+
+    def status(self) -> dict[str, Any]:
+        """Return the document that `mbf status --json` prints: tasks, scores, sizes, settings."""
+        return status_document(self.folder)
+
+    def evaluate(
+        self, *tasks: str | Path | Task, events: Any = None, data: DataConfig | None = None, score_rows: int = 0
+    ) -> dict[str, Any]:
+        """Score the deployed adapter on the test rows of the given tasks, or of all that were learned.
+
+        Returns:
+            {"tasks": [{"name", "metric", "score", "loss", "rows"}], "average_accuracy"}; a score is None where the
+            rows are gone.
+        """
+        backend.setup()
+        from mbf_mlx import learn as learning
+        from mbf_mlx.evaluate import metric_of
+        from mbf_mlx.model import write_factors
+
+        settings = learning.LearnSettings(
+            data=replace(data or DataConfig(), template=self.folder.identity.template), score_rows=score_rows
+        )
+        events = events or Events()
+        given = [task if isinstance(task, Task) else read_task(Path(task)) for task in tasks]
+        history, state = self.folder.history(), self.folder.state()
+        if not given and not history:
+            raise InputError(f"{self.folder.path}: nothing to score: it has learned no task")
+        learner = self._load()
+        learner.base.model.eval()
+        if state.t:
+            write_factors(learner.base.model, state.deployed)
+        tests = learning.TestRows(Encoder(learner.tokenizer, settings.data), score_rows)
+        if given:
+            names = [task.name for task in given]
+            scores = [learning.score_all([], task, learner, settings, events, tests)[0] for task in given]
+            kinds = [metric_of(tests.of_task(task)) for task in given]
+        else:
+            names = [record.name for record in history]
+            scores = learning.score_all(history, None, learner, settings, events, tests)
+            kinds = [record.metric for record in history]
+        rows = [
+            {
+                "name": name,
+                "metric": score.metric if score else kind,
+                "score": score.value if score else None,
+                "loss": score.loss if score else None,
+                "rows": score.rows if score else 0,
+            }
+            for name, kind, score in zip(names, kinds, scores, strict=True)
+        ]
+        values = [score.value for score in scores if score and score.value is not None]
+        return {"tasks": rows, "average_accuracy": sum(values) / len(values) if values else None}
+
+    def undo(self) -> TaskRecord:
+        """Go back to before the last task; returns what was undone."""
+        with self.folder.writer():
+            return self.folder.undo()
+
+    def speaker(self) -> Any:
+        """Return what answers with the deployed adapter, loaded as mlx-lm loads it; see `mbf_mlx.serving.Speaker`."""
+        backend.setup()
+        from mbf_mlx.serving import Speaker
+
+        return Speaker(self.folder, self._base_folder())
+
+    def generate(
+        self, messages: str | list[dict[str, str]], *, max_tokens: int = 256, **sampling: Any
+    ) -> Iterator[str]:
+        """Yield the answer to a prompt or a conversation, piece by piece, as mlx-lm generates it.
+
+        Args:
+            messages: A prompt of the user's, or messages of a conversation.
+            max_tokens: After so many the answer ends.
+            sampling: `temp` and `top_p` as mlx-lm has them, `seed`; greedy without.
+        """
+        yield from self.speaker().answer(messages, max_tokens=max_tokens, **sampling)
+
+    def export(self, target: str, out: str | Path, **options: Any) -> dict[str, Any]:
+        """Write the deployed model or adapter as `target` to `out`; see `mbf_mlx.export`."""
+        from mbf_mlx.export import export  # type: ignore[attr-defined]  # mended when the export lands
+
+        return export(self, target, Path(out), **options)
+
+    # How
+
+    @property
+    def base_path(self) -> str:
+        """Where the base model is: what the caller said, or where the stream last found it."""
+        return self._base_name or self.folder.current().manifest.base_path
+
+    def _load(self) -> Any:
+        """Return the learner, loading the base model once and checking that it is the stream's own."""
+        if self._learner is None:
+            from mbf_mlx.learn import load_learner
+
+            identity = self.folder.identity
+            lora = LoRAConfig(
+                rank=identity.rank,
+                scale=identity.scale,
+                keys=tuple(identity.keys),
+                num_layers=identity.num_layers,
+                dropout=identity.dropout,
+            )
+            source = self._base_folder()
+            self._learner = load_learner(source.path, lora, self._keep_quantized)
+        return self._learner
+
+    def _base_folder(self) -> "BaseFolder":
+        """Return where the stream's own base model is.
+
+        Raises:
+            InputError: it is not where it was, or another model is.
+        """
+        from mbf_mlx.fingerprint import fingerprint
+        from mbf_mlx.sources import resolve_base
+
+        own = self.folder.identity.base
+        try:
+            source = resolve_base(self.base_path)
+        except InputError as error:
+            if self._base_name is not None:
+                raise
+            raise InputError(
+                f"{self.folder.path}: its base model {own.name} is not where it was ({self.base_path})"
+                "\nhint: say where it is now with --model"
+            ) from error
+        found = fingerprint(source.path)
+        if found != own.fingerprint:
+            raise InputError(
+                f"{source.path} is not the base model of {self.folder.path}: expected {own.name} with fingerprint"
+                f" {own.fingerprint[:12]}, got {found[:12]}\nhint: --model names the base that the stream was made with"
+            )
+        return source
+
+    def _check_fixed(
+        self, method: str | None, options: dict[str, Any] | None, lora: LoRAConfig | None, template: str | None
+    ) -> None:
+        identity, wrong = self.folder.identity, []
+        asked: list[tuple[str, Any, Any]] = [("method", method, identity.method)]
+        if options is not None:
+            asked.append(("method options", make(identity.method, options).options, identity.method_options))
+        if template is not None:
+            asked.append(("template", template, identity.template))
+        if lora is not None:
+            asked += [(key, getattr(lora, key), getattr(identity, key)) for key in ("rank", "scale", "dropout")]
+            if lora.num_layers != -1:
+                asked.append(("num_layers", lora.num_layers, identity.num_layers))
+            short = {key.rpartition(".")[2] for key in identity.keys}
+            if not set(lora.keys) <= short | set(identity.keys):
+                asked.append(("keys", list(lora.keys), identity.keys))
+        wrong = [f"  {key}: expected {has!r}, got {want!r}" for key, want, has in asked if want not in (None, has)]
+        if wrong:
+            raise InputError(
+                f"{self.folder.path} was made with other settings, which stay for its life:\n"
+                + "\n".join(wrong)
+                + "\nhint: leave them out, or learn into a new stream"
+            )
+
+
+def _with(train: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
+    known = {field.name for field in fields(TrainConfig)}
+    if unknown := sorted(overrides.keys() - known):
+        raise TypeError(f"learn() has no argument {unknown[0]!r}; training takes {', '.join(sorted(known))}")
+    return replace(train, **overrides)
+
+
+def status_document(folder: StreamFolder) -> dict[str, Any]:
+    """Return what a stream knows of itself as plain values; needs no model."""
+    generation, history = folder.current(), folder.history()
+    manifest, identity = generation.manifest, folder.identity
+    scores = [list(record.scores) for record in history]
+    square = [row + [None] * (len(history) - len(row)) for row in scores]
+    counted = [[value for value in row] for row in scores]
+    kinds = {record.metric for record in history if record.metric != "loss"}
+    files = manifest.files
+    weights = files.get(f"adapter/{adapter.WEIGHTS}")
+    return {
+        "stream": str(folder.path),
+        "tasks": [_task_of(record) for record in history],
+        "scores": square,
+        "losses": [list(record.losses) + [None] * (len(history) - len(record.losses)) for record in history],
+        "average_accuracy": metrics.average_accuracy(counted).value if kinds else None,
+        "backward_transfer": metrics.backward_transfer(counted).value if kinds else None,
+        "forgetting": metrics.forgetting(counted).value if kinds else None,
+        "mixed_metrics": len(kinds) > 1,
+        "adapter_bytes": weights.bytes if weights else 0,
+        "state_bytes": files[STATE].bytes,
+        "kept_bytes": folder.state().kept_bytes(),
+        "base": {
+            "name": identity.base.name,
+            "fingerprint": identity.base.fingerprint,
+            "quantization": identity.base.quantization,
+            "path": manifest.base_path,
+        },
+        "method": identity.method,
+        "method_options": identity.method_options,
+        "settings": {
+            "lora": {key: getattr(identity, key) for key in ("rank", "scale", "keys", "num_layers", "dropout")},
+            "template": identity.template,
+            **manifest.settings,
+        },
+        "generation": generation.number,
+        "can_undo": generation.number > 0 and folder.previous() is not None,
+        "interrupted": folder.interrupted(),
+        "id": identity.id,
+    }
+
+
+def _task_of(record: TaskRecord) -> dict[str, Any]:
+    return record.model_dump(mode="json", exclude={"scores", "losses"})

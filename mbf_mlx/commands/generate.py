@@ -1,0 +1,47 @@
+"""`mbf generate`: one answer."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mbf_mlx.commands import console
+from mbf_mlx.commands.options import Base, Json
+from mbf_mlx.errors import InputError
+
+
+def generate(
+    stream: Annotated[Path, typer.Argument(help="The stream's folder.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
+    model: Base = None,
+    system: Annotated[str | None, typer.Option("--system-prompt", help="System text before the prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Longest answer, in tokens.")] = 256,
+    temp: Annotated[float, typer.Option("--temp", help="Sampling temperature; 0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Sample from this share of the probability; 0: all.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    json: Json = False,
+) -> None:
+    """Answer one prompt with what the stream has learned.
+
+    Example: mbf generate assistant "Where does the invoice go?"
+    """
+    from mbf_mlx.api import Stream
+
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise InputError("prompt: expected some text, got none\nhint: mbf generate STREAM - reads it from stdin")
+    if max_tokens < 1 or temp < 0 or not 0 <= top_p <= 1:
+        raise InputError("expected --max-tokens of at least 1, --temp of at least 0, --top-p in [0, 1]")
+    opened = Stream.open(stream, base=model)
+    turns = [{"role": "system", "content": system}] if system else []
+    pieces = opened.generate(
+        [*turns, {"role": "user", "content": prompt}], max_tokens=max_tokens, temp=temp, top_p=top_p, seed=seed
+    )
+    if json:
+        console.print_json({"prompt": prompt, "answer": "".join(pieces)})
+        return
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()

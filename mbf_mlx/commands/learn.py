@@ -1,0 +1,209 @@
+"""`mbf learn`: learn tasks, in order, into a stream."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mbf_mlx.commands import console
+from mbf_mlx.commands.options import Base, Config, Json
+from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
+from mbf_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from mbf_mlx.events import Step
+    from mbf_mlx.records import TaskRecord
+
+_LORA, _TRAIN, _DATA = LoRAConfig(), TrainConfig(), DataConfig()
+_NEW, _TASK, _SCORE = "A new stream's", "Training", "Scoring and saving"
+
+
+def _option(flag: str, text: str, panel: str, default: Any = None) -> Any:
+    shown = f" [default: {default}]" if default is not None else ""
+    return typer.Option(flag, help=text + shown, rich_help_panel=panel, show_default=default is None)
+
+
+def learn(
+    stream: Annotated[Path, typer.Argument(help="The stream's folder; made with --model where it is not there.")],
+    tasks: Annotated[list[Path], typer.Argument(help="Task files or folders, learned in this order.")],
+    model: Base = None,
+    name: Annotated[str | None, typer.Option(help="The task's name, in place of its file's (one task only).")] = None,
+    method: Annotated[str | None, _option("--method", "Continual method.", _NEW, "slao")] = None,
+    rank: Annotated[int | None, _option("--rank", "Rank of the factors.", _NEW, _LORA.rank)] = None,
+    scale: Annotated[float | None, _option("--scale", "delta = scale * B @ A.", _NEW, _LORA.scale)] = None,
+    keys: Annotated[
+        str | None, _option("--keys", "Layers that get factors, by comma.", _NEW, ",".join(_LORA.keys))
+    ] = None,
+    num_layers: Annotated[int | None, _option("--num-layers", "Blocks from the last; -1 is all.", _NEW, -1)] = None,
+    dropout: Annotated[float | None, _option("--dropout", "Of the factors' inputs.", _NEW, _LORA.dropout)] = None,
+    template: Annotated[
+        str | None, _option("--template", "chat: the model's own; none: raw text.", _NEW, _DATA.template)
+    ] = None,
+    epochs: Annotated[int, _option("--epochs", "Passes over the rows.", _TASK)] = _TRAIN.epochs,
+    iters: Annotated[int | None, _option("--iters", "Optimizer steps, in place of epochs.", _TASK)] = None,
+    batch_size: Annotated[int, _option("--batch-size", "Rows of a pass.", _TASK)] = _TRAIN.batch_size,
+    grad_accumulation_steps: Annotated[
+        int, _option("--grad-accumulation-steps", "Passes of an optimizer step.", _TASK)
+    ] = _TRAIN.grad_accumulation_steps,
+    learning_rate: Annotated[float, _option("--learning-rate", "Its peak.", _TASK)] = _TRAIN.learning_rate,
+    warmup: Annotated[float, _option("--warmup", "Share of the steps that warm up.", _TASK)] = _TRAIN.warmup,
+    weight_decay: Annotated[float, _option("--weight-decay", "AdamW's.", _TASK)] = _TRAIN.weight_decay,
+    max_grad_norm: Annotated[
+        float, _option("--max-grad-norm", "Longer gradients are shortened; 0 never.", _TASK)
+    ] = _TRAIN.max_grad_norm,
+    grad_checkpoint: Annotated[
+        bool, _option("--grad-checkpoint", "Less memory, more time.", _TASK)
+    ] = _TRAIN.grad_checkpoint,
+    max_seq_length: Annotated[
+        int, _option("--max-seq-length", "Tokens of a row at most.", _TASK)
+    ] = _DATA.max_seq_length,
+    mask_prompt: Annotated[
+        bool, typer.Option("--mask-prompt/--no-mask-prompt", help="Supervise answers alone.", rich_help_panel=_TASK)
+    ] = _DATA.mask_prompt,
+    val_every: Annotated[
+        int, _option("--val-every", "Steps between validations; 0: an epoch.", _TASK)
+    ] = _TRAIN.val_every,
+    patience: Annotated[
+        int, _option("--patience", "Validations without a better one that end training; 0 never.", _TASK)
+    ] = _TRAIN.patience,
+    seed: Annotated[int, _option("--seed", "Of the first A and of the rows' order.", _TASK)] = _TRAIN.seed,
+    guard: Annotated[
+        bool, typer.Option("--guard/--no-guard", help="Stop when the loss explodes.", rich_help_panel=_TASK)
+    ] = True,
+    save_every: Annotated[
+        str, _option("--save-every", "Save for an exact resume: 200 (steps) or 60s; 0 never.", _SCORE)
+    ] = _TRAIN.save_every,
+    score_tasks: Annotated[int, _option("--score-tasks", "Score the newest N tasks; 0 all.", _SCORE)] = 0,
+    score_rows: Annotated[int, _option("--score-rows", "Score N rows of each; 0 all.", _SCORE)] = 0,
+    again: Annotated[bool, typer.Option("--again", help="Learn a task once more that the stream has.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop what an interrupted run has done.")] = False,
+    keep_quantized: Annotated[
+        bool, typer.Option("--keep-quantized", help="On a CPU: keep quantized weights; less memory, much slower.")
+    ] = False,
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Learn tasks, in order, into a stream; each is merged, scored and committed before the next one starts.
+
+    Example: mbf learn assistant mail.jsonl notes/ --model smollm2-135m-instruct
+    """
+    from mbf_mlx.api import Stream
+
+    chosen = tuple(key.strip() for key in keys.split(",") if key.strip()) if keys is not None else None
+    fixed: dict[str, Any] = {"rank": rank, "scale": scale, "keys": chosen, "num_layers": num_layers, "dropout": dropout}
+    given = {key: value for key, value in fixed.items() if value is not None}
+    train = TrainConfig(
+        epochs=epochs,
+        iters=iters,
+        batch_size=batch_size,
+        grad_accumulation_steps=grad_accumulation_steps,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        grad_checkpoint=grad_checkpoint,
+        val_every=val_every,
+        patience=patience,
+        seed=seed,
+        save_every=save_every,
+    )
+    data = DataConfig(max_seq_length=max_seq_length, mask_prompt=mask_prompt)
+    read = read_all(tasks, name)
+    opened = Stream.open(
+        stream,
+        base=model,
+        method=method,
+        lora=LoRAConfig(**given) if given else None,
+        template=template,
+        seed=seed,
+        keep_quantized=keep_quantized,
+    )
+    with shown() as events:
+        opened.learn(
+            *read,
+            events=events,
+            train=train,
+            data=data,
+            again=again,
+            restart=restart,
+            guard=guard,
+            score_tasks=score_tasks,
+            score_rows=score_rows,
+        )
+    document = opened.status()
+    if json:
+        console.print_json(document)
+        return
+    from mbf_mlx.report import matrix, summary
+
+    console.out.print(matrix(document))
+    for line in summary(document):
+        console.out.print(line)
+
+
+def read_all(paths: Sequence[Path], name: str | None = None) -> list[Any]:
+    """Read and check every row of every task, before any model is loaded.
+
+    Raises:
+        InputError: all that does not fit, of all tasks at once.
+    """
+    from mbf_mlx.tasks import read_task, read_tasks
+
+    if name is None:
+        return list(read_tasks(paths))
+    if len(paths) != 1:
+        raise InputError(f"--name: expected one task to name, got {len(paths)}")
+    return [read_task(paths[0], name=name)]
+
+
+@contextmanager
+def shown() -> Iterator[Any]:
+    """Yield events that show on stderr what happens: one bar for training a task, one for scoring each."""
+    from mbf_mlx.events import Events
+
+    class Shown(Events):
+        def __init__(self) -> None:
+            self.bars = ExitStack()
+            self.update: Callable[..., None] | None = None
+            self.title = ""
+
+        def bar(self, title: str, total: int, unit: str) -> Callable[..., None]:
+            if title != self.title or self.update is None:
+                self.bars.close()
+                self.title, self.update = title, self.bars.enter_context(console.progress(title, total, unit))
+            return self.update
+
+        def task(self, name: str, t: int, rows: int, notes: Sequence[str]) -> None:
+            self.bars.close()
+            self.title = ""
+            console.err.print(f"task {t}, {name}: {rows} rows")
+            for note in notes:
+                console.warn(f"{name}: {note}")
+
+        def step(self, name: str, step: "Step", peak_memory: int) -> None:
+            values = {"loss": step.loss, "tokens_per_second": step.tokens_per_second, "peak": console.size(peak_memory)}
+            if step.valid_loss is not None:
+                values["valid"] = step.valid_loss
+            self.bar(f"learning {name}", step.steps, "steps")(step.step, **values)
+
+        def scoring(self, name: str, done: int, total: int) -> None:
+            self.bar(f"scoring {name}", total, "rows")(done)
+
+        def note(self, message: str) -> None:
+            console.warn(message)
+
+        def learned(self, record: "TaskRecord") -> None:
+            self.bars.close()
+            self.title = ""
+            value = record.scores[-1]
+            scored = f"scores {100 * value:.1f} %" if value is not None else f"loss {record.losses[-1]}"
+            console.err.print(
+                f"learned {record.name} in {console.duration(record.seconds)}: loss {record.loss_before:.3f} ->"
+                f" {record.loss_after:.3f}, {scored} on {record.test_rows} test rows"
+            )
+
+    events = Shown()
+    with events.bars:
+        yield events

@@ -1,0 +1,52 @@
+"""Options that several commands share: `--config`, and reading its TOML file."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mbf_mlx.errors import InputError
+
+
+def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Take a TOML file's values as this command's defaults; flags win.
+
+    Raises:
+        InputError: no such file, no TOML, or a name that is not one of the command's flags.
+    """
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file\nhint: --config takes a TOML file with the names of the flags"
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not readable as TOML: {error}") from error
+    known = {p.name for p in ctx.command.params if p.param_type_name == "option" and p.name not in (None, "config")}
+    defaults: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, [str(k) for k in known], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"{path}: unknown setting {key!r}{hint}\nhint: mbf {ctx.info_name} --help names them all")
+        defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="TOML file with the names of the flags; flags win.", callback=read_config, is_eager=True
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--model", help="Base model: a recipe's name, an MLX or Hugging Face folder, a GGUF file, a hub id."),
+]

@@ -1,0 +1,130 @@
+"""`mbf quickstart`: everything once, on a small model."""
+
+import json as json_library
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mbf_mlx.commands import console
+from mbf_mlx.commands.options import Json
+
+MODEL = "smollm2-135m-instruct"
+TASKS = Path(__file__).parents[1] / "quickstart"
+FAST_ROWS = 48  # training and test rows of a task with --fast
+RIVAL = "sequential"
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the streams and the fused model.")] = Path(
+        "quickstart"
+    ),
+    fast: Annotated[
+        bool, typer.Option("--fast", help="A third of the rows and one short pass: to see it run.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the first A and of the rows' order.")] = 0,
+    json: Json = False,
+) -> None:
+    """Everything once, on SmolLM2-135M: fetch, three tasks, the matrix, an export, an answer.
+
+    Example: mbf quickstart --fast
+    """
+    from mbf_mlx.api import Stream
+    from mbf_mlx.commands.learn import shown
+    from mbf_mlx.config import TrainConfig
+
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    base = str(fetched())
+    folders = sorted(folder for folder in TASKS.iterdir() if (folder / "train.jsonl").is_file())
+    if fast:
+        folders = [_shortened(folder, out / "tasks" / folder.name) for folder in folders]
+    suffix = "-fast" if fast else ""
+    assistant = Stream.open(out / f"assistant{suffix}", base=base, seed=seed)
+    before = _base_scores(assistant, folders, out / f"base{suffix}.json")
+    train = TrainConfig(seed=seed, epochs=1) if fast else TrainConfig(seed=seed)
+    console.err.print("three tasks, one after another, merged after each:")
+    with shown() as events:
+        assistant.learn(*folders, train=train, events=events)
+    console.err.print(f"the same tasks and seed with plain LoRA training ({RIVAL}), to compare:")
+    rival = Stream.open(out / f"{RIVAL}{suffix}", base=base, method=RIVAL, seed=seed)
+    with shown() as events:
+        rival.learn(*folders, train=train, events=events)
+    console.err.print("fusing what was learned into a model folder:")
+    fused = out / f"fused{suffix}"
+    export = assistant.export("mlx", fused, force=True)
+    question = json_library.loads((folders[0] / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    answer = _ask(fused, question["prompt"])
+    result = {
+        "assistant": assistant.status(),
+        RIVAL: rival.status(),
+        "base_scores": before,
+        "export": export,
+        "question": question["prompt"],
+        "expected": question["completion"],
+        "answer": answer,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if json:
+        console.print_json(result)
+        return
+    _print(result, out / f"assistant{suffix}", fused)
+
+
+def fetched() -> Path:
+    """Return the folder of the small model, fetching it where it is missing."""
+    from mbf_mlx.sources import resolve_base
+
+    return resolve_base(MODEL, report=console.err.print).path
+
+
+def _shortened(folder: Path, target: Path) -> Path:
+    """Return a copy of a task with its first rows alone."""
+    target.mkdir(parents=True, exist_ok=True)
+    for split in ("train.jsonl", "test.jsonl"):
+        rows = (folder / split).read_text(encoding="utf-8").splitlines(keepends=True)
+        (target / split).write_text("".join(rows[:FAST_ROWS]), encoding="utf-8")
+    return target
+
+
+def _base_scores(stream: Any, folders: list[Path], cache: Path) -> dict[str, float]:
+    """Return what the base model scores on each task before it has learned anything."""
+    if stream.status()["tasks"] and cache.exists():
+        return json_library.loads(cache.read_text())
+    scores = {task["name"]: task["score"] for task in stream.evaluate(*folders)["tasks"]}
+    cache.write_text(json_library.dumps(scores))
+    return scores
+
+
+def _ask(model: Path, prompt: str) -> str:
+    """Return the fused folder's answer, through mlx-lm alone."""
+    from mlx_lm import generate, load
+
+    loaded, tokenizer = load(str(model))[:2]
+    tokens = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    return str(generate(loaded, tokenizer, tokens, max_tokens=32))
+
+
+def _print(result: dict[str, Any], stream: Path, fused: Path) -> None:
+    from mbf_mlx.report import matrix, percent, summary
+
+    before = ", ".join(f"{name} {percent(score)} %" for name, score in result["base_scores"].items())
+    console.out.print(f"\nthe base model before: {before}\n")
+    for name, title in (("assistant", "merged after each task"), (RIVAL, "plain LoRA, task after task")):
+        table = matrix(result[name])
+        table.title = f"{title}: score on each task after each task, in %"
+        console.out.print(table)
+    for line in summary(result["assistant"]):
+        console.out.print(line)
+    own, other = (result[name]["average_accuracy"] for name in ("assistant", RIVAL))
+    console.out.print(
+        f"average after three tasks: {percent(own)} % merged, {percent(other)} % with plain LoRA training"
+    )
+    console.out.print(f"\nfused model, touched layers at 8 bits: {fused}")
+    console.out.print(f"asked: {result['question']}")
+    console.out.print(f"it answers: {result['answer']}   (right: {result['expected']})")
+    console.out.print(f"\ndone in {console.duration(result['seconds'])}. Next:")
+    console.out.print(f"  mbf learn {stream} YOUR-TASK.jsonl")
+    console.out.print(f"  mbf chat {stream}")
+    console.out.print(f"  mlx_lm.generate --model {fused} --prompt '...'")

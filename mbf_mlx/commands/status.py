@@ -1,0 +1,43 @@
+"""`mbf status`: what a stream knows of itself."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mbf_mlx.commands import console
+from mbf_mlx.commands.options import Json
+
+
+def status(
+    stream: Annotated[Path, typer.Argument(help="The stream's folder.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check every byte of it.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Go back to the newest generation that is whole.")] = False,
+    json: Json = False,
+) -> None:
+    """Show a stream's tasks, its matrix of scores, its sizes and where it stands.
+
+    Example: mbf status assistant
+    """
+    from mbf_mlx.api import Stream, status_document
+    from mbf_mlx.stream import StreamFolder
+
+    if repair:
+        console.err.print(StreamFolder.repair(stream))
+    folder = Stream.open(stream).folder
+    if verify:
+        folder.verify_all()
+        console.err.print("every byte is what was committed")
+    document = status_document(folder)
+    if json:
+        console.print_json(document)
+        return
+    from mbf_mlx.report import matrix, summary
+
+    if document["tasks"]:
+        console.out.print(matrix(document))
+    for line in summary(document):
+        console.out.print(line)
+    if document["interrupted"]:
+        run = document["interrupted"]
+        console.out.print(f"interrupted: {run['task']} after step {run['step']}; the same mbf learn goes on from there")

@@ -1,0 +1,24 @@
+"""`mbf undo`: take back the last task."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mbf_mlx.commands import console
+from mbf_mlx.commands.options import Json
+
+
+def undo(stream: Annotated[Path, typer.Argument(help="The stream's folder.")], json: Json = False) -> None:
+    """Take back the last task; one step back is kept.
+
+    Example: mbf undo assistant
+    """
+    from mbf_mlx.api import Stream
+
+    opened = Stream.open(stream)
+    record = opened.undo()
+    if json:
+        console.print_json(opened.status())
+    else:
+        console.out.print(f"took back task {record.t}, {record.name}; {stream} has learned {record.t - 1}")

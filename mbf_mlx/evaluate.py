@@ -1,0 +1,108 @@
+"""Scores a model on one task; does not aggregate.
+
+A completion is an exact match if greedy generation would produce its tokens and then the end token. That is so if and
+only if each of them is the argmax at its position of one teacher-forced pass, so nothing is generated. Long answers are
+generated and scored by ROUGE-L. Losses are per supervised token, in nats; scores in [0, 1].
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mbf_mlx.batches import make_batch, plan_batches
+from mbf_mlx.encode import Encoded
+from mbf_mlx.engine import Engine
+from mbf_mlx.rows import reference_text
+
+SHORT_ANSWER = 16  # tokens; a task whose longest test completion has more is scored by ROUGE-L
+CLOSE_CALL = 1e-4  # a top-two difference of logits under which rounding may decide
+EXACT_MATCH, ROUGE_L, LOSS = "exact_match", "rouge_l", "loss"
+BATCH_ROWS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How a model does on the test rows of one task."""
+
+    metric: str
+    value: float | None  # in [0, 1]; None where the metric is the loss
+    loss: float
+    rows: int
+    close_calls: tuple[int, ...] = ()  # rows that rounding may have decided
+    verdicts: tuple[bool, ...] = ()  # exact matches, row by row
+    answers: tuple[str, ...] = ()  # generated texts, row by row
+
+
+def metric_of(rows: Sequence[Encoded]) -> str:
+    """Return the metric that fits a task's test rows."""
+    if any(row.row.kind == "text" for row in rows):
+        return LOSS
+    longest = max(int(row.supervised.sum()) - 1 for row in rows)
+    return EXACT_MATCH if longest <= SHORT_ANSWER else ROUGE_L
+
+
+def score(
+    engine: Engine,
+    rows: Sequence[Encoded],
+    metric: str,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Score:
+    """Score the model that `engine` runs on `rows`.
+
+    Args:
+        engine: Of the model as it stands, factors written.
+        rows: Test rows of one task, at least one.
+        metric: "exact_match", "rouge_l" or "loss".
+        model, tokenizer: To generate with; needed for ROUGE-L.
+        advance: Called with the number of rows done since the last call.
+    """
+    loss, verdicts, close = _teacher_forced(engine, rows, advance if metric != ROUGE_L else lambda rows: None)
+    if metric == LOSS:
+        return Score(metric=metric, value=None, loss=loss, rows=len(rows))
+    if metric == EXACT_MATCH:
+        value = sum(verdicts) / len(rows)
+        return Score(metric=metric, value=value, loss=loss, rows=len(rows), close_calls=close, verdicts=tuple(verdicts))
+    answers = [_answer(model, tokenizer, row, advance) for row in rows]
+    return Score(metric=metric, value=_rouge_l(answers, rows), loss=loss, rows=len(rows), answers=tuple(answers))
+
+
+def _teacher_forced(
+    engine: Engine, rows: Sequence[Encoded], advance: Callable[[int], None]
+) -> tuple[float, list[bool], tuple[int, ...]]:
+    """Return the loss, whether each row is an exact match, and the rows that were close calls."""
+    right, close = np.ones(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
+    total, count = 0.0, 0
+    for indices in plan_batches([len(row.tokens) for row in rows], BATCH_ROWS, 0, 0):
+        batch = make_batch(rows, indices)
+        losses, argmax, margin = (np.array(array) for array in engine.score(batch))
+        places = np.array(batch.indices)[batch.row_of]
+        np.logical_and.at(right, places, argmax == batch.targets)
+        np.logical_or.at(close, places, margin < CLOSE_CALL)
+        total += float(losses.sum(dtype=np.float64))
+        count += len(losses)
+        advance(len(indices))
+    return total / count, [bool(r) for r in right], tuple(int(i) for i in np.flatnonzero(close))
+
+
+def _answer(model: Any, tokenizer: Any, row: Encoded, advance: Callable[[int], None]) -> str:
+    """Return the greedy answer to a row's prompt, as mlx-lm generates it."""
+    from mlx_lm import stream_generate
+
+    prompt = row.tokens[: row.prompt_length].tolist()
+    budget = 2 * int(row.supervised.sum()) + 16
+    text = "".join(part.text for part in stream_generate(model, tokenizer, prompt, max_tokens=budget))
+    advance(1)
+    return text
+
+
+def _rouge_l(answers: Sequence[str], rows: Sequence[Encoded]) -> float:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = [scorer.score(reference_text(row.row), answer) for answer, row in zip(answers, rows, strict=True)]
+    return float(np.mean([score["rougeL"].fmeasure for score in scores]))

@@ -1,0 +1,329 @@
+"""Task after task: start, train, merge, score, commit. No math of its own.
+
+A task is encoded, started from what the method says, trained, merged, scored on the test rows of every task so far with
+the deployed adapter, and committed at one instant. Until then the stream stays as it was; what training has done so far
+stands in `working/`.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbf_mlx import backend
+from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig, settings_of
+from mbf_mlx.encode import Encoded, Encoder
+from mbf_mlx.engine import Engine, prepare
+from mbf_mlx.errors import InputError
+from mbf_mlx.evaluate import Score, metric_of, score
+from mbf_mlx.events import Events
+from mbf_mlx.methods import Factors, Layers, Method, State
+from mbf_mlx.model import Base, attach, load_base, read_factors, write_factors
+from mbf_mlx.records import SCORE_DIGITS, TaskRecord
+from mbf_mlx.sources import unpacked_bytes
+from mbf_mlx.stream import StreamFolder
+from mbf_mlx.tasks import Task, read_task
+from mbf_mlx.train import Progress, Trained, progress_to_json, train
+from mbf_mlx.working import Working, check_same_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnSettings:
+    """How tasks are learned, beside what the stream fixes."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    score_tasks: int = 0  # the newest tasks that are scored after each; 0 is all
+    score_rows: int = 0  # the first test rows of each that are scored; 0 is all
+    again: bool = False  # learn a task once more that the stream has
+    restart: bool = False  # drop what an interrupted run has done
+    guard: bool = True  # stop a run whose loss has exploded
+
+    def __post_init__(self) -> None:
+        for name in ("score_tasks", "score_rows"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: expected 0 (all) or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A base model with factors attached, ready to learn into a stream and to be scored."""
+
+    base: Base
+    layers: Layers
+    engine: Engine
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's, as mlx-lm wraps it."""
+        return self.base.tokenizer
+
+
+def load_learner(folder: Path, lora: LoRAConfig, keep_quantized: bool = False) -> Learner:
+    """Load a base model in the form that trains fastest on this device, with factors attached.
+
+    Args:
+        folder: The base's, as `sources.resolve_base` gives it.
+        lora: Which layers get factors.
+        keep_quantized: Keep quantized weights packed on a CPU, too.
+    """
+    device = backend.setup()
+    packed = keep_quantized or backend.keep_quantized(unpacked_bytes(folder))
+    base = load_base(folder, dequantize=not packed, dtype=device.dtype)
+    layers = attach(base.model, lora)
+    return Learner(base, layers, prepare(base.model))
+
+
+class TestRows:
+    """The encoded test rows of a stream's tasks, read again only when they are asked for."""
+
+    __test__ = False  # no test class of pytest's
+
+    def __init__(self, encoder: Encoder, limit: int = 0) -> None:
+        self.encoder, self.limit = encoder, limit
+        self._rows: dict[str, list[Encoded]] = {}
+
+    def of_task(self, task: Task) -> list[Encoded]:
+        """Return the encoded test rows of a task at hand."""
+        if task.sha256 not in self._rows:
+            rows = task.test[: self.limit] if self.limit else task.test
+            self._rows[task.sha256] = self.encoder.all(rows, task.path)
+        return self._rows[task.sha256]
+
+    def of_record(self, record: TaskRecord) -> list[Encoded] | str:
+        """Return the encoded test rows of a learned task, or why they are not there any more."""
+        if record.sha256 in self._rows:
+            return self._rows[record.sha256]
+        path = Path(record.path)
+        if not path.exists():
+            return f"{record.name}: {path} is not there any more"
+        try:
+            task = read_task(path, name=record.name)
+        except InputError as error:
+            return f"{record.name}: {str(error).splitlines()[0]}"
+        if task.sha256 != record.sha256:
+            return f"{record.name}: {path} has changed since it was learned"
+        return self.of_task(task)
+
+
+def known(stream: StreamFolder, task: Task, again: bool) -> bool:
+    """Return whether the stream has learned this task already and it is to be skipped.
+
+    Raises:
+        InputError: it has learned another task of this name.
+    """
+    same_name = [record for record in stream.history() if record.name == task.name]
+    if not same_name or again:
+        return False
+    if any(record.sha256 == task.sha256 for record in same_name):
+        return True
+    raise InputError(
+        f"{task.path}: {stream.path} has learned a task named {task.name!r} with other content"
+        "\nhint: give this one another name with --name, or learn it over the old one with --again"
+    )
+
+
+def learn_task(
+    stream: StreamFolder,
+    learner: Learner,
+    method: Method,
+    task: Task,
+    settings: LearnSettings,
+    events: Events,
+    tests: TestRows,
+) -> TaskRecord:
+    """Learn one task into the stream. Needs the stream's writer lock.
+
+    Raises:
+        InputError: rows that do not fit, an interrupted run of something else, numbers that went wrong; the stream
+            is as it was.
+    """
+    stream.require_space()
+    generation = stream.current()
+    working = Working(stream.working, stream.files)
+    run = _run_of(task, generation.number, settings)
+    saved = None
+    if settings.restart:
+        working.drop()
+    elif (saved := working.load()) is not None:
+        check_same_run(saved, run, stream.working)
+    rows = tests.encoder.all(task.train, task.path)
+    valid = tests.encoder.all(task.valid, task.path)
+    test_rows = tests.of_task(task)
+    notes = _notes(task, rows)
+    if saved is not None:
+        notes.append(f"goes on after step {saved.progress['step']}")
+        notes += _differences(saved.machine, machine())
+    state = replace(stream.state(), seed=settings.train.seed)
+    events.task(task.name, state.t + 1, len(rows), notes)
+
+    model = learner.base.model
+    write_factors(model, method.start(state))
+    backend.reset_peak_memory()
+    model.train()
+    trained = train(
+        model,
+        learner.engine,
+        rows,
+        valid,
+        settings.train,
+        report=lambda step: events.step(task.name, step, backend.peak_memory()),
+        save=lambda progress, tensors: working.save(progress.step, run, machine(), progress_to_json(progress), tensors),
+        resume=(Progress(**saved.progress), saved.tensors) if saved else None,
+        guard=settings.guard,
+    )
+    model.eval()
+    state = method.finish(state, read_factors(model))
+    _check_finite(state, task.name)
+    peak = backend.peak_memory()
+
+    write_factors(model, state.deployed)
+    scores = score_all(stream.history(), task, learner, settings, events, tests)
+    record = _record(task, state.t, trained, rows, len(valid), test_rows, peak, settings, scores)
+    fixed = {"train": settings_of(settings.train), "data": settings_of(settings.data)}
+    stream.commit(state, record, str(learner.base.path), fixed)
+    working.drop()
+    events.learned(record)
+    return record
+
+
+def score_all(
+    history: Sequence[TaskRecord],
+    newest: Task | None,
+    learner: Learner,
+    settings: LearnSettings,
+    events: Events,
+    tests: TestRows,
+) -> list[Score | None]:
+    """Score the model as it stands on the test rows of every task, `newest` last; None where rows are gone."""
+    sources: list[tuple[str, Callable[[], list[Encoded] | str], str | None]] = [
+        (record.name, partial(tests.of_record, record), record.metric) for record in history
+    ]
+    if newest is not None:
+        sources.append((newest.name, partial(tests.of_task, newest), None))
+    skipped = max(0, len(sources) - settings.score_tasks) if settings.score_tasks else 0
+    scores: list[Score | None] = [None] * skipped
+    for name, read, metric in sources[skipped:]:
+        rows = read()
+        if isinstance(rows, str):
+            events.note(f"not scored: {rows}")
+            scores.append(None)
+            continue
+        scores.append(_score_one(name, rows, metric or metric_of(rows), learner, settings, events))
+    return scores
+
+
+def _score_one(
+    name: str, rows: list[Encoded], metric: str, learner: Learner, settings: LearnSettings, events: Events
+) -> Score:
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        events.scoring(name, done, len(rows))
+
+    result = score(
+        learner.engine,
+        rows,
+        metric,
+        model=learner.base.model,
+        tokenizer=learner.tokenizer,
+        advance=advance,
+    )
+    if result.close_calls:
+        places = ", ".join(f"{rows[i].row.file}:{rows[i].row.line}" for i in result.close_calls[:5])
+        events.note(f"{name}: {len(result.close_calls)} answers are close calls that rounding may decide: {places}")
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """Return what a bit-identical continuation depends on beside the run: device, threads, versions."""
+    device = backend.setup()
+    return {
+        "device": device.kind,
+        "processor": platform.machine(),
+        "threads": device.threads,
+        "dtype": device.dtype or "the model's",
+        "mlx": importlib.metadata.version("mlx"),
+        "mlx_lm": importlib.metadata.version("mlx-lm"),
+    }
+
+
+def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    changed = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]
+    return [f"the result may differ in its last bits: {', '.join(changed)}"] if changed else []
+
+
+def _run_of(task: Task, generation: int, settings: LearnSettings) -> dict[str, Any]:
+    """Return all that decides the result of training a task."""
+    chosen = settings_of(settings.train) | settings_of(settings.data)
+    del chosen["save_every"]
+    return {"task": task.name, "sha256": task.sha256, "generation": generation, **chosen}
+
+
+def _notes(task: Task, rows: Sequence[Encoded]) -> list[str]:
+    notes = list(task.warnings)
+    if task.held_out:
+        notes.append(f"no test rows were given: {task.held_out} rows are held out for scoring")
+    if cut := sum(row.cut > 0 for row in rows):
+        notes.append(f"{cut} rows were too long: their last user message is cut on its left")
+    return notes
+
+
+def _check_finite(state: State, name: str) -> None:
+    factors: Factors = state.deployed
+    bad = [layer for layer, pair in factors.items() if not (np.isfinite(pair.a).all() and np.isfinite(pair.b).all())]
+    if bad:
+        raise InputError(f"{name}: the merged factors of {bad[0]} are not finite; the stream is as it was")
+
+
+def _record(
+    task: Task,
+    t: int,
+    trained: Trained,
+    rows: Sequence[Encoded],
+    valid_rows: int,
+    test_rows: Sequence[Encoded],
+    peak: int,
+    settings: LearnSettings,
+    scores: Sequence[Score | None],
+) -> TaskRecord:
+    progress, newest = trained.progress, scores[-1]
+    return TaskRecord(
+        name=task.name,
+        t=t,
+        path=str(Path(task.path).resolve()),
+        sha256=task.sha256,
+        format=task.format,
+        metric=newest.metric if newest else metric_of(test_rows),
+        train_rows=len(rows),
+        valid_rows=valid_rows,
+        test_rows=len(test_rows),
+        held_out=task.held_out,
+        cut_rows=sum(row.cut > 0 for row in rows),
+        train_tokens=progress.real_tokens,
+        computed_tokens=progress.computed_tokens,
+        steps=progress.step,
+        best_step=progress.best_step or progress.step,
+        seconds=round(progress.seconds, 3),
+        tokens_per_second=round(progress.real_tokens / max(progress.seconds, 1e-9), 2),
+        loss_before=_rounded(progress.loss_before),
+        loss_after=_rounded(trained.loss_after),
+        peak_memory_bytes=peak,
+        settings=settings_of(settings.train) | settings_of(settings.data),
+        labels=task.labels,
+        curve=trained.curve,
+        machine=machine(),
+        scores=[_rounded(s.value) if s else None for s in scores],
+        losses=[_rounded(s.loss) if s else None for s in scores],
+    )
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, SCORE_DIGITS)

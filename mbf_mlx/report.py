@@ -1,0 +1,59 @@
+"""The matrix of scores and the sizes, in the terminal."""
+
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+Document = dict[str, Any]
+
+
+def matrix(document: Document) -> Table:
+    """Return R as a table: one row for each learned task, one column for each task it was scored on, in percent."""
+    tasks, scores = document["tasks"], document["scores"]
+    table = Table(title="score on each task after each task, in %", title_justify="left", title_style="bold")
+    table.add_column("after learning", no_wrap=True)
+    for task in tasks:
+        table.add_column(task["name"], justify="right", no_wrap=True)
+    table.add_column("average", justify="right")
+    for t, (task, row) in enumerate(zip(tasks, scores, strict=True), start=1):
+        seen = [value for value in row[:t] if value is not None]
+        cells = [Text("") if j >= t else _cell(value) for j, value in enumerate(row)]
+        table.add_row(f"{t}. {task['name']}", *cells, percent(sum(seen) / len(seen)) if seen else "-")
+    return table
+
+
+def _cell(value: float | None) -> Text:
+    if value is None:
+        return Text("-", style="dim")
+    style = "green" if value >= 0.8 else "yellow" if value >= 0.5 else "red"
+    return Text(percent(value), style=style)
+
+
+def percent(value: float | None) -> str:
+    """Return a score in [0, 1] as percent with one decimal, "-" where there is none."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def summary(document: Document) -> list[str]:
+    """Return the lines under the matrix: averages, what is kept between tasks, the base."""
+    lines = []
+    if document["average_accuracy"] is not None:
+        mixed = " (exact match and ROUGE-L mixed)" if document["mixed_metrics"] else ""
+        parts = [f"average accuracy {percent(document['average_accuracy'])} %{mixed}"]
+        for name in ("backward_transfer", "forgetting"):
+            if document[name] is not None:
+                parts.append(f"{name.replace('_', ' ')} {100 * document[name]:+.1f} points")
+        lines.append(", ".join(parts))
+    count = len(document["tasks"])
+    lines.append(
+        f"{count} task{'' if count == 1 else 's'} in one adapter of {document['adapter_bytes']:,} bytes; beside it for"
+        f" the next task {document['state_bytes']:,} bytes; arrays held between tasks {document['kept_bytes']:,} bytes"
+    )
+    lora = document["settings"]["lora"]
+    keys = ", ".join(key.rpartition(".")[2] for key in lora["keys"])
+    lines.append(
+        f"base {document['base']['name']}, method {document['method']}, rank {lora['rank']}, scale {lora['scale']:g},"
+        f" on {keys}"
+    )
+    return lines

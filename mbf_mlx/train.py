@@ -1,0 +1,284 @@
+"""Fine-tunes the attached factors on one task; neither merges nor commits.
+
+Cross-entropy over supervised tokens alone, AdamW with warmup and cosine decay, a fresh optimizer for each task. Every
+random choice is a function of (seed, epoch) or (seed, step), so a run is continued from a save to the bit-identical
+result. Losses are per supervised token, in nats.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mbf_mlx.batches import Batch, make_batch, plan_batches
+from mbf_mlx.config import TrainConfig
+from mbf_mlx.encode import Encoded
+from mbf_mlx.engine import Engine
+from mbf_mlx.errors import InputError
+from mbf_mlx.events import Step
+
+FLOOR = 0.1  # share of the peak rate at which the decay ends
+SAMPLE_ROWS = 64  # rows whose loss is compared before and after
+GUARD_FACTOR, GUARD_STEPS = 3.0, 50  # a loss this many times the first, for so many steps, has exploded
+CURVE_POINTS = 24
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands: all that, with the saved tensors, continues it exactly."""
+
+    step: int = 0  # optimizer steps taken
+    first_loss: float | None = None  # of the first step
+    high_steps: int = 0  # steps in a row whose loss was far above the first
+    best_loss: float | None = None  # of the best validation
+    best_step: int = 0
+    validations_since: int = 0  # without a better one
+    loss_before: float | None = None  # on the sample rows, before the first step
+    losses: list[float] = field(default_factory=list)  # of every step
+    real_tokens: int = 0
+    computed_tokens: int = 0
+    seconds: float = 0.0  # in training steps and their batches
+    stopped: bool = False  # patience ran out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The end of a run: the model holds the tuned factors, the best ones where there was validation."""
+
+    progress: Progress
+    loss_after: float | None
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """At most 24 (step, mean loss) points of the training loss."""
+        losses = self.progress.losses
+        parts = np.array_split(np.arange(len(losses)), min(CURVE_POINTS, max(1, len(losses))))
+        return [(int(p[-1]) + 1, round(float(np.mean([losses[i] for i in p])), 4)) for p in parts if len(p)]
+
+
+Save = Callable[[Progress, Tensors], None]
+
+
+def train(
+    model: nn.Module,
+    engine: Engine,
+    rows: Sequence[Encoded],
+    valid: Sequence[Encoded],
+    config: TrainConfig,
+    *,
+    report: Callable[[Step], None] = lambda step: None,
+    save: Save | None = None,
+    resume: tuple[Progress, Tensors] | None = None,
+    guard: bool = True,
+) -> Trained:
+    """Tune the attached factors on `rows`; the model holds the result.
+
+    Args:
+        model: With LoRA layers attached; just their factors are trainable.
+        engine: Of that model.
+        rows: To train on, at least one.
+        valid: To choose the best step by; may be empty.
+        config: Epochs or steps, rates, batch sizes.
+        report: Called after every optimizer step.
+        save: Called with what continues the run, as often as `config.save_every` says and at the end.
+        resume: What `save` was given last.
+        guard: Stop a run whose loss has exploded.
+
+    Raises:
+        InputError: a loss or gradient that is not finite, or a loss that exploded; the step and its rows are named.
+    """
+    run = _Run(model, engine, rows, config)
+    progress = run.restore(resume) if resume else replace(Progress(), loss_before=run.sample_loss())
+    loss_and_grad = nn.value_and_grad(model, run.loss)
+    last_save = time.monotonic()
+    for number, group in enumerate(run.groups(progress.step), start=progress.step + 1):
+        if progress.stopped:
+            break
+        started = time.perf_counter()
+        progress = run.step(progress, number, group, loss_and_grad, guard)
+        progress = replace(progress, seconds=progress.seconds + time.perf_counter() - started)
+        valid_loss = None
+        if valid and (number % run.val_every == 0 or number == run.steps):
+            valid_loss = run.mean_loss(valid)
+            progress = run.judge(progress, number, valid_loss)
+        rate = progress.real_tokens / max(progress.seconds, 1e-9)
+        report(
+            Step(
+                step=number,
+                steps=run.steps,
+                loss=progress.losses[-1],
+                learning_rate=run.rate(number),
+                tokens_per_second=rate,
+                valid_loss=valid_loss,
+            )
+        )
+        due = (config.save_steps and number % config.save_steps == 0) or (
+            config.save_seconds is not None and time.monotonic() - last_save >= config.save_seconds
+        )
+        if save and (due or number == run.steps or progress.stopped):
+            save(progress, run.tensors())
+            last_save = time.monotonic()
+    run.restore_best()
+    return Trained(progress=progress, loss_after=run.sample_loss())
+
+
+class _Run:
+    """The moving parts of one run."""
+
+    def __init__(self, model: nn.Module, engine: Engine, rows: Sequence[Encoded], config: TrainConfig) -> None:
+        self.model, self.engine, self.rows, self.config = model, engine, rows, config
+        self.lengths = [len(row.tokens) for row in rows]
+        groups_per_epoch = math.ceil(math.ceil(len(rows) / config.batch_size) / config.grad_accumulation_steps)
+        self.steps = config.iters or config.epochs * groups_per_epoch
+        self.val_every = config.val_every or groups_per_epoch
+        self.optimizer = optim.AdamW(learning_rate=self.rate(1), weight_decay=config.weight_decay, bias_correction=True)
+        self.optimizer.init(model.trainable_parameters())
+        self._lay_out()
+        self.best: Tensors = {}
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 1: linear warmup, then cosine decay to a tenth of the peak."""
+        warmup = max(1, round(self.config.warmup * self.steps))
+        if step <= warmup:
+            return self.config.learning_rate * step / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return self.config.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def groups(self, skip: int) -> Iterator[list[Batch]]:
+        """The batches of each optimizer step after the first `skip`, as many epochs as the steps take."""
+        step, epoch, size = 0, 0, self.config.grad_accumulation_steps
+        while step < self.steps:
+            plan = plan_batches(self.lengths, self.config.batch_size, self.config.seed, epoch)
+            for first in range(0, len(plan), size):
+                step += 1
+                if step > self.steps:
+                    return
+                if step > skip:
+                    yield [make_batch(self.rows, indices) for indices in plan[first : first + size]]
+            epoch += 1
+
+    def loss(self, batch: Batch) -> mx.array:
+        return self.engine.loss_sum(batch)
+
+    def step(self, progress: Progress, number: int, group: list[Batch], loss_and_grad: Any, guard: bool) -> Progress:
+        mx.random.seed((self.config.seed << 32) + number)  # dropout's
+        total, gradients = mx.array(0.0), None
+        supervised = sum(len(batch.targets) for batch in group)
+        for batch in group:
+            loss, new = loss_and_grad(batch)
+            total = total + loss
+            gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+            mx.eval(total, gradients)
+        gradients = tree_map(lambda g: g / supervised, gradients)
+        norm = mx.sqrt(sum((mx.square(g).sum() for _, g in tree_flatten(gradients)), mx.array(0.0)))
+        value, length = float(total) / supervised, float(norm)
+        if not (math.isfinite(value) and math.isfinite(length)):
+            raise InputError(self._not_finite(number, group, value, gradients))
+        if self.config.max_grad_norm and length > self.config.max_grad_norm:
+            gradients = tree_map(lambda g: g * (self.config.max_grad_norm / length), gradients)
+        self.optimizer.learning_rate = mx.array(self.rate(number))
+        self.optimizer.update(self.model, gradients)
+        self._lay_out()
+        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        first = progress.first_loss if progress.first_loss is not None else value
+        high = progress.high_steps + 1 if value > GUARD_FACTOR * first else 0
+        if guard and high >= GUARD_STEPS:
+            raise InputError(
+                f"step {number}: the loss has stood above {GUARD_FACTOR:g} x that of the first step ({first:.3f}) for"
+                f" {GUARD_STEPS} steps and is {value:.3f}; the stream is as it was before this task"
+                f"\nhint: a smaller --learning-rate than {self.config.learning_rate:g}, or --no-guard"
+            )
+        return replace(
+            progress,
+            step=number,
+            first_loss=first,
+            high_steps=high,
+            losses=[*progress.losses, value],
+            real_tokens=progress.real_tokens + sum(batch.real_tokens for batch in group),
+            computed_tokens=progress.computed_tokens + sum(batch.computed_tokens for batch in group),
+        )
+
+    def _lay_out(self) -> None:
+        """Make the factors row-contiguous: a matrix product's last bits depend on the layout, and a save loses it."""
+        self.model.update(tree_map(mx.contiguous, self.model.trainable_parameters()))
+
+    def _not_finite(self, number: int, group: list[Batch], loss: float, gradients: Any) -> str:
+        bad = [name for name, g in tree_flatten(gradients) if not bool(mx.isfinite(g).all())]
+        rows = [self.rows[index].row for batch in group for index in batch.indices]
+        places = ", ".join(f"{row.file}:{row.line}" for row in rows[:8])
+        what = f"gradient of {bad[0]}" if math.isfinite(loss) and bad else f"loss ({loss})"
+        return (
+            f"step {number}: the {what} is not finite, on rows {places}; the stream is as it was before this task"
+            f"\nhint: look at these rows, or use a smaller --learning-rate than {self.config.learning_rate:g}"
+        )
+
+    def mean_loss(self, rows: Sequence[Encoded]) -> float:
+        """Loss per supervised token over `rows`."""
+        total, count = 0.0, 0
+        for indices in plan_batches([len(row.tokens) for row in rows], self.config.batch_size, 0, 0):
+            batch = make_batch(rows, indices)
+            total += float(self.engine.loss_sum(batch))
+            count += len(batch.targets)
+        return total / count
+
+    def sample_loss(self) -> float:
+        """Loss over evenly spaced training rows: the start's jump and what training brought show in it."""
+        picks = np.linspace(0, len(self.rows) - 1, min(SAMPLE_ROWS, len(self.rows))).astype(int)
+        self.model.eval()
+        loss = self.mean_loss([self.rows[int(i)] for i in picks])
+        self.model.train()
+        return loss
+
+    def judge(self, progress: Progress, number: int, valid_loss: float) -> Progress:
+        """Keep the factors of the best validation."""
+        if progress.best_loss is None or valid_loss < progress.best_loss:
+            self.best = self._factors()
+            return replace(progress, best_loss=valid_loss, best_step=number, validations_since=0)
+        since = progress.validations_since + 1
+        stopped = bool(self.config.patience) and since >= self.config.patience
+        return replace(progress, validations_since=since, stopped=stopped)
+
+    def _factors(self) -> Tensors:
+        return {name: np.array(array) for name, array in tree_flatten(self.model.trainable_parameters())}
+
+    def tensors(self) -> Tensors:
+        """All arrays that continue the run."""
+        tensors = {f"factor.{name}": array for name, array in self._factors().items()}
+        tensors |= {f"best.{name}": array for name, array in self.best.items()}
+        moments = [(name, m) for name, m in tree_flatten(self.optimizer.state) if name not in ("step", "learning_rate")]
+        return tensors | {f"optimizer.{name}": np.array(moment) for name, moment in moments}
+
+    def restore(self, saved: tuple[Progress, Tensors]) -> Progress:
+        progress, tensors = saved
+        parts: dict[str, list[tuple[str, mx.array]]] = {"factor": [], "optimizer": []}
+        for key, array in tensors.items():
+            kind, _, name = key.partition(".")
+            if kind == "best":
+                self.best[name] = array
+            else:
+                parts[kind].append((name, mx.array(array)))
+        self.model.update(tree_unflatten(parts["factor"]))
+        moments = tree_unflatten(parts["optimizer"])
+        step, rate = mx.array(progress.step, mx.uint64), mx.array(self.rate(max(1, progress.step)))
+        self.optimizer.state = {**moments, "step": step, "learning_rate": rate}
+        return progress
+
+    def restore_best(self) -> None:
+        if self.best:
+            self.model.update(tree_unflatten([(name, mx.array(array)) for name, array in self.best.items()]))
+        mx.eval(self.model.trainable_parameters())
+        mx.clear_cache()
+
+
+def progress_to_json(progress: Progress) -> dict[str, Any]:
+    """Return a run's place as plain JSON values."""
+    return asdict(progress)
