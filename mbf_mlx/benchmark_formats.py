@@ -45,8 +45,8 @@ class SuperNaturalInstructions(Reader):
         words = [part for part in parts if isinstance(part, str) and part.strip()]
         if not words or len(words) < len(parts):
             raise InputError(
-                f'{self.file}: expected a "Definition" in words, as Super-NaturalInstructions has it\n'
-                f"  a file that fits: {self.example}"
+                f'{self.file}: an object in a .json file is read as Super-NaturalInstructions: expected a "Definition" '
+                f"in words; other rows stand one a line in a .jsonl file\n  a file that fits: {self.example}"
             )
         return "\n".join(words).strip()
 
@@ -100,6 +100,12 @@ class OLora(Reader):
     def scan(self) -> Iterator[Found]:
         """Yield the row of every element, once labels and instruction are known."""
         text = document(self.file, self.sha256.update)
+        first = next(elements(self.file, text, None), None)
+        if first and not (isinstance(first.value, dict) and {"label", "sentence"} <= first.value.keys()):
+            raise InputError(
+                f"{self.file}: a list in a .json file is read as O-LoRA's benchmark, objects of label and sentence; "
+                f"other rows stand one a line in a .jsonl file\n  a row that fits there: {EXAMPLES['completion']}"
+            )
         self.labels = self._read_labels()
         self.instruction = self._find_instruction()
         self.sha256.update(json.dumps([self.labels, self.instruction]).encode())

@@ -9,7 +9,6 @@ What a template writes is left to template.py, pieces of text and their tokens t
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,8 @@ from mbf_mlx.rows import BadRow, Row
 from mbf_mlx.splits import Problems
 from mbf_mlx.template import ChatTemplate, Rendered
 
-CHUNK = 512  # rows that are rendered and tokenized together
+CHUNK = 512  # rows that are rendered and tokenized together, fewer where they have more letters than
+CHUNK_LETTERS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,20 +87,35 @@ class Encoder:
 
     def stream(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Encoded | BadRow]]:
         """Yield each row with its tokens, or with the reason why it has none; few are in memory at once."""
-        iterator = iter(rows)
-        while chunk := list(islice(iterator, CHUNK)):
+        for chunk in _chunks(rows):
             whole = self._parts(chunk)
             for row, full, parts in zip(chunk, whole, self._fitted(chunk, whole), strict=True):
-                if isinstance(parts, _Parts) and isinstance(full, _Parts):
+                if isinstance(parts, BadRow) or isinstance(full, BadRow):
+                    yield row, parts if isinstance(parts, BadRow) else BadRow(str(full))
+                elif not self._pieces.says_something(parts.answer):
+                    yield (
+                        row,
+                        BadRow("no supervised token: the model's template or tokenizer leaves none of the answer"),
+                    )
+                else:
                     yield row, self._encoded(row, parts, full.length - parts.length)
-                elif isinstance(parts, BadRow):
-                    yield row, parts
 
     def marked(self, encoded: Encoded) -> list[tuple[str, bool]]:
         """Return what a row says in pieces, each with whether it is supervised."""
         edges = (np.flatnonzero(np.diff(encoded.supervised)) + 1).tolist()
         spans = zip([0, *edges], [*edges, len(encoded.tokens)], strict=True)
         return [(self._pieces.text(encoded.tokens[i:j].tolist()), bool(encoded.supervised[i])) for i, j in spans]
+
+    def warnings(self) -> list[str]:
+        """Return what is odd about the model's template, whatever the rows."""
+        if self._template is None:
+            raw = self.data.template == "chat"
+            return ["the model has no chat template: prompt and completion stand as they are"] if raw else []
+        _, probe = next(self.stream([Row("completion", Path(), 0, "a", "b", ("b",))]))
+        if isinstance(probe, BadRow) or probe.tokens[-1] in self._pieces.ends:
+            return []
+        end = self._pieces.text(probe.tokens[-1:].tolist())
+        return [f"the chat template ends a turn with {end}, at which this model's generation does not stop"]
 
     def _encoded(self, row: Row, parts: "_Parts", cut: int) -> Encoded:
         tokens = np.array(parts.prompt + parts.answer, np.int32)
@@ -196,6 +211,18 @@ class _Parts(NamedTuple):
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    chunk, letters = list[Row](), 0
+    for row in rows:
+        chunk.append(row)
+        letters += row.letters
+        if len(chunk) == CHUNK or letters > CHUNK_LETTERS:
+            yield chunk
+            chunk, letters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _question(row: Row) -> str:

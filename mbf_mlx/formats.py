@@ -157,7 +157,11 @@ class Table(Reader):
         if len(cells) != len(self.columns):
             raise BadRow(f"expected {len(self.columns)} fields as in the first line, got {len(cells)}")
         named = dict(zip(self.columns, cells, strict=True))
-        return row_from({name: named[name] for name in _COLUMNS if name in named}, self.file, line)
+        if "prompt" in named and "completion" in named:
+            named = {"prompt": named["prompt"], "completion": named["completion"]}
+        elif "text" in named:
+            named = {name: cell for name, cell in named.items() if name not in ("messages", "prompt", "tools")}
+        return row_from(named, self.file, line)
 
 
 def attempt(make: Callable[..., Row], what: object, line: int) -> Row | BadRow:

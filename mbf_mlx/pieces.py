@@ -70,6 +70,10 @@ class Pieces:
         stops = [i for i in tail if tokens[i] in self.ends][:1] or [i for i in tail if tokens[i] in self._special][-1:]
         return (tokens[: stops[0] + 1], True) if stops else (tokens[:begin], False)
 
+    def says_something(self, tokens: Sequence[int]) -> bool:
+        """Return whether tokens are more than special ones."""
+        return any(token not in self._special for token in tokens)
+
     def text(self, tokens: Sequence[int]) -> str:
         """Return what tokens say, special ones included."""
         return self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)

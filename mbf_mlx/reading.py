@@ -124,11 +124,11 @@ def parse_json(text: str) -> object:
             raise BadRow("broken JSON: more than one value in the line (one row a line)") from None
         if text.strip()[:1] == "{" and "'" in text[:3]:
             raise BadRow("broken JSON: keys and texts stand in double quotes") from None
-        raise BadRow(f"broken JSON: {error.msg} at column {error.pos + 1}") from None
+        raise BadRow(f"broken JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}") from None
     except BadRow:
         raise
-    except ValueError as error:
-        raise BadRow(f"broken JSON: {error}") from None
+    except ValueError:  # of int(), on thousands of digits
+        raise BadRow("broken JSON: a number is too long") from None
     except RecursionError:
         raise BadRow("nested too deeply") from None
 
@@ -236,9 +236,11 @@ class _Walk:
             value, end = _DECODER.raw_decode(self.text, self.place)
         except json.JSONDecodeError as error:
             self._go(min(error.pos, len(self.text)))
-            self.fail(f"broken JSON: {error.msg}")
+            self.fail(f"broken JSON: {error.msg.removesuffix(' at')}")
+        except BadRow as error:
+            self.fail(str(error))
         except (ValueError, RecursionError) as error:
-            self.fail("nested too deeply" if isinstance(error, RecursionError) else str(error))
+            self.fail("nested too deeply" if isinstance(error, RecursionError) else "broken JSON: a number is too long")
         self._go(end)
         self.first = False
         return Element(None, offset, line, value)

@@ -35,9 +35,10 @@ _ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model
 class BadRow(ValueError):
     """A row that cannot be learned: the reason in one line and, where it can be told, the row put right."""
 
-    def __init__(self, reason: str, fixed: str | None = None):
+    def __init__(self, reason: str, fixed: str = ""):
         super().__init__(reason)
         self.fixed = fixed
+        self.example = ""  # of a row of the kind that this one was meant to be
 
 
 class Skipped(BadRow):
@@ -57,6 +58,7 @@ class Row:
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     text: str = ""
+    unread: str = field(default="", compare=False)  # a key beside "text" that looks like an answer to learn
     digest: bytes = field(default=b"", compare=False)  # 16 bytes over what the row says, not over where it stands
 
     def __post_init__(self) -> None:
@@ -68,6 +70,11 @@ class Row:
     def where(self) -> str:
         """The place as an error names it: `file:line`."""
         return f"{self.file}:{self.line}"
+
+    @property
+    def letters(self) -> int:
+        """How long all its texts are together, in characters."""
+        return sum(map(len, (self.prompt, self.completion, self.text, *(x["content"] for x in self.messages))))
 
 
 def row_from(document: object, file: Path, line: int) -> Row:
@@ -81,16 +88,32 @@ def row_from(document: object, file: Path, line: int) -> Row:
     """
     if not isinstance(document, dict):
         raise BadRow(f'expected an object {{"prompt": …, "completion": …}}, got {_type(document)}')
+    kind = _kind(document)
+    if kind is None:
+        raise _wrong_keys(document)
+    try:
+        return _row(kind, document, file, line)
+    except BadRow as error:
+        error.fixed, error.example = error.fixed or _shown(_put_right(document)), EXAMPLES[kind]
+        raise
+
+
+def _kind(document: dict[str, Any]) -> str | None:
     if "prompt" in document and "completion" in document:
+        return "completion"
+    return next((key for key in ("messages", "text") if key in document), None)
+
+
+def _row(kind: str, document: dict[str, Any], file: Path, line: int) -> Row:
+    if kind == "completion":
         prompt, completion = _text(document, "prompt"), _text(document, "completion")
         return Row("completion", file, line, prompt, completion, (completion,), tools=_tools(document))
-    if "messages" in document:
+    if kind == "messages":
         return Row("messages", file, line, messages=_messages(document["messages"]), tools=_tools(document))
-    if "text" in document:
-        if "tools" in document:
-            raise BadRow('"tools" go with "messages", not with "text"')
-        return Row("text", file, line, text=_text(document, "text"))
-    raise _wrong_keys(document)
+    if "tools" in document:
+        raise BadRow('"tools" go with "messages", not with "text"')
+    unread = next((key for key in ("completion", *_ALIASES["completion"]) if key in document), "")
+    return Row("text", file, line, text=_text(document, "text"), unread=unread)
 
 
 def reference_text(row: Row) -> str:
@@ -122,8 +145,10 @@ def _text(document: Mapping[str, Any], key: str) -> str:
 
 
 def _type(value: object) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text"}
-    return names.get(type(value)) or ("a list" if isinstance(value, list) else "an object")
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names = {int: "a number", float: "a number", str: "text", list: "a list"}
+    return names.get(type(value), "an object")
 
 
 def _tools(document: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -211,11 +236,16 @@ def _wrong_keys(document: dict[str, Any]) -> BadRow:
     expected = '"prompt" and "completion", or "messages", or "text"'
     if not document:
         return BadRow(f"expected {expected}, got an empty object")
+    if {"instruction", "input", "output"} <= document.keys():
+        prompt = "\n".join(str(document[key]) for key in ("instruction", "input") if document[key])
+        hint = ' (write "instruction" and "input" together as "prompt", and "output" as "completion")'
+        fixed = _shown({"prompt": prompt, "completion": document["output"]})
+        return BadRow(f"expected {expected}, got {_keys(document)}{hint}", fixed)
     for keys in (("prompt", "completion"), ("messages",), ("text",)):
         renamed = {old: key for key in keys if (old := _meant(document, key))}
         if len(renamed) == len(keys):
-            fixed = {renamed.get(key, key): value for key, value in document.items()}
-            return BadRow(f"expected {expected}, got {_keys(document)}{_rename(document, *keys)}", _shown(fixed))
+            right = _put_right({renamed.get(key, key): value for key, value in document.items()})
+            return BadRow(f"expected {expected}, got {_keys(document)}{_rename(document, *keys)}", _shown(right))
     return BadRow(f"expected {expected}, got {_keys(document)}")
 
 
@@ -240,11 +270,31 @@ def _rename(document: Mapping[str, Any], *keys: str) -> str:
     return f" (rename {' and '.join(names)})" if names else ""
 
 
-def _shown(document: Mapping[str, Any]) -> str | None:
-    """Return a row as a line to print, its texts shortened; None where it would still not fit."""
-    short = {k: v if len(v) <= 60 else v[:59] + "…" for k, v in document.items() if isinstance(v, str)}
+def _put_right(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with its numbers as text and its messages with roles and contents, where those are clear."""
+    right = {
+        key: str(x) if type(x) in (int, float) and key in EXAMPLES | {"prompt": ""} else x
+        for key, x in document.items()
+    }
+    if isinstance(right.get("messages"), list):
+        right["messages"] = [_message_right(x) if isinstance(x, dict) else x for x in right["messages"]]
+    return right
+
+
+def _message_right(message: dict[str, Any]) -> dict[str, Any]:
+    role, content = (message.get(_meant(message, key) or key) for key in ("role", "content"))
+    return {"role": _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role, "content": content}
+
+
+def _shown(document: dict[str, Any]) -> str:
+    """Return a row as a line to print, its texts shortened; nothing where it would still not fit, or is too long."""
+    kind = _kind(document)
+    if kind is None:
+        return ""
     try:
-        row_from(dict(document), Path(), 0)
-        return json.dumps({key: short.get(key, value) for key, value in document.items()}, ensure_ascii=False)[:400]
+        _row(kind, document, Path(), 0)
     except BadRow:
-        return None
+        return ""
+    short = {k: v if len(v) <= 60 else v[:59] + "…" for k, v in document.items() if isinstance(v, str)}
+    line = json.dumps({key: short.get(key, value) for key, value in document.items()}, ensure_ascii=False)
+    return line if len(line) <= 300 else ""

@@ -83,12 +83,12 @@ class Problems:
         self._count: dict[Path, int] = {}
         self._fixed = self._example = ""
 
-    def add(self, file: Path, line: int, reason: str, *, fixed: str | None = None, example: str = "") -> None:
+    def add(self, file: Path, line: int, reason: str, *, fixed: str = "", example: str = "") -> None:
         """Note a bad row, the row put right where that can be told, and an example of one that fits."""
         self._count[file] = self._count.get(file, 0) + 1
         if self._count[file] <= SHOWN:
             self._shown.setdefault(file, []).append(f"  {file}:{line}: {reason}")
-        self._fixed, self._example = self._fixed or fixed or "", self._example or example
+        self._fixed, self._example = self._fixed or fixed, self._example or example
 
     def raise_any(self, path: Path) -> None:
         """Raise InputError if there are any."""
@@ -114,6 +114,7 @@ class Scan:
         self.labels: set[str] = set()  # distinct completions, one more than MAX_LABELS at most
         self.all_labels = 0  # a hash over all completions, whatever their order
         self.skipped = Counter[str]()  # reason -> rows
+        self.unread = Counter[str]()  # key beside "text" that looks like an answer -> rows
         self._offsets, self._lines, self._digests = array("Q"), array("I"), bytearray()
         found = 0
         for offset, line, row in reader.scan():
@@ -121,7 +122,7 @@ class Scan:
             if isinstance(row, Skipped):
                 self.skipped[str(row)] += 1
             elif isinstance(row, BadRow):
-                problems.add(reader.file, line, str(row), fixed=row.fixed, example=reader.example)
+                problems.add(reader.file, line, str(row), fixed=row.fixed, example=row.example or reader.example)
             else:
                 self._note(offset, row, problems)
         if not found:
@@ -143,6 +144,8 @@ class Scan:
         self._offsets.append(offset)
         self._lines.append(row.line)
         self._digests += row.digest
+        if row.unread:
+            self.unread[row.unread] += 1
         if label := reference_text(row):
             if len(self.labels) <= MAX_LABELS:
                 self.labels.add(label)

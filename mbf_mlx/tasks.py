@@ -92,7 +92,14 @@ def read_task(path: Path | str, *, name: str | None = None) -> Task:
                 f"{found.file}: {_rows(count)} of {split} {_are(count, 'repeats', 'repeat')} an earlier one"
             )
     for scan in scans.values():
-        warnings += [f"{scan.reader.file}: {_rows(count)} skipped: {why}" for why, count in scan.skipped.items()]
+        file = scan.reader.file
+        warnings += [f"{file}: {_rows(count)} skipped: {why}" for why, count in scan.skipped.items()]
+        for key, count in scan.unread.items():
+            verb = _are(count, "has", "have")
+            warnings.append(
+                f'{file}: {_rows(count)} of "text" {verb} "{key}", too, which is not read: to learn it, '
+                'write "prompt" and "completion"'
+            )
     held_out = _hold_out(rows, warnings)
     _leave_out(rows, path, warnings)
     return Task(

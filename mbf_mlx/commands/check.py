@@ -1,0 +1,182 @@
+"""`mbf check`: what training would see of a task, and every line of it that does not fit."""
+
+from array import array
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mbf_mlx.commands.console import err, out, print_json, progress, warn
+from mbf_mlx.config import DataConfig
+
+if TYPE_CHECKING:
+    from mbf_mlx.encode import Encoder
+    from mbf_mlx.rows import Row
+    from mbf_mlx.tasks import Task
+
+_DEFAULTS = DataConfig()
+_MARKS = ("⟦", "⟧")  # around what is supervised, for those who see no colours
+_SHOWN_LABELS = 20
+_SHOWN_TEXT = 600  # letters of a piece of the example
+
+
+def check(
+    tasks: Annotated[list[Path], typer.Argument(metavar="TASK...", help="Task files, or folders with train.*.")],
+    model: Annotated[str | None, typer.Option(help="Count this model's tokens: folder, hub id, GGUF, recipe.")] = None,
+    stream: Annotated[Path | None, typer.Option(help="Count tokens as this stream would see them.")] = None,
+    template: Annotated[str, typer.Option(help="chat: the model's own; none: raw text.")] = _DEFAULTS.template,
+    max_seq_length: Annotated[int, typer.Option(help="Tokens of the longest row.")] = _DEFAULTS.max_seq_length,
+    mask_prompt: Annotated[
+        bool, typer.Option("--mask-prompt/--no-mask-prompt", help="Supervise answers alone, or everything.")
+    ] = _DEFAULTS.mask_prompt,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show what training would see of tasks, and every line of them that does not fit.
+
+    Without --model or --stream lengths are counted in characters and no template is shown.
+    """
+    from mbf_mlx.errors import InputError
+    from mbf_mlx.tasks import read_tasks
+
+    if model is not None and stream is not None:
+        raise InputError("--model and --stream: expected one of them (a stream has its own model)")
+    data = DataConfig(template=template, mask_prompt=mask_prompt, max_seq_length=max_seq_length)
+    found = read_tasks(tasks)  # what is wrong with the files is said before a model is looked for
+    encoder = _encoder(model, stream, data)
+    surveys, problems = [], []
+    for task in found:
+        try:
+            surveys.append(_survey(task, encoder))
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    if json:
+        print_json({"tasks": surveys})
+        return
+    for survey in surveys:
+        _print(survey)
+
+
+def _encoder(model: str | None, stream: Path | None, data: DataConfig) -> "Encoder | None":
+    """Return what makes tokens of rows: with a model's tokenizer, or with that of a stream's base and its template."""
+    if model is None and stream is None:
+        return None
+    from dataclasses import replace
+
+    from mbf_mlx import backend
+    from mbf_mlx.encode import Encoder
+    from mbf_mlx.sources import resolve_base
+
+    if stream is not None:
+        from mbf_mlx.stream import StreamFolder
+
+        opened = StreamFolder.open(stream)
+        data = replace(data, template=opened.identity.template)
+        model = opened.current().manifest.base_path
+    backend.require_mlx()
+    folder = resolve_base(str(model), report=err.print).path
+    from mbf_mlx.model import load_tokenizer
+
+    return Encoder(load_tokenizer(folder), data)
+
+
+def _survey(task: "Task", encoder: "Encoder | None") -> dict[str, Any]:
+    """Return all that is printed about a task, as JSON has it."""
+    from mbf_mlx.encode import Encoded
+    from mbf_mlx.splits import Problems
+
+    splits = {"train": task.train, "valid": task.valid, "test": task.test}
+    lengths = {split: array("I") for split in splits}
+    problems, cut, example = Problems(), 0, None
+    with progress(f"checking {task.name}", sum(map(len, splits.values())), "rows") as update:
+        done = 0
+        for split, rows in splits.items():
+            for row, tokens in encoder.stream(rows) if encoder else ((row, None) for row in rows):
+                done += 1
+                if isinstance(tokens, Encoded):
+                    lengths[split].append(len(tokens.tokens) + tokens.cut)
+                    cut += tokens.cut > 0
+                elif tokens is None:
+                    lengths[split].append(row.letters)
+                else:
+                    problems.add(row.file, row.line, str(tokens))
+                if example is None and (encoder is None or isinstance(tokens, Encoded)):
+                    pieces = encoder.marked(tokens) if encoder and isinstance(tokens, Encoded) else _pieces(row)
+                    example = {"place": row.where, "pieces": [{"text": t, "supervised": on} for t, on in pieces]}
+                if done % 1000 == 0:
+                    update(done)
+    problems.raise_any(task.path)
+    return {
+        "name": task.name,
+        "path": str(task.path),
+        "format": task.format,
+        "sha256": task.sha256,
+        "rows": {split: len(rows) for split, rows in splits.items()},
+        "held_out": task.held_out,
+        "unit": "tokens" if encoder else "characters",
+        "lengths": {split: _statistics(counts) for split, counts in lengths.items() if counts},
+        "cut_rows": cut,
+        "max_seq_length": encoder.data.max_seq_length if encoder else None,
+        "labels": task.labels if isinstance(task.labels, str) else list(task.labels),
+        "warnings": [*task.warnings, *(encoder.warnings() if encoder else ())],
+        "example": example,
+    }
+
+
+def _pieces(row: "Row") -> list[tuple[str, bool]]:
+    """Return what a row says without any template, in pieces, each with whether it is supervised."""
+    if row.kind == "text":
+        return [(row.text, True)]
+    if row.kind == "completion":
+        return [(row.prompt, False), (row.completion, True)]
+    pieces = []
+    for message in row.messages:
+        pieces += [(f"{message['role']}: ", False), (message["content"], message["role"] == "assistant"), ("\n", False)]
+    return pieces
+
+
+def _statistics(counts: "array[int]") -> dict[str, int]:
+    import numpy as np
+
+    lengths = np.frombuffer(counts, np.uint32)
+    middle, high = np.percentile(lengths, (50, 95), method="higher")
+    return {"median": int(middle), "p95": int(high), "max": int(lengths.max()), "sum": int(lengths.sum(dtype=np.int64))}
+
+
+def _print(survey: dict[str, Any]) -> None:
+    """Print what was found out about one task for a person."""
+    out.print(f"{survey['name']}: {survey['format']} rows, {survey['path']}", style="bold")
+    for split, count in survey["rows"].items():
+        lengths = survey["lengths"].get(split)
+        if lengths:
+            words = ", ".join(f"{name} {lengths[key]}" for key, name in _STATISTICS.items())
+            held = "  (held out of training: there are no test rows)" if split == "test" and survey["held_out"] else ""
+            out.print(f"  {split:5} {count:7} rows  {survey['unit']}: {words}{held}")
+    labels = survey["labels"]
+    if isinstance(labels, str):
+        out.print("  answers: more than 64 different ones")
+    elif labels:
+        more = f", … ({len(labels)} in all)" if len(labels) > _SHOWN_LABELS else ""
+        out.print(f"  answers: {', '.join(_printable(label) for label in labels[:_SHOWN_LABELS])}{more}")
+    if survey["cut_rows"]:
+        out.print(f"  cut: {survey['cut_rows']} rows are longer than --max-seq-length {survey['max_seq_length']}")
+    for warning in survey["warnings"]:
+        warn(warning)
+    out.print(f"  the first row, {survey['example']['place']}; what is supervised stands in {' '.join(_MARKS)}:")
+    for piece in survey["example"]["pieces"]:
+        text = _printable(piece["text"], _SHOWN_TEXT)
+        if piece["supervised"]:
+            out.print(f"{_MARKS[0]}{text}{_MARKS[1]}", style="bold green", end="")
+        else:
+            out.print(text, end="")
+    out.print("\n")
+
+
+_STATISTICS = {"median": "median", "p95": "95%", "max": "longest"}
+
+
+def _printable(text: str, limit: int = 60) -> str:
+    """Return text without what would command a terminal, and without its middle where it is long."""
+    text = "".join(letter if letter.isprintable() or letter in "\n\t" else "�" for letter in text)
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
