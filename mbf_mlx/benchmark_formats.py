@@ -48,7 +48,10 @@ class SuperNaturalInstructions(Reader):
                 f'{self.file}: an object in a .json file is read as Super-NaturalInstructions: expected a "Definition" '
                 f"in words; other rows stand one a line in a .jsonl file\n  a file that fits: {self.example}"
             )
-        return "\n".join(words).strip()
+        try:
+            return check_text("\n".join(words), '"Definition"').strip()
+        except BadRow as error:
+            raise InputError(f"{self.file}: {error}") from error
 
     def _row(self, instance: object, line: int) -> Row:
         if not isinstance(instance, dict) or "input" not in instance or "output" not in instance:
@@ -120,11 +123,13 @@ class OLora(Reader):
         file = self.file.with_name("labels.json")
         if not file.exists():
             raise InputError(f'{self.file}: expected labels.json beside it: a list such as ["True", "False"]')
-        labels = [item.value for item in elements(file, document(file), None)]
-        words = [label for label in labels if isinstance(label, str) and label.strip()]
-        if not words or len(words) < len(labels):
-            raise InputError(f'{file}: expected a list of labels such as ["True", "False"]')
-        return words
+        try:
+            labels = [check_text(item.value, "a label") for item in elements(file, document(file), None)]
+        except BadRow as error:
+            raise InputError(f"{file}: {error}") from error
+        if not labels:
+            raise InputError(f'{file}: expected a list of labels such as ["True", "False"], got an empty one')
+        return labels
 
     def _find_instruction(self) -> str:
         folders = self.file.absolute().parts[-3:-1]

@@ -121,7 +121,7 @@ def parse_json(text: str) -> object:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            raise BadRow("broken JSON: more than one value in the line (one row a line)") from None
+            raise BadRow("broken JSON: something follows the first value (one row a line)") from None
         if text.strip()[:1] == "{" and "'" in text[:3]:
             raise BadRow("broken JSON: keys and texts stand in double quotes") from None
         raise BadRow(f"broken JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}") from None
@@ -188,7 +188,7 @@ def elements(file: Path, text: str, rows: str | None) -> Iterator[Element]:
             else:
                 yield walk.value()._replace(key=key)
     if walk.peek():
-        walk.fail("more than one value in the file")
+        walk.fail("something follows the list or object")
 
 
 class _Walk:
@@ -208,7 +208,8 @@ class _Walk:
 
     def expect(self, mark: str) -> None:
         if self.peek() != mark:
-            self.fail(f"expected {mark!r}, got {self.text[self.place : self.place + 20]!r}")
+            begin = self.text[self.place : self.place + 20]
+            self.fail(f"broken JSON: expected {mark!r}, got {repr(begin) if begin else 'the end of the file'}")
         self._go(self.place + 1)
         self.first = True
 

@@ -193,7 +193,7 @@ def _reader_of(file: Path) -> Reader:
     with open_binary(file) as handle:
         begin = handle.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     line = begin.partition(b"\n")[0].rstrip()
-    if begin.startswith(b"{") and line.endswith(b"}") and b'"Instances"' not in line:
+    if begin.startswith(b"{") and line.endswith(b"}") and b'"Instances"' not in line and b'"Definition"' not in line:
         raise InputError(f"{file}: holds one JSON object a line: rename it to {file.with_suffix('.jsonl').name}")
     return OLora(file) if begin.startswith(b"[") else SuperNaturalInstructions(file)
 
