@@ -18,7 +18,7 @@ from mbf_mlx.config import DataConfig
 from mbf_mlx.pieces import Pieces
 from mbf_mlx.rows import BadRow, Row
 from mbf_mlx.splits import Problems
-from mbf_mlx.template import ChatTemplate, Rendered
+from mbf_mlx.template import MOVED, Answer, ChatTemplate, Rendered
 
 CHUNK = 512  # rows that are rendered and tokenized together, fewer where they have more letters than
 CHUNK_LETTERS = 1_000_000
@@ -144,27 +144,32 @@ class Encoder:
 
     def _chat_parts(self, rendered: "list[Rendered | BadRow]") -> "list[_Parts | BadRow]":
         good = [text for text in rendered if isinstance(text, Rendered)]
-        answers = [self._pieces.turn(tokens) for tokens in self._pieces.continued([text.answer for text in good])]
-        found = (
-            _Parts(*prompt, tokens if ends else self._pieces.ended(tokens))
-            for prompt, (tokens, ends) in zip(self._prompts(good), answers, strict=True)
-        )
-        return [text if isinstance(text, BadRow) else next(found) for text in rendered]
+        tokens = self._pieces.continued([text.answer for text in good])
+        found = zip(self._prompts(good), map(self._pieces.turn, tokens), strict=True)
+        parts: list[_Parts | BadRow] = []
+        for text in rendered:
+            if isinstance(text, BadRow):
+                parts.append(text)
+                continue
+            prompt, (answer, ends) = next(found)
+            answer = answer if ends else self._pieces.ended(answer)
+            parts.append(prompt if isinstance(prompt, BadRow) else _Parts(*prompt, answer))
+        return parts
 
-    def _prompts(self, rendered: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
+    def _prompts(self, rendered: Sequence[Rendered]) -> list[tuple[list[int], list[bool]] | BadRow]:
         """Return each prompt's tokens, and which of them earlier answers hold."""
         texts = [text.prompt for text in rendered]
         if not any(text.earlier for text in rendered):
             return [(tokens, [False] * len(tokens)) for tokens in self._pieces.plain(texts)]
-        prompts = []
+        said = iter(self._pieces.turns([answer.written for text in rendered for answer in text.earlier]))
+        prompts: list[tuple[list[int], list[bool]] | BadRow] = []
         for text, tokens, places in zip(rendered, *self._pieces.placed(texts), strict=True):
-            supervised = np.zeros(len(tokens), bool)
+            spans = [_span(text.prompt, answer, next(said)) for answer in text.earlier]
             starts, stops = np.array(places).reshape(-1, 2).T
-            for begin, end in text.earlier:
-                inside = np.flatnonzero((starts >= begin) & (stops <= end) & (starts < stops))
-                turn, _ = self._pieces.turn([tokens[i] for i in inside])
-                supervised[inside[: len(turn)]] = True
-            prompts.append((tokens, supervised.tolist()))
+            supervised = np.zeros(len(tokens), bool)
+            for begin, end in (span for span in spans if span):
+                supervised |= (starts >= begin) & (stops <= end) & (starts < stops)
+            prompts.append((tokens, supervised.tolist()) if all(spans) else BadRow(MOVED))
         return prompts
 
     def _fitted(self, rows: Sequence[Row], parts: "list[_Parts | BadRow]") -> "list[_Parts | BadRow]":
@@ -211,6 +216,19 @@ class _Parts(NamedTuple):
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+
+def _span(prompt: str, answer: Answer, said: str) -> tuple[int, int] | None:
+    """Return where an earlier answer, which the model says as `said`, stands in the prompt of the last one."""
+    if prompt.startswith(said, answer.begin):
+        return answer.begin, answer.begin + len(said)
+    if answer.content and answer.content in said:
+        # A template that leaves the thoughts out of earlier answers: what stays of this one must begin here.
+        said = said[said.rindex(answer.content) :]
+        begin = len(prompt) - len(prompt[answer.begin :].lstrip())
+        if prompt.startswith(said, begin):
+            return begin, begin + len(said)
+    return None
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:

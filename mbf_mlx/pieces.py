@@ -14,9 +14,10 @@ class Pieces:
 
     def __init__(self, tokenizer: Any):
         # mlx-lm's wrapper passes attributes on, but cannot be called.
-        self._tokenizer = tokenizer if callable(tokenizer) else tokenizer._tokenizer
+        wrapped = not callable(tokenizer)
+        self._tokenizer = tokenizer._tokenizer if wrapped else tokenizer
         end = self._tokenizer.eos_token_id
-        self.ends = set(getattr(tokenizer, "eos_token_ids", ())) | ({end} - {None})  # tokens at which generation stops
+        self.ends = ({end} - {None}) | set(tokenizer.eos_token_ids if wrapped else ())  # where generation stops
         if not self.ends:
             raise InputError("the model's tokenizer: expected a token that ends an answer (eos_token), got none")
         self._end = min(self.ends) if end is None else end
@@ -69,6 +70,15 @@ class Pieces:
         tail = range(begin, len(tokens))
         stops = [i for i in tail if tokens[i] in self.ends][:1] or [i for i in tail if tokens[i] in self._special][-1:]
         return (tokens[: stops[0] + 1], True) if stops else (tokens[:begin], False)
+
+    def turns(self, texts: Sequence[str]) -> list[str]:
+        """Return answers as texts up to the end of the token that ends their turn."""
+        tokens, places = self.placed(texts)
+        counts = [len(self.turn(each)[0]) for each in tokens]
+        return [
+            text[: place[count - 1][1]] if count else ""
+            for text, place, count in zip(texts, places, counts, strict=True)
+        ]
 
     def says_something(self, tokens: Sequence[int]) -> bool:
         """Return whether tokens are more than special ones."""

@@ -9,13 +9,23 @@ from typing import Any, NamedTuple
 
 from mbf_mlx.rows import BadRow, Row
 
+MOVED = "the model's chat template writes an earlier answer not where it is generated: expected rows with one answer"
+
+
+class Answer(NamedTuple):
+    """An earlier answer of a conversation."""
+
+    begin: int  # where it begins in the prompt of the last answer, in letters
+    written: str  # as the template writes it at the end of a conversation, and what it puts behind it
+    content: str  # as the message has it
+
 
 class Rendered(NamedTuple):
     """A conversation as text."""
 
     prompt: str  # what the last answer is generated from
     answer: str  # the last answer and what the template puts behind it
-    earlier: tuple[tuple[int, int], ...]  # where earlier answers begin and end in the prompt, as letters
+    earlier: tuple[Answer, ...]
 
 
 class ChatTemplate:
@@ -97,22 +107,12 @@ def _assemble(row: Row, turns: list[tuple[int, str, str]]) -> Rendered:
         answer = whole[whole.rindex(content) :]
     else:
         raise BadRow("the model's chat template changes the answer: expected to find it behind the prompt")
-    earlier = [_span(prompt, conversation(row)[at], before, after) for at, before, after in turns[:-1]]
+    earlier = [_earlier(prompt, conversation(row)[at]["content"].strip(), *texts) for at, *texts in turns[:-1]]
     return Rendered(prompt, answer, tuple(earlier))
 
 
-def _span(prompt: str, message: dict[str, Any], before: str, after: str) -> tuple[int, int]:
-    """Return where an earlier answer stands in the prompt of the last one."""
-    if prompt.startswith(before) and prompt.startswith(after):
-        return len(before), len(after)
-    content = message["content"].strip()
-    if prompt.startswith(before) and content and content in after:
-        # A template that leaves the thoughts out of earlier answers: what stays of this one must begin here.
-        written = after[after.rindex(content) :]
-        begin = len(prompt) - len(prompt[len(before) :].lstrip())
-        if prompt.startswith(written, begin):
-            return begin, begin + len(written)
-    raise BadRow(
-        "the model's chat template writes an earlier answer differently from how it would be generated: "
-        "expected rows with one answer"
-    )
+def _earlier(prompt: str, content: str, before: str, after: str) -> Answer:
+    """Return an earlier answer: `before` is the prompt that it was generated from, `after` ends with it."""
+    if not prompt.startswith(before) or not after.startswith(before):
+        raise BadRow(MOVED)
+    return Answer(len(before), after[len(before) :], content)

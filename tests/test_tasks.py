@@ -385,8 +385,8 @@ def test_the_published_tasks_are_read_whole(task_data):
         (*task_data.glob("tasks/*"), *task_data.glob("superni/*"), *task_data.glob("cl_benchmark/*/*"))
     ):
         task = read_task(folder)
-        counts[task.name] = len(task.train), len(task.valid), len(task.test)
-    assert counts["amazon"] == (2000, 0, 1000) and counts["sms"] == (770, 88, 242)
-    assert counts["task511_reddit_tifu_long_text_summarization"] == (994, 0, 100)
-    assert counts["MNLI"] == (2000, 0, 984)
-    assert len(counts) == 44
+        counts["/".join(folder.parts[-2:])] = len(task.train), len(task.valid), len(task.test)
+    assert counts["SC/amazon"] == (2000, 0, 1000) and counts["tasks/sms"] == (770, 88, 242)
+    assert counts["superni/task511_reddit_tifu_long_text_summarization"] == (994, 0, 100)
+    assert counts["NLI/MNLI"] == (2000, 0, 984)
+    assert len(counts) == 46
