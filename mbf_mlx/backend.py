@@ -70,7 +70,7 @@ def setup(device: str | None = None) -> Device:
     mx.set_memory_limit(int(MEMORY_SHARE * memory))
     _device = Device(
         kind=kind,
-        name=machine.processor_name() if kind == "cpu" else str(mx.device_info().get("device_name", "GPU")),
+        name=str(mx.device_info().get("device_name", "GPU")) if kind == "cuda" else machine.processor_name(),
         # mlx's CPU kernels are 30 to 100 times slower in 16 bits, and slower still on packed weights.
         dtype="float32" if kind == "cpu" else None,
         blas=blas.name,
