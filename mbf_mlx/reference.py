@@ -9,6 +9,7 @@ Source: Qiao and Mahdavi, "Merge before Forget", arXiv:2512.23017, Algorithm 1; 
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -283,7 +284,9 @@ def update_norm(a: Array, b: Array) -> Array:
 
 def namespace(array: Array) -> Any:
     """Return the library that `array` belongs to, as an array namespace with `linalg`."""
-    return array.__array_namespace__()
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__()
+    return sys.modules[type(array).__module__.partition(".")[0]]  # a CuPy that does not know the protocol yet
 
 
 def _share(what: str, weight: float) -> float:

@@ -462,6 +462,11 @@ def test_a_numpy_scalar_as_weight_or_scale_does_not_change_the_dtype():
     assert reference.merge_products(one, one, one, one, weight, 2)[0].dtype == np.float32
 
 
+def test_an_array_that_does_not_know_its_namespace_belongs_to_the_library_that_made_it(xp):
+    assert reference.namespace(single(xp, [1.0])) is xp
+    assert reference.namespace(np.random.RandomState(0)) is np  # stands for an older CuPy's array: no such attribute
+
+
 def test_results_stay_in_the_namespace_they_came_from(xp):
     a, b = single(xp, np.eye(2, 3)), single(xp, np.ones((4, 2)))
     results = [reference.orthogonal_init(a), reference.merge(a, a, 0.5), reference.delta(a, b, 1.0)]
