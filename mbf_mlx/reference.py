@@ -101,6 +101,20 @@ def merge(merged: Array, tuned: Array, weight: float) -> Array:
     return tuned if weight == 1 else merged + weight * (tuned - merged)
 
 
+def move(a: Array, b: Array, new_a: Array) -> Array:
+    """Return the B (out, rank) with which `new_a` comes nearest to the update b @ a, in Frobenius norm.
+
+    Args:
+        a, b: A (rank, in) and B (out, rank), float32 or float64.
+        new_a: (rank, in); where its rows depend on each other, the shortest such B.
+    """
+    xp = namespace(a)
+    values, vectors = xp.linalg.eigh(new_a @ new_a.T)
+    large = values > 1e-6 * values.max()  # the square of what single precision tells from zero, with room
+    inverse = xp.where(large, 1 / xp.where(large, values, 1.0), 0.0)
+    return b @ (a @ new_a.T) @ ((vectors * inverse) @ vectors.T)
+
+
 def merge_products(
     merged_a: Array, merged_b: Array, tuned_a: Array, tuned_b: Array, weight: float, rank: int
 ) -> tuple[Array, Array]:

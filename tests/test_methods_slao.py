@@ -172,6 +172,15 @@ def test_merging_both_factors_moves_both_and_keeps_both_tuned_ones():
     assert set(state.kept) == {"tuned_a", "tuned_b"}
 
 
+def test_merged_b_is_fitted_to_the_new_a_before_it_is_merged():
+    state = after(make("slao", {"merged": "b moved"}), drawn(1), drawn(2))
+    for name, (one, two) in {n: (drawn(1)[n], drawn(2)[n]) for n in LAYERS}.items():
+        fitted = np.linalg.lstsq(two.a.T, (one.b @ one.a).T, rcond=None)[0].T
+        np.testing.assert_allclose(state.deployed[name].b, fitted + 2**-0.5 * (two.b - fitted), atol=1e-5)
+        assert np.array_equal(state.deployed[name].a, two.a)
+    assert set(state.kept) == {"tuned_b"}
+
+
 def test_merging_a_alone_deploys_the_tuned_b():
     method = make("slao", {"merged": "a"})
     state = after(method, drawn(1), drawn(2))
@@ -226,7 +235,7 @@ def test_every_combination_either_works_for_three_tasks_or_is_refused_when_made(
         ("qr", "qr-preserving", "keep", "random"),
         ("uniform", "orthonormal"),
         ("tuned", "merged", "zero"),
-        ("b", "a", "a and b", "none"),
+        ("b", "b moved", "a", "a and b", "none"),
         ("1/sqrt(t)", "1/t", 0.5),
         ("a and b", "a", "b"),
     ):
@@ -243,8 +252,8 @@ def test_every_combination_either_works_for_three_tasks_or_is_refused_when_made(
                 assert start.a.shape == (RANK, inner) and start.b.shape == (out, RANK)
             state = method.finish(state, drawn(seed))
         assert state.t == 3 and set(state.deployed) == set(LAYERS)
-    # Both train: (52 with qr or keep, 7 with qr-preserving, 10 with random) * 2 first A; 4 * 2 for A alone and B alone.
-    assert made == (52 + 7 + 10) * 2 + 8 + 8
+    # Both train: (70 with qr or keep, 7 with qr-preserving, 13 with random) * 2 first A; 4 * 2 for A alone and B alone.
+    assert made == (70 + 7 + 13) * 2 + 8 + 8
 
 
 @pytest.mark.parametrize(
@@ -253,7 +262,7 @@ def test_every_combination_either_works_for_three_tasks_or_is_refused_when_made(
         ({"start_a": "svd"}, "slao: start_a: expected one of qr, qr-preserving, keep, random, got 'svd'"),
         ({"first_a": "zero"}, "slao: first_a: expected one of uniform, orthonormal, got 'zero'"),
         ({"start_b": "random"}, "slao: start_b: expected one of tuned, merged, zero, got 'random'"),
-        ({"merged": "both"}, "slao: merged: expected one of b, a, a and b, none, got 'both'"),
+        ({"merged": "both"}, "slao: merged: expected one of b, b moved, a, a and b, none, got 'both'"),
         ({"train": "c"}, "slao: train: expected one of a and b, a, b, got 'c'"),
         ({"weight": 0}, r"slao: weight: expected 1/sqrt\(t\), 1/t or a constant in \(0, 1\], got 0"),
         ({"weight": 1.5}, "got 1.5"),
@@ -265,6 +274,7 @@ def test_every_combination_either_works_for_three_tasks_or_is_refused_when_made(
         ({"start_a": "qr-preserving", "start_b": "zero"}, "a start that keeps the function needs B"),
         ({"start_a": "qr-preserving", "merged": "a and b"}, "merged B has no basis to be moved to"),
         ({"start_a": "qr-preserving", "merged": "a"}, "merged B has no basis to be moved to"),
+        ({"start_a": "qr-preserving", "merged": "b moved"}, "moves merged B itself; use merged 'b'"),
         ({"merged": "none", "start_b": "merged"}, "with nothing merged there is neither a merged B"),
         ({"merged": "none", "weight": "1/t"}, "nor a weight"),
         ({"merged": "a", "start_b": "merged"}, "with A alone merged there is no merged B to start from"),

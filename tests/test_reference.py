@@ -222,6 +222,29 @@ def test_weights_after_fifteen_tasks_damp_the_newest_and_keep_the_oldest_steps()
     np.testing.assert_allclose(merged, kept, atol=6e-4)
 
 
+def test_moved_b_is_the_least_squares_fit_of_the_update(xp):
+    generator = np.random.default_rng(14)
+    (a, b), (new_a, _) = random_pair(generator, 3, 9, 6), random_pair(generator, 3, 9, 6)
+    moved = to_numpy(reference.move(single(xp, a), single(xp, b), single(xp, new_a)))
+    expected = np.linalg.lstsq(new_a.T, (b @ a).T, rcond=None)[0].T
+    np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_b_moved_to_dependent_rows_is_finite_and_fits_as_well_as_one_of_them(xp):
+    generator = np.random.default_rng(16)
+    (a, b), (new_a, _) = random_pair(generator, 3, 9, 6), random_pair(generator, 3, 9, 6)
+    new_a[2] = 2 * new_a[1]
+    moved = to_numpy(reference.move(single(xp, a), single(xp, b), single(xp, new_a)))
+    best = np.linalg.lstsq(new_a[:2].T, (b @ a).T, rcond=None)[0].T
+    np.testing.assert_allclose(moved @ new_a, best @ new_a[:2], rtol=1e-3, atol=1e-3)
+
+
+def test_b_moved_to_another_basis_of_the_same_rows_keeps_the_update():
+    a, b = random_pair(np.random.default_rng(15), 3, 9, 6)
+    q = reference.orthogonal_init(a)
+    np.testing.assert_allclose(reference.move(a, b, q) @ q, b @ a, **DOUBLE)
+
+
 # --- the merge of products -------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ class State:
     t: int  # tasks learned so far; 0 is the empty stream
     layers: Layers
     rank: int
-    seed: int = 0  # of whatever the next start draws
+    seed: int = 0  # of whatever is drawn; the stream's own: the first draw is made again from it after every task
     deployed: Factors = field(default_factory=dict)  # what is evaluated, fused and exported; empty at t = 0
     kept: dict[str, dict[str, Array]] = field(default_factory=dict)  # name -> layer -> what only the next task needs
 

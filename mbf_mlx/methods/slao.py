@@ -11,13 +11,13 @@ from typing import Any
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods.base import FIRST_A, Factors, Pair, State, check_choices, first_factors, in_double
-from mbf_mlx.reference import merge, merge_weight, signed_qr
+from mbf_mlx.reference import merge, merge_weight, move, signed_qr
 
 CHOICES = {
     "start_a": ("qr", "qr-preserving", "keep", "random"),
     "first_a": FIRST_A,
     "start_b": ("tuned", "merged", "zero"),
-    "merged": ("b", "a", "a and b", "none"),
+    "merged": ("b", "b moved", "a", "a and b", "none"),
     "train": ("a and b", "a", "b"),
 }
 WEIGHTS = ("1/sqrt(t)", "1/t")
@@ -32,7 +32,8 @@ class Slao:
             is; "random", drawn anew.
         first_a: A of the first task: "uniform" as in LoRA, or "orthonormal".
         start_b: "tuned", the last tuned B; "merged", the deployed one (the paper's Last-Merge); "zero".
-        merged: what is merged after a task: "b"; "a"; "a and b"; "none", which deploys the tuned pair.
+        merged: what is merged after a task: "b"; "b moved", where merged B is first fitted by least squares to give the
+            merged update with the new A (ours); "a"; "a and b"; "none", which deploys the tuned pair.
         weight: "1/sqrt(t)"; "1/t"; or a constant in (0, 1], which the first task ignores.
         train: which factors train; the other one stays as it was drawn (the paper's FREA and FREB). The paper leaves
             open how a frozen B is drawn: here as A is, (out) in the place of (in), and A starts at zero.
@@ -98,7 +99,7 @@ class Slao:
         else:
             deployed = {name: self._merge_pair(state, name, pair, t) for name, pair in tuned.items()}
         kept = {}
-        if merged in ("b", "a and b"):
+        if merged in ("b", "b moved", "a and b"):
             kept["tuned_b"] = {name: pair.b for name, pair in tuned.items()}
         if merged in ("a", "a and b"):
             kept["tuned_a"] = {name: pair.a for name, pair in tuned.items()}
@@ -110,9 +111,11 @@ class Slao:
         if self.settings["start_a"] == "qr-preserving":
             _, r = in_double(signed_qr, self._tuned(state, name).a)
             old_b = old_b @ r
+        if merged == "b moved":
+            old_b = in_double(move, old_a, old_b, a)
         if merged in ("a", "a and b"):
             a = merge(old_a, a, weight)
-        if merged in ("b", "a and b"):
+        if merged in ("b", "b moved", "a and b"):
             b = merge(old_b, b, weight)
         return Pair(a, b)
 
@@ -140,6 +143,8 @@ def _refuse_without_meaning(
         raise InputError(f"{name}: a start that keeps the function needs B; use start_b 'tuned' or start_a 'qr'")
     if start_a == "qr-preserving" and merged in ("a", "a and b"):
         raise InputError(f"{name}: with A merged, too, merged B has no basis to be moved to; use merged 'b' or 'none'")
+    if start_a == "qr-preserving" and merged == "b moved":
+        raise InputError(f"{name}: a start that keeps the function moves merged B itself; use merged 'b'")
     if merged == "none" and (start_b == "merged" or weight != WEIGHTS[0]):
         raise InputError(f"{name}: with nothing merged there is neither a merged B to start from nor a weight")
     if merged == "a" and start_b == "merged":
