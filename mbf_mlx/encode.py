@@ -22,6 +22,7 @@ from mbf_mlx.template import MOVED, Answer, ChatTemplate, Rendered
 
 CHUNK = 512  # rows that are rendered and tokenized together, fewer where they have more letters than
 CHUNK_LETTERS = 1_000_000
+NOTHING = "no supervised token: the model's template or tokenizer leaves none of the answer"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +96,7 @@ class Encoder:
                 elif not self._pieces.says_something(parts.answer):
                     yield (
                         row,
-                        BadRow("no supervised token: the model's template or tokenizer leaves none of the answer"),
+                        BadRow(NOTHING),
                     )
                 else:
                     yield row, self._encoded(row, parts, full.length - parts.length)
@@ -166,10 +167,14 @@ class Encoder:
         for text, tokens, places in zip(rendered, *self._pieces.placed(texts), strict=True):
             spans = [_span(text.prompt, answer, next(said)) for answer in text.earlier]
             starts, stops = np.array(places).reshape(-1, 2).T
-            supervised = np.zeros(len(tokens), bool)
-            for begin, end in (span for span in spans if span):
-                supervised |= (starts >= begin) & (stops <= end) & (starts < stops)
-            prompts.append((tokens, supervised.tolist()) if all(spans) else BadRow(MOVED))
+            inside = [(starts >= begin) & (stops <= end) & (starts < stops) for begin, end in filter(None, spans)]
+            if len(inside) < len(spans):
+                prompts.append(BadRow(MOVED))
+            elif not all(self._pieces.says_something([tokens[i] for i in np.flatnonzero(each)]) for each in inside):
+                prompts.append(BadRow(NOTHING))
+            else:
+                supervised = np.any([np.zeros(len(tokens), bool), *inside], axis=0)
+                prompts.append((tokens, supervised.tolist()))
         return prompts
 
     def _fitted(self, rows: Sequence[Row], parts: "list[_Parts | BadRow]") -> "list[_Parts | BadRow]":

@@ -4,13 +4,14 @@ A row is one of three kinds, as in mlx-lm's data sets: "completion" (a prompt an
 conversation, perhaps with tools) and "text". Reading files is left to formats.py, tokens to encode.py.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from mbf_mlx import hints
 
 ROLES = ("system", "user", "assistant", "tool")
 NAMES = {"completion": "prompt/completion", "messages": "messages", "text": "text"}
@@ -19,17 +20,6 @@ EXAMPLES = {
     "messages": '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]}',
     "text": '{"text": "Ferns are plants without flowers."}',
 }
-
-# What other tools call the same things: only to tell which key to rename, never read in their place.
-_ALIASES = {
-    "prompt": ("input", "question", "instruction", "query", "context", "source"),
-    "completion": ("output", "response", "answer", "target", "label", "chosen"),
-    "messages": ("conversations", "conversation", "chat", "dialog", "turns"),
-    "role": ("from",),
-    "content": ("value", "text"),
-    "text": ("content", "document", "body"),
-}
-_ROLE_ALIASES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
 
 
 class BadRow(ValueError):
@@ -94,7 +84,7 @@ def row_from(document: object, file: Path, line: int) -> Row:
     try:
         return _row(kind, document, file, line)
     except BadRow as error:
-        error.fixed, error.example = error.fixed or _shown(_put_right(document)), EXAMPLES[kind]
+        error.fixed, error.example = error.fixed or _shown(hints.put_right(document)), EXAMPLES[kind]
         raise
 
 
@@ -112,7 +102,7 @@ def _row(kind: str, document: dict[str, Any], file: Path, line: int) -> Row:
         return Row("messages", file, line, messages=_messages(document["messages"]), tools=_tools(document))
     if "tools" in document:
         raise BadRow('"tools" go with "messages", not with "text"')
-    unread = next((key for key in ("completion", *_ALIASES["completion"]) if key in document), "")
+    unread = next((key for key in ("completion", *hints.ALIASES["completion"]) if key in document), "")
     return Row("text", file, line, text=_text(document, "text"), unread=unread)
 
 
@@ -184,32 +174,37 @@ def _message(message: object, name: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadRow(f'{name}: expected an object {{"role": …, "content": …}}, got {_type(message)}')
     if "role" not in message:
-        raise BadRow(
-            f'{name}: expected "role" and "content", got {_keys(message)}{_rename(message, "role", "content")}'
-        )
+        keys = hints.names(message) + hints.rename(message, "role", "content")
+        raise BadRow(f'{name}: expected "role" and "content", got {keys}')
     role = message["role"]
     if role not in ROLES:
         got = json.dumps(role)[:40] if isinstance(role, str) else _type(role)
-        meant = _ROLE_ALIASES.get(role) if isinstance(role, str) else None
+        meant = hints.ROLES.get(role) if isinstance(role, str) else None
         hint = f' (write "{meant}")' if meant else ""
         raise BadRow(f"{name}.role: expected {', '.join(ROLES[:-1])} or {ROLES[-1]}, got {got}{hint}")
     calls = message.get("tool_calls")
     if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
         raise BadRow(f"{name}.tool_calls: expected a list of objects")
-    if "content" not in message and not calls:
-        raise BadRow(f'{name}: expected "content", got {_keys(message)}{_rename(message, "content")}')
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(_part(part, f"{name}.content[{place}]") for place, part in enumerate(content))
-    if content is None and calls:
-        content = ""
-    must_speak = role == "user" or (role == "assistant" and not calls)
-    content = check_text(content, f"{name}.content", may_be_empty=not must_speak)
+    content = _content(message, name)
     others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
     check_text(json.dumps(others, ensure_ascii=False), name)
     if calls:
         others["tool_calls"] = [_plain_call(call) for call in calls]
     return {"role": role, "content": content, **others}
+
+
+def _content(message: dict[str, Any], name: str) -> str:
+    """Return what a message says; calls of tools may take its place."""
+    calls = message.get("tool_calls")
+    if "content" not in message and not calls:
+        raise BadRow(f'{name}: expected "content", got {hints.names(message)}{hints.rename(message, "content")}')
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{name}.content[{place}]") for place, part in enumerate(content))
+    if content is None and calls:
+        content = ""
+    must_speak = message["role"] == "user" or (message["role"] == "assistant" and not calls)
+    return check_text(content, f"{name}.content", may_be_empty=not must_speak)
 
 
 def _part(part: object, name: str) -> str:
@@ -233,61 +228,21 @@ def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
 
 def _wrong_keys(document: dict[str, Any]) -> BadRow:
     """Return the error for a row of no known kind, with the keys to rename where they can be guessed."""
-    expected = '"prompt" and "completion", or "messages", or "text"'
-    if not document:
-        return BadRow(f"expected {expected}, got an empty object")
+    wrong = f'expected "prompt" and "completion", or "messages", or "text", got {hints.names(document)}'
     if {"instruction", "input", "output"} <= document.keys():
         prompt = "\n".join(str(document[key]) for key in ("instruction", "input") if document[key])
         hint = ' (write "instruction" and "input" together as "prompt", and "output" as "completion")'
-        fixed = _shown({"prompt": prompt, "completion": document["output"]})
-        return BadRow(f"expected {expected}, got {_keys(document)}{hint}", fixed)
+        return BadRow(wrong + hint, _shown({"prompt": prompt, "completion": document["output"]}))
     for keys in (("prompt", "completion"), ("messages",), ("text",)):
-        renamed = {old: key for key in keys if (old := _meant(document, key))}
+        renamed = {old: key for key in keys if (old := hints.meant(document, key))}
         if len(renamed) == len(keys):
-            right = _put_right({renamed.get(key, key): value for key, value in document.items()})
-            return BadRow(f"expected {expected}, got {_keys(document)}{_rename(document, *keys)}", _shown(right))
-    return BadRow(f"expected {expected}, got {_keys(document)}")
-
-
-def _keys(document: Mapping[str, Any]) -> str:
-    names = [json.dumps(str(key)[:40]) for key in list(document)[:6]]
-    return ", ".join(names) + (", …" if len(document) > 6 else "") if names else "an empty object"
-
-
-def _meant(document: Mapping[str, Any], key: str) -> str | None:
-    """Return the key of `document` that was probably meant as `key`."""
-    if key in document:
-        return key
-    for other in document:
-        if other.strip().lower() == key or other.strip().lower() in _ALIASES[key]:
-            return other
-    return next(iter(difflib.get_close_matches(key, list(document), 1, 0.8)), None)
-
-
-def _rename(document: Mapping[str, Any], *keys: str) -> str:
-    pairs = [(_meant(document, key), key) for key in keys if key not in document]
-    names = [f'"{old[:40]}" to "{key}"' for old, key in pairs if old]
-    return f" (rename {' and '.join(names)})" if names else ""
-
-
-def _put_right(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with its numbers as text and its messages with roles and contents, where those are clear."""
-    right = {
-        key: str(x) if type(x) in (int, float) and key in EXAMPLES | {"prompt": ""} else x
-        for key, x in document.items()
-    }
-    if isinstance(right.get("messages"), list):
-        right["messages"] = [_message_right(x) if isinstance(x, dict) else x for x in right["messages"]]
-    return right
-
-
-def _message_right(message: dict[str, Any]) -> dict[str, Any]:
-    role, content = (message.get(_meant(message, key) or key) for key in ("role", "content"))
-    return {"role": _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role, "content": content}
+            right = hints.put_right({renamed.get(key, key): value for key, value in document.items()})
+            return BadRow(wrong + hints.rename(document, *keys), _shown(right))
+    return BadRow(wrong)
 
 
 def _shown(document: dict[str, Any]) -> str:
-    """Return a row as a line to print, its texts shortened; nothing where it would still not fit, or is too long."""
+    """Return a row as a line to print, its texts shortened; nothing where it still does not fit, or is too long."""
     kind = _kind(document)
     if kind is None:
         return ""

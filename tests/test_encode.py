@@ -126,6 +126,15 @@ def test_calls_of_tools_are_supervised_and_the_tools_stand_in_the_prompt():
     assert json.dumps(tools) in tokenizer.decode(single.tokens)
 
 
+def test_calls_that_the_template_does_not_write_are_refused(tokenizer):
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    question, result, answer = ({"role": role, "content": "3"} for role in ("user", "tool", "assistant"))
+    for messages in ([question, calls], [question, calls, result, answer]):
+        with pytest.raises(BadRow, match="no supervised token: the model's template or tokenizer leaves none of the"):
+            encode(row(messages=messages), tokenizer)
+
+
 # ---- every template with every kind of tokenizer
 
 EVERY = [(style, template, bos) for style in STYLES for template in TEMPLATES for bos in (False, True)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbf_mlx.commands.console import err, out, print_json, progress, warn
+from mbf_mlx.commands.options import Base, Config, Json
 from mbf_mlx.config import DataConfig
 
 if TYPE_CHECKING:
@@ -22,18 +23,21 @@ _SHOWN_TEXT = 600  # letters of a piece of the example
 
 def check(
     tasks: Annotated[list[Path], typer.Argument(metavar="TASK...", help="Task files, or folders with train.*.")],
-    model: Annotated[str | None, typer.Option(help="Count this model's tokens: folder, hub id, GGUF, recipe.")] = None,
-    stream: Annotated[Path | None, typer.Option(help="Count tokens as this stream would see them.")] = None,
+    model: Base = None,
+    stream: Annotated[Path | None, typer.Option(help="Check for this stream: its model and its template.")] = None,
     template: Annotated[str, typer.Option(help="chat: the model's own; none: raw text.")] = _DEFAULTS.template,
-    max_seq_length: Annotated[int, typer.Option(help="Tokens of the longest row.")] = _DEFAULTS.max_seq_length,
+    max_seq_length: Annotated[int, typer.Option(help="Tokens of a row at most.")] = _DEFAULTS.max_seq_length,
     mask_prompt: Annotated[
         bool, typer.Option("--mask-prompt/--no-mask-prompt", help="Supervise answers alone, or everything.")
     ] = _DEFAULTS.mask_prompt,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    config: Config = None,
+    json: Json = False,
 ) -> None:
     """Show what training would see of tasks, and every line of them that does not fit.
 
     Without --model or --stream lengths are counted in characters and no template is shown.
+
+    Example: mbf check mail.jsonl notes/ --model smollm2-135m-instruct
     """
     from mbf_mlx.errors import InputError
     from mbf_mlx.tasks import read_tasks
