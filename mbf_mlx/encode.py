@@ -107,6 +107,10 @@ class Encoder:
         spans = zip([0, *edges], [*edges, len(encoded.tokens)], strict=True)
         return [(self._pieces.text(encoded.tokens[i:j].tolist()), bool(encoded.supervised[i])) for i, j in spans]
 
+    def special_in(self, row: Row) -> str:
+        """Return a text in the row that the tokenizer reads as a special token, or nothing."""
+        return next(filter(None, map(self._pieces.mark_in, row.texts)), "")
+
     def warnings(self) -> list[str]:
         """Return what is odd about the model's template, whatever the rows."""
         if self._template is None:

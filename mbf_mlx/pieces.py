@@ -3,6 +3,7 @@
 The tokenizer is handed in: mlx-lm's TokenizerWrapper, or the transformers tokenizer inside it.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,9 @@ class Pieces:
         if not self.ends:
             raise InputError("the model's tokenizer: expected a token that ends an answer (eos_token), got none")
         self._end = min(self.ends) if end is None else end
-        added = self._tokenizer.added_tokens_decoder.items()
-        self._special = self.ends | {token for token, content in added if content.special}
+        added = {token: x.content for token, x in self._tokenizer.added_tokens_decoder.items() if x.special}
+        self._special = self.ends | added.keys()
+        self._marks = re.compile("|".join(map(re.escape, added.values())) or "(?!)")
         self._blank: dict[int, bool] = {}
         self._begin = self._find_begin()
         self._anchors = self._find_anchors()
@@ -79,6 +81,11 @@ class Pieces:
             text[: place[count - 1][1]] if count else ""
             for text, place, count in zip(texts, places, counts, strict=True)
         ]
+
+    def mark_in(self, text: str) -> str:
+        """Return the first piece of a text that is read as a special token, or nothing."""
+        found = self._marks.search(text)
+        return found[0] if found else ""
 
     def says_something(self, tokens: Sequence[int]) -> bool:
         """Return whether tokens are more than special ones."""

@@ -62,9 +62,14 @@ class Row:
         return f"{self.file}:{self.line}"
 
     @property
+    def texts(self) -> list[str]:
+        """All that it says, without the names of the speakers."""
+        return [self.prompt, self.completion, self.text, *(message["content"] for message in self.messages)]
+
+    @property
     def letters(self) -> int:
         """How long all its texts are together, in characters."""
-        return sum(map(len, (self.prompt, self.completion, self.text, *(x["content"] for x in self.messages))))
+        return sum(map(len, self.texts))
 
 
 def row_from(document: object, file: Path, line: int) -> Row:

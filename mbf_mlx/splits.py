@@ -6,7 +6,7 @@ A row costs 28 bytes of memory: where it stands and a 16-byte digest of what it 
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, overload
 
@@ -18,6 +18,7 @@ from mbf_mlx.reading import open_binary
 from mbf_mlx.rows import EXAMPLES, NAMES, BadRow, Row, Skipped, reference_text
 
 SHOWN = 20  # bad rows of a file that are printed; the rest is counted
+REPORT_ROWS = 5000  # between two reports of how far reading is
 MAX_LABELS = 64  # distinct completions that are remembered one by one
 
 
@@ -109,7 +110,7 @@ class Problems:
 class Scan:
     """One pass over a split's file: where its good rows stand; what is wrong goes to `problems`."""
 
-    def __init__(self, reader: Reader, problems: Problems):
+    def __init__(self, reader: Reader, problems: Problems, report: Callable[[int], None] = lambda offset: None):
         self.reader = reader
         self.labels: set[str] = set()  # distinct completions, one more than MAX_LABELS at most
         self.all_labels = 0  # a hash over all completions, whatever their order
@@ -117,8 +118,10 @@ class Scan:
         self.unread = Counter[str]()  # key beside "text" that looks like an answer -> rows
         self._offsets, self._lines, self._digests = array("Q"), array("I"), bytearray()
         found = 0
-        for offset, line, row in reader.scan():
+        for place, (offset, line, row) in enumerate(reader.scan()):
             found += not isinstance(row, Skipped)
+            if place % REPORT_ROWS == 0:
+                report(offset)
             if isinstance(row, Skipped):
                 self.skipped[str(row)] += 1
             elif isinstance(row, BadRow):

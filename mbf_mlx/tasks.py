@@ -8,8 +8,9 @@ import hashlib
 import os
 import stat
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,10 @@ class Task:
     held_out: int  # test rows that were held out of the training file because there was no test file
 
 
-def read_tasks(paths: Sequence[Path | str]) -> list[Task]:
+Report = Callable[[Path, int], None]  # told now and then how many bytes of a file were read
+
+
+def read_tasks(paths: Sequence[Path | str], *, report: Report = lambda file, offset: None) -> list[Task]:
     """Return the tasks at `paths`, in order.
 
     Raises:
@@ -55,7 +59,7 @@ def read_tasks(paths: Sequence[Path | str]) -> list[Task]:
     tasks, errors = [], []
     for path in paths:
         try:
-            tasks.append(read_task(path))
+            tasks.append(read_task(path, report=report))
         except InputError as error:
             errors.append(str(error))
     if errors:
@@ -63,12 +67,13 @@ def read_tasks(paths: Sequence[Path | str]) -> list[Task]:
     return tasks
 
 
-def read_task(path: Path | str, *, name: str | None = None) -> Task:
+def read_task(path: Path | str, *, name: str | None = None, report: Report = lambda file, offset: None) -> Task:
     """Return the task at `path`, every row of it checked.
 
     Args:
         path: A file, or a folder with train.* and perhaps valid.* and test.*.
         name: What the stream calls the task; by default the name of the file (without its ending) or folder.
+        report: Told how far the reading of a large file is.
 
     Raises:
         InputError: with every bad row, as `file:line: reason`, and a row that would fit.
@@ -81,7 +86,7 @@ def read_task(path: Path | str, *, name: str | None = None) -> Task:
     scans: dict[str, Scan] = {}
     for split, file in files.items():
         try:
-            scans[split] = Scan(_reader_of(file), problems)
+            scans[split] = Scan(_reader_of(file), problems, partial(report, file))
         except InputError as error:
             problems.files.append(str(error))
     problems.raise_any(path)

@@ -95,6 +95,14 @@ def test_warnings_go_to_stderr_and_commands_to_the_terminal_are_not_passed_on(ch
     assert "�[31mred" in result.stdout and "\x1b[31mred" not in result.stdout and "\x07" not in result.stdout
 
 
+def test_rows_that_hold_special_tokens_are_counted(check, write_jsonl, tiny_llama):
+    write_jsonl("even.jsonl", [{"prompt": "<|im_start|>user\nHi", "completion": "Hello"}, *ROWS])
+    assert check("even.jsonl", "--model", tiny_llama).stderr == (
+        "warning: even.jsonl: 1 row holds text that this model reads as special tokens, as <|im_start|>: "
+        "its template writes its own\n"
+    )
+
+
 def test_many_answers_are_counted_and_long_examples_lose_their_middle(check, write_jsonl):
     write_jsonl("few.jsonl", [{"prompt": "word " * 900, "completion": f"{i:02}"} for i in range(30)])
     printed = check("few.jsonl").stdout

@@ -1,6 +1,7 @@
 """`mbf check`: what training would see of a task, and every line of it that does not fit."""
 
 from array import array
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +12,14 @@ from mbf_mlx.commands.options import Base, Config, Json
 from mbf_mlx.config import DataConfig
 
 if TYPE_CHECKING:
-    from mbf_mlx.encode import Encoder
-    from mbf_mlx.rows import Row
+    from mbf_mlx.encode import Encoded, Encoder
+    from mbf_mlx.rows import BadRow, Row
     from mbf_mlx.tasks import Task
 
 _DEFAULTS = DataConfig()
 _MARKS = ("⟦", "⟧")  # around what is supervised, for those who see no colours
 _SHOWN_LABELS = 20
+_MANY_ROWS, _LARGE_FILE = 2000, 50_000_000  # rows and bytes that take long enough for a progress bar
 _SHOWN_TEXT = 600  # letters of a piece of the example
 
 
@@ -45,7 +47,9 @@ def check(
     if model is not None and stream is not None:
         raise InputError("--model and --stream: expected one of them (a stream has its own model)")
     data = DataConfig(template=template, mask_prompt=mask_prompt, max_seq_length=max_seq_length)
-    found = read_tasks(tasks)  # what is wrong with the files is said before a model is looked for
+    # What is wrong with the files is said before a model is looked for.
+    with progress("reading", unit="MB") if _is_large(tasks) else nullcontext(_silent) as update:
+        found = read_tasks(tasks, report=lambda file, offset: update(offset // 1_000_000, file=file.name))
     encoder = _encoder(model, stream, data)
     surveys, problems = [], []
     for task in found:
@@ -60,6 +64,14 @@ def check(
         return
     for survey in surveys:
         _print(survey)
+
+
+def _is_large(tasks: list[Path]) -> bool:
+    try:
+        files = [file for task in tasks for file in (task.iterdir() if task.is_dir() else [task])]
+        return sum(file.stat().st_size for file in files if file.is_file()) > _LARGE_FILE
+    except OSError:  # said by whoever reads them
+        return False
 
 
 def _encoder(model: str | None, stream: Path | None, data: DataConfig) -> "Encoder | None":
@@ -87,45 +99,71 @@ def _encoder(model: str | None, stream: Path | None, data: DataConfig) -> "Encod
 
 def _survey(task: "Task", encoder: "Encoder | None") -> dict[str, Any]:
     """Return all that is printed about a task, as JSON has it."""
-    from mbf_mlx.encode import Encoded
-    from mbf_mlx.splits import Problems
-
-    splits = {"train": task.train, "valid": task.valid, "test": task.test}
-    lengths = {split: array("I") for split in splits}
-    problems, cut, example = Problems(), 0, None
-    with progress(f"checking {task.name}", sum(map(len, splits.values())), "rows") as update:
+    seen = _Seen(task, encoder)
+    total = len(task.train) + len(task.valid) + len(task.test)
+    with progress(f"checking {task.name}", total, "rows") if total > _MANY_ROWS else nullcontext(_silent) as update:
         done = 0
-        for split, rows in splits.items():
-            for row, tokens in encoder.stream(rows) if encoder else ((row, None) for row in rows):
+        for split, rows in (("train", task.train), ("valid", task.valid), ("test", task.test)):
+            for row, encoded in encoder.stream(rows) if encoder else ((row, None) for row in rows):
+                seen.note(split, row, encoded)
                 done += 1
-                if isinstance(tokens, Encoded):
-                    lengths[split].append(len(tokens.tokens) + tokens.cut)
-                    cut += tokens.cut > 0
-                elif tokens is None:
-                    lengths[split].append(row.letters)
-                else:
-                    problems.add(row.file, row.line, str(tokens))
-                if example is None and (encoder is None or isinstance(tokens, Encoded)):
-                    pieces = encoder.marked(tokens) if encoder and isinstance(tokens, Encoded) else _pieces(row)
-                    example = {"place": row.where, "pieces": [{"text": t, "supervised": on} for t, on in pieces]}
-                if done % 1000 == 0:
+                if done % 1000 == 0 or done == total:
                     update(done)
-    problems.raise_any(task.path)
+    seen.problems.raise_any(task.path)
     return {
         "name": task.name,
         "path": str(task.path),
         "format": task.format,
         "sha256": task.sha256,
-        "rows": {split: len(rows) for split, rows in splits.items()},
+        "rows": {"train": len(task.train), "valid": len(task.valid), "test": len(task.test)},
         "held_out": task.held_out,
         "unit": "tokens" if encoder else "characters",
-        "lengths": {split: _statistics(counts) for split, counts in lengths.items() if counts},
-        "cut_rows": cut,
+        "lengths": {split: _statistics(counts) for split, counts in seen.lengths.items()},
+        "cut_rows": seen.cut,
         "max_seq_length": encoder.data.max_seq_length if encoder else None,
         "labels": task.labels if isinstance(task.labels, str) else list(task.labels),
-        "warnings": [*task.warnings, *(encoder.warnings() if encoder else ())],
-        "example": example,
+        "warnings": [*task.warnings, *seen.warnings()],
+        "example": seen.example,
     }
+
+
+class _Seen:
+    """What was seen of a task's rows, one after another."""
+
+    def __init__(self, task: "Task", encoder: "Encoder | None"):
+        from mbf_mlx.splits import Problems
+
+        self.task, self.encoder, self.problems = task, encoder, Problems()
+        self.lengths: dict[str, array[int]] = {}
+        self.cut = 0  # rows
+        self.example: dict[str, Any] | None = None
+        self.special: tuple[str, int] = ("", 0)  # the text of a special token, and rows with one
+
+    def note(self, split: str, row: "Row", encoded: "Encoded | BadRow | None") -> None:
+        """Count a row; `encoded` is None where there is no model to make tokens for."""
+        if isinstance(encoded, Exception):
+            self.problems.add(row.file, row.line, str(encoded))
+            return
+        length = row.letters if encoded is None else len(encoded.tokens) + encoded.cut
+        self.lengths.setdefault(split, array("I")).append(length)
+        self.cut += encoded is not None and encoded.cut > 0
+        if self.encoder and (mark := self.encoder.special_in(row)):
+            self.special = (self.special[0] or mark, self.special[1] + 1)
+        if self.example is None:
+            pieces = self.encoder.marked(encoded) if self.encoder and encoded else _pieces(row)
+            shown = [{"text": text, "supervised": supervised} for text, supervised in pieces]
+            self.example = {"place": row.where, "pieces": shown}
+
+    def warnings(self) -> list[str]:
+        """Return what is odd about the rows or the model's template."""
+        mark, count = self.special
+        rows = f"{self.task.path}: {count} {'row holds' if count == 1 else 'rows hold'}"
+        odd = [f"{rows} text that this model reads as special tokens, as {mark}: its template writes its own"]
+        return (odd if count else []) + (self.encoder.warnings() if self.encoder else [])
+
+
+def _silent(done: int, **values: Any) -> None:
+    """Show nothing: it is done in no time."""
 
 
 def _pieces(row: "Row") -> list[tuple[str, bool]]:
