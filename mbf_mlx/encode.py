@@ -90,16 +90,8 @@ class Encoder:
         """Yield each row with its tokens, or with the reason why it has none; few are in memory at once."""
         for chunk in _chunks(rows):
             whole = self._parts(chunk)
-            for row, full, parts in zip(chunk, whole, self._fitted(chunk, whole), strict=True):
-                if isinstance(parts, BadRow) or isinstance(full, BadRow):
-                    yield row, parts if isinstance(parts, BadRow) else BadRow(str(full))
-                elif not self._pieces.says_something(parts.answer):
-                    yield (
-                        row,
-                        BadRow(NOTHING),
-                    )
-                else:
-                    yield row, self._encoded(row, parts, full.length - parts.length)
+            for row, parts, cut in zip(chunk, *self._fitted(chunk, whole), strict=True):
+                yield row, parts if isinstance(parts, BadRow) else self._encoded(row, parts, cut)
 
     def marked(self, encoded: Encoded) -> list[tuple[str, bool]]:
         """Return what a row says in pieces, each with whether it is supervised."""
@@ -122,7 +114,9 @@ class Encoder:
         end = self._pieces.text(probe.tokens[-1:].tolist())
         return [f"the chat template ends a turn with {end}, at which this model's generation does not stop"]
 
-    def _encoded(self, row: Row, parts: "_Parts", cut: int) -> Encoded:
+    def _encoded(self, row: Row, parts: "_Parts", cut: int) -> Encoded | BadRow:
+        if not parts.answer or (row.kind != "text" and not self._pieces.says_something(parts.answer)):
+            return BadRow(NOTHING)
         tokens = np.array(parts.prompt + parts.answer, np.int32)
         supervised = np.array(parts.supervised + [True] * len(parts.answer), bool)
         if not self.data.mask_prompt:
@@ -135,8 +129,8 @@ class Encoder:
         if not rows:
             return []
         if rows[0].kind == "text":
-            tokens = [self._pieces.ended(tokens) for tokens in self._pieces.begun([row.text for row in rows])]
-            return [_Parts(tokens[:1], [False], tokens[1:]) for tokens in tokens]
+            texts = map(self._pieces.ended, self._pieces.begun([row.text for row in rows]))
+            return [_Parts(tokens[:1], [False], tokens[1:]) for tokens in texts]
         if self._template is not None:
             return self._chat_parts(self._template.render(rows))
         if rows[0].kind == "messages":
@@ -181,17 +175,23 @@ class Encoder:
                 prompts.append((tokens, supervised.tolist()))
         return prompts
 
-    def _fitted(self, rows: Sequence[Row], parts: "list[_Parts | BadRow]") -> "list[_Parts | BadRow]":
+    def _fitted(self, rows: Sequence[Row], parts: "list[_Parts | BadRow]") -> "tuple[list[_Parts | BadRow], list[int]]":
         """Return the rows' tokens with the text of each last user message cut on its left until the row fits.
 
-        Text rows lose their end instead.
+        Text rows lose their end instead. Beside them stands how many tokens each row has lost.
         """
         limit, fitted = self.data.max_seq_length, list(parts)
         longs = {i: part for i, part in enumerate(parts) if isinstance(part, _Parts) and part.length > limit}
         if rows[0].kind == "text":
             for i, part in longs.items():
                 fitted[i] = part._replace(answer=part.answer[: limit - 1])
-            return fitted
+        else:
+            self._cut(rows, fitted, longs)
+        return fitted, [_length(old) - _length(new) for old, new in zip(parts, fitted, strict=True)]
+
+    def _cut(self, rows: Sequence[Row], fitted: "list[_Parts | BadRow]", longs: "dict[int, _Parts]") -> None:
+        """Put shorter tokens, or the reason why there are none, into `fitted` for the rows that are too long."""
+        limit = self.data.max_seq_length
         texts = {i: _question(rows[i]) for i in longs}
         places = dict(zip(longs, self._pieces.placed(list(texts.values()))[1], strict=True))
         drops, least = dict.fromkeys(longs, 0), {i: part.length - len(places[i]) for i, part in longs.items()}
@@ -208,7 +208,6 @@ class Encoder:
                 fitted[i] = new
                 if isinstance(new, _Parts) and new.length > limit:
                     longs[i] = new
-        return fitted
 
     def _too_long(self, row: Row, parts: "_Parts", least: int) -> str:
         needed = f"{len(parts.answer)} tokens of the answer and {least - len(parts.answer)} around the prompt's text"
@@ -225,6 +224,10 @@ class _Parts(NamedTuple):
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+
+def _length(parts: _Parts | BadRow) -> int:
+    return parts.length if isinstance(parts, _Parts) else 0
 
 
 def _span(prompt: str, answer: Answer, said: str) -> tuple[int, int] | None:

@@ -94,6 +94,12 @@ def test_text_is_supervised_from_its_second_token_on_and_ends_with_the_end_token
     assert tokenizer.decode(encoded.tokens) == "The train was late.<|im_end|>"
 
 
+def test_a_text_of_one_token_teaches_its_end_and_a_text_of_none_is_refused(tokenizer):
+    assert supervised(tokenizer, encode(row(text="T"), tokenizer)) == ["<|im_end|>"]
+    with pytest.raises(BadRow, match="no supervised token"):
+        encode(row(text="<|im_end|>"), tokenizer)
+
+
 @pytest.mark.parametrize("kind", ["completion", "messages", "text"])
 @pytest.mark.parametrize("template", ["chat", "none"])
 def test_without_a_mask_everything_but_the_first_token_is_supervised(kind, template, tokenizer):
