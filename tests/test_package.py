@@ -187,7 +187,7 @@ def test_what_is_imported_is_declared():
     declared = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"] + extras["cpu"]}
     distributions = importlib.metadata.packages_distributions()
     # mlx-lm brings these, pinned with it: models, tokenizers, templates, the hub.
-    brought = {"transformers", "tokenizers", "jinja2", "huggingface-hub"}
+    brought = {"transformers", "tokenizers", "jinja2", "huggingface-hub", "sentencepiece", "protobuf"}
     for module, file in modules().items():
         for name, _ in imports(file):
             top = name.partition(".")[0]
