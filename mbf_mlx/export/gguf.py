@@ -1,0 +1,211 @@
+"""The `gguf` target: the whole model as one GGUF file for llama.cpp and all that stands on it. No torch.
+
+Layers that were not learned keep the very codes that MLX stored, where GGUF has a type for them; learned ones are W +
+scale * B @ A, summed in float32 and stored once. The file is written a few rows at a time. Which tensors it has is in
+gguf_plan.py, their bytes in gguf_types.py, the tokenizer in gguf_vocab.py; gguf_check.py reads all of it back.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+
+from mbf_mlx.errors import InputError
+from mbf_mlx.export import gguf_types as types
+from mbf_mlx.export.checkpoint import Checkpoint
+from mbf_mlx.export.fuse import Fused, delta_rows
+from mbf_mlx.export.gguf_adapter import MAKER, OURS, is_ours
+from mbf_mlx.export.gguf_check import check
+from mbf_mlx.export.gguf_names import read_names
+from mbf_mlx.export.gguf_plan import Matrix, Vector, plan
+from mbf_mlx.export.gguf_rope import Rope, read_rope
+from mbf_mlx.export.gguf_vocab import Vocabulary, read_vocabulary
+from mbf_mlx.export.place import fresh_file
+from mbf_mlx.methods import Factors
+
+LLAMA_CPP_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ")  # beginnings of types that only llama.cpp makes
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor at hand
+
+
+@dataclass(frozen=True)
+class GGUFReport:
+    """What a `gguf` export did."""
+
+    out: Path
+    types: dict[str, int]  # type -> tensors
+    bytes_base: int
+    bytes_out: int
+    kept: int  # layers with the codes of the base
+    error: float  # of the other layers without factors, the largest |stored - W| / |W|
+    layers: list[Fused]  # those with factors
+    pre_tokenizer: str
+    notes: list[str] = field(default_factory=list)  # what llama.cpp does otherwise than mlx-lm
+
+    @property
+    def retention(self) -> float:
+        """The mean over the layers with factors; 1 if there is none."""
+        return float(np.mean([layer.retention for layer in self.layers])) if self.layers else 1.0
+
+
+def write_gguf(
+    base_folder: Path,
+    factors: Factors,
+    scale: float,
+    out: Path,
+    *,
+    kind: str | None = None,
+    name: str | None = None,
+    license_id: str | None = None,
+    force: bool = False,
+    forbidden: tuple[Path, ...] = (),
+    progress: Progress | None = None,
+    finish: Callable[[Path, GGUFReport], None] | None = None,
+) -> GGUFReport:
+    """Write the base with the adapter fused into it as one GGUF file.
+
+    Args:
+        base_folder: An MLX model folder, or a Hugging Face one whose tensors are named as MLX names them.
+        factors: The deployed pair of every layer; none at all writes the folder as it is.
+        scale: delta = scale * B @ A.
+        out: The file to make; see `place.fresh_file` for what is refused.
+        kind: Type of every matrix, "F16" (of 4 bits: but for the embeddings, which get 8). None keeps each layer's own
+            and stores learned ones with 8 bits or, where the base is not quantized, with 16.
+        name: Of the model, as servers show it.
+        license_id: SPDX id of its licence.
+        force: Replace an earlier export.
+        forbidden: Folders to stay out of beside the base: the stream.
+        progress: Called after each tensor, first as they are written, then as they are compared.
+        finish: Called with the file before it gets its name.
+
+    Raises:
+        InputError: the adapter does not fit the base, a tokenizer or architecture that GGUF cannot say, or `out` may
+            not be written.
+        RuntimeError: what was read back is not what was meant.
+    """
+    chosen = _parse_kind(kind, out)
+    base = Checkpoint(base_folder)
+    names, rope = read_names(base.config, base_folder), read_rope(base.config, base_folder)
+    vocabulary = read_vocabulary(base_folder, base.config)
+    tensors = plan(base, factors, names, rope, chosen)
+    needs = sum(tensor.nbytes for tensor in tensors)
+    with fresh_file(out, force=force, needs=needs, forbidden=(base_folder, *forbidden), is_ours=is_ours) as path:
+        writer = gguf.GGUFWriter(path, names.architecture)
+        _describe(writer, base.config, rope, vocabulary, tensors)
+        writer.add_name(name or base_folder.resolve().name)
+        if license_id:
+            writer.add_license(license_id)
+        steps = _Steps(2 * needs, progress)
+        _write(path, writer, tensors, scale, steps)
+        found = check(path, tensors, scale, vocabulary, steps.add)
+        report = GGUFReport(
+            out=out,
+            types=dict(Counter(tensor.kind.name for tensor in tensors)),
+            bytes_base=base.nbytes,
+            bytes_out=path.stat().st_size,
+            kept=found.kept,
+            error=found.error,
+            layers=found.fused,
+            pre_tokenizer=vocabulary.pre,
+            notes=list(vocabulary.notes),
+        )
+        if finish:
+            finish(path, report)
+    return report
+
+
+def quantize_line(path: Path, kind: str = "Q4_K_M") -> str:
+    """Return the command with which llama.cpp makes one of its own types of a file, best of one with 16 or 32 bits."""
+    return f"llama-quantize {path} {path.with_name(f'{path.stem}-{kind}.gguf')} {kind}"
+
+
+def _parse_kind(kind: str | None, out: Path) -> gguf.GGMLQuantizationType | None:
+    if kind is None:
+        return None
+    name = kind.upper()
+    if name in types.TYPES:
+        return types.TYPES[name]
+    if name.startswith(LLAMA_CPP_TYPES):
+        raise InputError(
+            f"{kind}: only llama.cpp itself makes this type; export with --bits 16, then: {quantize_line(out, name)}"
+        )
+    raise InputError(f"type: expected one of {', '.join(types.TYPES)}, got {kind!r}")
+
+
+def _describe(
+    writer: gguf.GGUFWriter, config: dict[str, Any], rope: Rope, vocabulary: Vocabulary, tensors: list[Matrix | Vector]
+) -> None:
+    """Add everything that is no tensor, and the tensors' names, types and shapes."""
+    matrices = Counter(tensor.kind for tensor in tensors if isinstance(tensor, Matrix))
+    heads = config["num_attention_heads"]
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_string(MAKER, OURS)
+    writer.add_file_type(types.FILE_TYPES[matrices.most_common(1)[0][0]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config.get("max_position_embeddings") or 2048)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    if config.get("head_dim"):
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    rope.add_to(writer)
+    vocabulary.add_to(writer)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind)
+
+
+class _Steps:
+    """Counts bytes for a progress bar."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def add(self, nbytes: int, name: str) -> None:
+        self._done += nbytes
+        if self._progress:
+            self._progress(self._done, self._total, name)
+
+
+def _write(path: Path, writer: gguf.GGUFWriter, tensors: list[Matrix | Vector], scale: float, steps: _Steps) -> None:
+    """Write the file; gguf writes its head, and the tensors follow a few rows at a time."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with open(path, "ab") as file:
+        for tensor in tensors:
+            _pad(file, writer.data_alignment)
+            if isinstance(tensor, Vector):
+                file.write(np.ascontiguousarray(tensor.values, dtype=np.float32).data)
+            else:
+                for first, last in tensor.chunks():
+                    file.write(_stored_rows(tensor, scale, first, last).data)
+            steps.add(tensor.nbytes, tensor.name)
+        _pad(file, writer.data_alignment)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _pad(file: BinaryIO, alignment: int) -> None:
+    file.write(bytes(-file.tell() % alignment))
+
+
+def _stored_rows(tensor: Matrix, scale: float, first: int, last: int) -> np.ndarray:
+    """Return rows of the file, (rows, bytes) uint8."""
+    if tensor.is_kept:
+        rows = types.kept_rows(tensor.layer, tensor.kind, first, last)
+    else:
+        weight = tensor.layer.rows(first, last)
+        if tensor.pair is not None:
+            weight = weight + delta_rows(tensor.pair, scale, first, last)
+        rows = types.encode(weight, tensor.kind, tensor.layer.name)
+    return np.ascontiguousarray(rows if tensor.order is None else rows[tensor.order])
