@@ -223,7 +223,7 @@ def merge_by_inputs(
     rank: int,
     old_gram: Array,
     new_gram: Array,
-    ridge: float = 1e-3,
+    ridge: float = 0.1,
 ) -> tuple[Array, Array, Array]:
     """Return the pair whose outputs are nearest to those of both pairs, each on its own tasks' inputs.
 
@@ -234,8 +234,8 @@ def merge_by_inputs(
 
     With Q = input_basis(...), z = Q x, M = X_old Q and D = X_new Q, the minimum before the cut is
     W = ((1 - w) X_old G_old + w X_new G_new) ((1 - w) G_old + w G_new)^-1 Q, G being means of z z^T. G_old is known in
-    the first `rank` coordinates alone. The others are completed from the new inputs: the same regression on the known
-    coordinates, the same residual.
+    the first `rank` coordinates alone; in the others it is taken to be as the new inputs' and unrelated to the first.
+    The ridge keeps directions from being decided by inputs that hardly have them.
 
     Args:
         merged, tuned: A (rank, in) and B (out, rank) each.
@@ -243,7 +243,7 @@ def merge_by_inputs(
         rank: Of the result.
         old_gram: (rank, rank), the mean of z z^T over the old tasks' inputs, z = orthogonal_init(merged A) x.
         new_gram: (2 rank, 2 rank), the same over the new task's inputs, z = input_basis(merged A, tuned A) x.
-        ridge: Share of a Gram's mean diagonal that is added to its diagonal; a large one leads to `merge_products`.
+        ridge: Share of the Grams' mean diagonal that is added to the diagonals; a large one leads to `merge_products`.
 
     Returns:
         A (rank, in), B (out, rank), and the old Gram of the next merge, (rank, rank).
@@ -256,10 +256,11 @@ def merge_by_inputs(
     weight, xp = _share("merge_by_inputs", weight), namespace(merged[0])
     known = merged[0].shape[0]
     q, r = signed_qr(xp.concatenate([merged[0], tuned[0]], axis=0))
-    new = _with_ridge(new_gram, ridge)
-    old = _complete(_with_ridge(old_gram, ridge), new)
-    gram = (1 - weight) * old + weight * new
-    values, vectors = xp.linalg.eigh(gram)
+    old_gram = _complete(old_gram, new_gram)
+    gram = (1 - weight) * old_gram + weight * new_gram
+    level = float(ridge) * xp.diagonal(gram).mean() * xp.eye(len(gram), dtype=gram.dtype)
+    old, new = old_gram + level, new_gram + level
+    values, vectors = xp.linalg.eigh(gram + level)
     inverse_root = (vectors / xp.sqrt(values)) @ vectors.T
     pull = (1 - weight) * (merged[1] @ r[:known] @ old) + weight * (tuned[1] @ r[known:] @ new)
     a, b = cut_rank(xp.eye(len(values), dtype=values.dtype), pull @ inverse_root, rank)
@@ -268,19 +269,12 @@ def merge_by_inputs(
     return a @ q, b, basis @ gram @ basis.T
 
 
-def _with_ridge(gram: Array, ridge: float) -> Array:
-    xp = namespace(gram)
-    return gram + ridge * xp.diagonal(gram).mean() * xp.eye(gram.shape[0], dtype=gram.dtype)
-
-
 def _complete(old: Array, new: Array) -> Array:
-    """Return a Gram of new's size that is `old` in its first coordinates and continues from them as `new` does."""
+    """Return a Gram of new's size that is `old` in its first coordinates and `new` in the others."""
     xp, known = namespace(old), old.shape[0]
-    regression = xp.linalg.solve(new[:known, :known], new[:known, known:]).T
-    residual = new[known:, known:] - regression @ new[:known, known:]
-    across = regression @ old
-    lower = xp.concatenate([across, across @ regression.T + residual], axis=1)
-    return xp.concatenate([xp.concatenate([old, across.T], axis=1), lower], axis=0)
+    zero = xp.zeros((known, new.shape[0] - known), dtype=new.dtype)
+    upper, lower = xp.concatenate([old, zero], axis=1), xp.concatenate([zero.T, new[known:, known:]], axis=1)
+    return xp.concatenate([upper, lower], axis=0)
 
 
 def delta(a: Array, b: Array, scale: float) -> Array:

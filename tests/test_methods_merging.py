@@ -95,6 +95,8 @@ def test_products_can_start_anywhere_between_merged_and_tuned_without_a_jump(sta
 def test_products_that_start_from_the_merged_pair_keep_nothing_else():
     state = after(make("products", {"start": "merged", "basis": "balanced"}), *map(drawn, range(3)))
     assert state.kept == {}
+    both = after(make("products"), *map(drawn, range(3)))
+    assert both.kept_bytes() == 2 * state.kept_bytes() == sum(4 * 2 * RANK * (o + i) for o, i in LAYERS.values())
 
 
 def test_products_can_merge_to_a_higher_rank_and_start_at_the_streams():
@@ -109,14 +111,12 @@ def test_products_can_merge_to_a_higher_rank_and_start_at_the_streams():
         np.testing.assert_allclose(update(method.start(two)[name]), cut(mixed, 3), atol=1e-5 * np.abs(mixed).max())
 
 
-def test_products_with_kept_norm_have_the_mean_length_and_the_same_direction():
-    free, kept = (after(make("products", {"norm": norm}), drawn(1), drawn(2)) for norm in ("free", "kept"))
-    weight = 2**-0.5
-    for name in LAYERS:
-        one, two = (np.linalg.norm(update(drawn(seed)[name])) for seed in (1, 2))
-        new, old = update(kept.deployed[name]), update(free.deployed[name])
-        assert np.linalg.norm(new) == pytest.approx((1 - weight) * one + weight * two, rel=1e-5)
-        np.testing.assert_allclose(new / np.linalg.norm(new), old / np.linalg.norm(old), **CLOSE)
+def test_products_of_a_rank_that_holds_all_tasks_are_the_mean_without_a_cut():
+    layers = {"q": (12, 13)}
+    tasks = [drawn(seed, layers) for seed in range(4)]
+    state = after(make("products", {"rank": 12, "exponent": 1.0}), *tasks, layers=layers)
+    expected = np.mean([update(tuned["q"]) for tuned in tasks], axis=0)
+    np.testing.assert_allclose(update(state.deployed["q"]), expected, **CLOSE)
 
 
 def test_products_slow_a_down_after_the_first_task_alone():
@@ -167,6 +167,7 @@ def test_products_measure_nothing_where_the_metric_is_that_of_weights():
         ({"basis": "svd"}, "products: basis: expected one of qr, qr-preserving, balanced, keep, got 'svd'"),
         ({"metric": "fisher"}, "products: metric: expected one of weights, inputs, got 'fisher'"),
         ({"metric": "inputs", "rank": 5}, "leave out rank"),
+        ({"ridge": -1}, "products: ridge: expected a number of at least 0, got -1"),
         ({"rate_a": 2}, r"products: rate_a: expected a number in \[0, 1\], got 2"),
     ],
 )
@@ -176,10 +177,10 @@ def test_products_refuse_what_has_no_meaning(options, message):
 
 
 def test_products_refuse_layers_that_are_too_small_before_anything_is_trained():
-    with pytest.raises(InputError, match=r"too small for a merge of rank 6:\n  q: 8 x 5"):
+    with pytest.raises(InputError, match=r"expected out of at least 3 and in of at least 6:\n  q: 8 x 5"):
         make("products", {"metric": "inputs"}).start(empty_state({"q": (8, 5), "v": (8, 9)}, RANK))
-    with pytest.raises(InputError, match="two pairs of rank 3 have at most twice that, got 7"):
-        make("products", {"rank": 7}).start(empty_state(LAYERS, RANK))
+    with pytest.raises(InputError, match=r"expected out of at least 8 and in of at least 8:\n  v: 7 x 9"):
+        make("products", {"rank": 8}).start(empty_state(LAYERS, RANK))
 
 
 # --- frozen A and running mean ---------------------------------------------------------------------------------------

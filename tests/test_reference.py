@@ -366,20 +366,19 @@ def test_alike_inputs_merge_as_products_do(xp):
     )
     expected, _ = dense_best(merged, tuned, weight, 3)
     np.testing.assert_allclose(to_numpy(b) @ to_numpy(a), expected, atol=1e-4)
-    np.testing.assert_allclose(to_numpy(gram), 1.001 * np.eye(3), atol=1e-5)
+    np.testing.assert_allclose(to_numpy(gram), np.eye(3), atol=1e-5)
 
 
 def test_the_merge_by_inputs_is_the_minimum_of_both_sides_errors():
     (merged, tuned, _, new), weight = input_case(2), 0.4
     q = reference.input_basis(merged[0], tuned[0])
     z_new = new @ q.T
-    # Old inputs for which the completion is true: known coordinates of their own, the others regressed on them as the
-    # new ones are, with the new ones' residual, to which the known ones are orthogonal.
-    regression = np.linalg.lstsq(z_new[:, :2], z_new[:, 2:], rcond=None)[0]
-    residual = z_new[:, 2:] - z_new[:, :2] @ regression
+    # Old inputs for which the completion is true: the first coordinates their own, the others as in the new inputs,
+    # and the two orthogonal to each other.
+    others = z_new[:, 2:]
     drawn = np.random.default_rng(3).normal(size=(len(new), 2)) * [1.0, 10.0]
-    known = drawn - residual @ np.linalg.lstsq(residual, drawn, rcond=None)[0]
-    z_old = np.concatenate([known, known @ regression + residual], axis=1)
+    known = drawn - others @ np.linalg.lstsq(others, drawn, rcond=None)[0]
+    z_old = np.concatenate([known, others], axis=1)
     old_gram, new_gram = known.T @ known / len(new), z_new.T @ z_new / len(new)
     a, b, _ = reference.merge_by_inputs(merged, tuned, weight, 4, old_gram, new_gram, ridge=0.0)
 
@@ -408,6 +407,14 @@ def test_a_direction_that_only_one_side_sees_is_decided_by_that_side():
     np.testing.assert_allclose(whole[:, 1], 0, atol=1e-6)  # tuned decides, which ignores x2
     np.testing.assert_allclose(whole[:, 2:4], tuned[1] / 2, atol=1e-6)  # both have it alike: the mean of 0 and tuned
     np.testing.assert_allclose(whole[:, 4:], 0, atol=1e-9)
+
+
+def test_a_large_ridge_leads_to_the_merge_of_products():
+    merged, tuned, old, new = input_case(7)
+    a, b, gram = reference.merge_by_inputs(merged, tuned, 0.4, 2, *grams(merged[0], tuned[0], old, new), ridge=1e9)
+    expected, _ = dense_best(merged, tuned, 0.4, 2)
+    np.testing.assert_allclose(b @ a, expected, atol=1e-6)
+    assert np.trace(gram) < 4 * np.trace(new.T @ new) / len(new)  # the ridge is not kept
 
 
 def test_more_rows_together_than_columns_are_refused():

@@ -8,7 +8,6 @@ Options are what can be had at the same memory:
 - in which basis: see `basis`;
 - `metric` "inputs": what is near is judged by the layer's outputs on the tasks' own inputs instead of by weights, with
   a Gram matrix of rank x rank numbers a layer kept for the old ones (`reference.merge_by_inputs`);
-- `norm` "kept": a mean of updates that point apart is shorter than they are; this gives it the mean of their lengths;
 - `rate_a`: how fast A learns after the first task, compared with B: the less A moves, the less the cut takes away.
 
 Keeps: two pairs (merged and tuned), or one where tasks start from the merged one; with "inputs" rank^2 numbers a layer
@@ -41,13 +40,11 @@ from mbf_mlx.reference import (
     merge_products,
     orthogonal_init,
     stack_pairs,
-    update_norm,
 )
 
 CHOICES = {
     "basis": ("qr", "qr-preserving", "balanced", "keep"),
     "metric": ("weights", "inputs"),
-    "norm": ("free", "kept"),
     "first_a": FIRST_A,
 }
 
@@ -62,7 +59,7 @@ class Products:
         basis: Of the start, as in `reference.in_basis`: "qr" as in Algorithm 1, "qr-preserving", "balanced" or "keep".
             A merged pair has no basis of its own, so it cannot start with "qr".
         metric: "weights" or "inputs".
-        norm: "free" or "kept".
+        ridge: How far "inputs" is held back towards "weights": `reference.merge_by_inputs`.
         rate_a: A's learning rate as a share of B's, after the first task, in [0, 1].
         first_a: A of the first task: "orthonormal", or "uniform" as in LoRA.
 
@@ -80,7 +77,7 @@ class Products:
         start: str | float = "tuned",
         basis: str = "qr",
         metric: str = "weights",
-        norm: str = "free",
+        ridge: float = 0.1,
         rate_a: float = 1.0,
         first_a: str = "orthonormal",
     ) -> None:
@@ -90,7 +87,7 @@ class Products:
             "start": start,
             "basis": basis,
             "metric": metric,
-            "norm": norm,
+            "ridge": ridge,
             "rate_a": rate_a,
             "first_a": first_a,
         }
@@ -98,6 +95,7 @@ class Products:
         check_number(self.name, "exponent", exponent, 0, 2)
         if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
             raise InputError(f"products: rank: expected a whole number of at least 1, got {rank!r}")
+        check_number(self.name, "ridge", ridge, 0)
         check_number(self.name, "rate_a", rate_a, 0, 1)
         if start not in ("tuned", "merged"):
             check_number(self.name, "start ('tuned', 'merged' or the tuned pair's share)", start, 0, 1)
@@ -129,14 +127,12 @@ class Products:
 
     def _check_layers(self, state: State) -> None:
         """Refuse, before anything is trained, layers too small for what is merged in them."""
-        rank = self.options["rank"] or 1
-        if rank > 2 * state.rank:
-            raise InputError(f"products: rank: two pairs of rank {state.rank} have at most twice that, got {rank}")
-        least = 2 * state.rank if self.options["metric"] == "inputs" else rank
-        if small := [
-            f"  {name}: {out} x {inner}" for name, (out, inner) in state.layers.items() if inner < least or out < rank
-        ]:
-            raise InputError(f"products: these layers are too small for a merge of rank {least}:\n" + "\n".join(small))
+        rank = self.options["rank"] or state.rank
+        inner_least = max(rank, 2 * state.rank if self.options["metric"] == "inputs" else 0)
+        small = [f"  {n}: {out} x {i}" for n, (out, i) in state.layers.items() if i < inner_least or out < rank]
+        if small:
+            expected = f"out of at least {rank} and in of at least {inner_least}"
+            raise InputError(f"products: these layers are too small, expected {expected}:\n" + "\n".join(small))
 
     def _pairs(self, state: State, name: str) -> list[Array]:
         """Return merged A and B, and tuned A and B where they are kept."""
@@ -167,39 +163,26 @@ class Products:
         kept: dict[str, dict[str, Array]] = {}
         if self._share > 0:
             kept = {"tuned_a": {n: p.a for n, p in tuned.items()}, "tuned_b": {n: p.b for n, p in tuned.items()}}
-        if t == 1:
-            deployed = {name: pad_rank(pair, rank) for name, pair in tuned.items()}
-            grams = inputs
-        else:
-            merged = {name: self._merge(state, name, pair, t, rank, inputs) for name, pair in tuned.items()}
-            deployed = {name: Pair(a, b) for name, (a, b, *_) in merged.items()}
-            grams = {name: rest[0] for name, (_, _, *rest) in merged.items() if rest}
         if self.options["metric"] == "inputs":
-            kept["inputs_gram"] = dict(grams or {})
+            if inputs is None:
+                raise ValueError("products: metric 'inputs' needs the Gram matrices that `measure` asks for")
+            kept["inputs_gram"] = dict(inputs)
+        if t == 1:
+            return replace(state, t=t, deployed={n: pad_rank(p, rank) for n, p in tuned.items()}, kept=kept)
+        weight, deployed = t ** -float(self.options["exponent"]), {}
+
+        def by_weights(old_a: Array, old_b: Array, a: Array, b: Array) -> tuple[Array, Array]:
+            return merge_products(old_a, old_b, a, b, weight, rank)
+
+        def by_inputs(old_a: Array, old_b: Array, a: Array, b: Array, old: Array, new: Array) -> tuple[Array, ...]:
+            return merge_by_inputs((old_a, old_b), (a, b), weight, rank, old, new, self.options["ridge"])
+
+        for name, pair in tuned.items():
+            if inputs is None or self.options["metric"] == "weights":
+                merged = in_double(by_weights, *state.deployed[name], *pair)
+            else:
+                old_gram = state.kept["inputs_gram"][name]
+                *merged, gram = in_double(by_inputs, *state.deployed[name], *pair, old_gram, inputs[name])
+                kept["inputs_gram"][name] = gram
+            deployed[name] = Pair(*merged)
         return replace(state, t=t, deployed=deployed, kept=kept)
-
-    def _merge(
-        self, state: State, name: str, tuned: Pair, t: int, rank: int, inputs: dict[str, Array] | None
-    ) -> tuple[Array, ...]:
-        weight, old = t ** -float(self.options["exponent"]), state.deployed[name]
-
-        def by_weights(old_a: Array, old_b: Array, a: Array, b: Array) -> tuple[Array, ...]:
-            return self._with_norm(merge_products(old_a, old_b, a, b, weight, rank), (old_a, old_b), (a, b), weight)
-
-        def by_inputs(old_a: Array, old_b: Array, a: Array, b: Array, *grams: Array) -> tuple[Array, ...]:
-            *pair, gram = merge_by_inputs((old_a, old_b), (a, b), weight, rank, *grams)
-            return *self._with_norm(tuple(pair), (old_a, old_b), (a, b), weight), gram
-
-        if self.options["metric"] == "weights":
-            return in_double(by_weights, *old, *tuned)
-        if inputs is None:
-            raise ValueError("products: metric 'inputs' needs the Gram matrices that `measure` asks for")
-        return in_double(by_inputs, *old, *tuned, state.kept["inputs_gram"][name], inputs[name])
-
-    def _with_norm(self, pair: Any, old: Any, tuned: Any, weight: float) -> tuple[Array, Array]:
-        """Return the pair, with norm "kept" at the weighted mean of both updates' norms."""
-        if self.options["norm"] == "free":
-            return pair
-        aim = (1 - weight) * float(update_norm(*old)) + weight * float(update_norm(*tuned))
-        length = float(update_norm(*pair))
-        return pair[0], pair[1] * (aim / length if length else 1.0)
