@@ -88,11 +88,9 @@ $(READY)-dev: pyproject.toml | venv
 
 # torch first and by itself: what comes after would take the newest, with CUDA. PIP_EXTRA_INDEX_URL names another index.
 $(READY)-all: $(READY)-dev
-	@echo "installing torch, peft and node-llama-cpp, which only tests use"
+	@echo "installing torch and peft, which only tests use"
 	@$(PIP) install 'torch==2.13.0'
 	@$(PIP) install 'peft>=0.21'
-	@if [ -f tests/llama_cpp/package.json ] && command -v npm >/dev/null; then \
-	    npm install --prefix tests/llama_cpp --ignore-scripts --no-audit --no-fund --loglevel=error; fi
 	@touch $@
 
 venv:
