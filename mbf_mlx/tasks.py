@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from mbf_mlx.benchmark_formats import OLora, SuperNaturalInstructions
 from mbf_mlx.errors import InputError
 from mbf_mlx.formats import JsonLines, Reader, Table
 from mbf_mlx.reading import open_binary
 from mbf_mlx.rows import NAMES, Row
-from mbf_mlx.splits import MAX_LABELS, Problems, Rows, Scan, repeated, standing_in
+from mbf_mlx.splits import MAX_LABELS, Problems, Rows, Scan, lowest, repeated, standing_in
 
 SPLITS = ("train", "valid", "test")
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
@@ -208,13 +206,10 @@ def _hold_out(rows: dict[str, Rows], warnings: list[str]) -> int:
     if "test" in rows:
         return 0
     train = rows["train"]
-    digests = train.digests[:, 0]
-    different = np.unique(digests)
-    if len(different) < 2:
+    held = lowest(train, HELD_OUT)
+    if held.all():
         warnings.append(f"{train.file}: only one row, so none is held out and nothing will be scored")
         return 0
-    # Repeated rows stay together, or the same row would be trained on and scored.
-    held = digests <= different[max(1, len(different) // HELD_OUT) - 1]
     rows["test"], rows["train"] = train.take(held), train.take(~held)
     return len(rows["test"])
 
