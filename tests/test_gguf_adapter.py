@@ -1,6 +1,5 @@
 """The adapter as a GGUF file: read back with gguf's reader, it means the same update, on rows in GGUF's order."""
 
-import json
 import subprocess
 import sys
 
@@ -12,10 +11,9 @@ from mbf_mlx.export.gguf import write_gguf
 from mbf_mlx.export.gguf_adapter import adapter_tensors, write_gguf_adapter
 from mbf_mlx.export.gguf_names import read_names
 from mbf_mlx.methods import Pair
-from tests import llama_cpp
 from tests.test_export_mlx_folder import SCALE, make_factors
-from tests.test_gguf_export import PROMPT, as_mlx, next_token, read, weights
-from tests.tiny_llama import CONFIG, write_tiny_llama
+from tests.test_gguf_export import as_mlx, read, weights
+from tests.tiny_llama import CONFIG
 
 ALL_KEYS = (*(f"self_attn.{key}_proj" for key in "qkvo"), *(f"mlp.{key}_proj" for key in ("gate", "up", "down")))
 
@@ -121,19 +119,3 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(InputError, match=message):
             write_gguf_adapter(tmp_path, {"model.layers.0.self_attn.q_proj": pair}, 2.0, tmp_path / "a.gguf")
-
-
-@pytest.mark.slow
-def test_llama_cpp_answers_alike_with_the_adapter_and_with_the_fused_file(tmp_path):
-    llama_cpp.install()
-    folder = write_tiny_llama(tmp_path / "base", attention_bias=True)
-    factors = make_factors(folder, ALL_KEYS, size=0.2)
-    base, fused, adapter = (tmp_path / f"{name}.gguf" for name in ("base", "fused", "adapter"))
-    write_gguf(folder, {}, SCALE, base, kind="F32")
-    write_gguf(folder, factors, SCALE, fused, kind="F32")
-    write_gguf_adapter(folder, factors, SCALE, adapter)
-    alone, together = next_token(tmp_path, base), next_token(tmp_path, base, adapter=adapter)
-    # llama.cpp keeps keys and values in float16.
-    np.testing.assert_allclose(together, next_token(tmp_path, fused), atol=1e-3)
-    assert np.abs(together - alone).max() > 0.05
-    assert json.loads((folder / "config.json").read_text())["vocab_size"] > max(PROMPT)

@@ -1,9 +1,8 @@
 """The GGUF file of a whole model: every weight in its place, its type and its order, read with gguf's own reader.
 
-The slow tests at the end run the file in llama.cpp, and learn a task on SmolLM2 first.
+test_llama_cpp.py runs such files in llama.cpp itself.
 """
 
-import importlib
 import json
 
 import gguf
@@ -26,8 +25,7 @@ from mbf_mlx.export.gguf_rope import llama3_factors, read_rope
 from mbf_mlx.export.gguf_vocab import read_vocabulary
 from mbf_mlx.export.tensors import Tensor, Writer, from_float32
 from mbf_mlx.methods import Pair
-from tests import llama_cpp
-from tests.test_export_mlx_folder import SCALE, logits, make_factors
+from tests.test_export_mlx_folder import SCALE, make_factors
 from tests.tiny_llama import CONFIG, write_tiny_llama, write_tokenizer
 
 LLAMA3_ROPE = {
@@ -60,17 +58,6 @@ def as_mlx(rows, heads):
             back[head * size + i] = rows[head * size + 2 * i]
             back[head * size + size // 2 + i] = rows[head * size + 2 * i + 1]
     return back
-
-
-PROMPT = [5, 17, 200, 31, 8, 99, 250, 12]
-
-
-def next_token(tmp_path, model, **more):
-    """The probability of each of 300 tokens to follow PROMPT, from llama.cpp."""
-    found = np.zeros(300)
-    for token, probability in llama_cpp.run(tmp_path, model=model, probe=PROMPT, **more)["probabilities"]:
-        found[token] = probability
-    return found
 
 
 def import_gguf(path, folder):
@@ -477,57 +464,3 @@ def test_progress_counts_every_byte_once_written_and_once_compared(half_llama, t
     done, totals, names = zip(*steps, strict=True)
     assert list(done) == sorted(done) and done[-1] == totals[-1]
     assert len(set(totals)) == 1 and names[: len(names) // 2] == names[len(names) // 2 :]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"tie_word_embeddings": True},
-        {"rope_scaling": LLAMA3_ROPE},
-        {"rope_scaling": {"type": "linear", "factor": 4.0}},
-        {"attention_bias": True, "mlp_bias": True},
-        {"head_dim": 32},
-        {"rope_traditional": True},
-    ],
-    ids=lambda changes: ", ".join(f"{key} {value}" for key, value in changes.items())[:40] or "plain",
-)
-def test_llama_cpp_gives_the_next_token_the_same_probability(tmp_path, changes):
-    llama_cpp.install()
-    folder = write_tiny_llama(tmp_path / "base", **changes)
-    factors = make_factors(folder, size=0.2)
-    write_gguf(folder, factors, SCALE, tmp_path / "model.gguf", kind="F32")
-    ours = np.exp(logits(folder, factors)[-1].astype(np.float64))
-    np.testing.assert_allclose(next_token(tmp_path, tmp_path / "model.gguf"), ours / ours.sum(), atol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "changes"), [("qwen2", {}), ("qwen3", {"head_dim": 16})])
-def test_llama_cpp_gives_the_next_token_of_other_architectures_the_same_probability(tmp_path, kind, changes):
-    llama_cpp.install()
-    folder = write_other(tmp_path / "base", kind, **changes)
-    factors = make_factors(folder, size=0.2)
-    write_gguf(folder, factors, SCALE, tmp_path / "model.gguf", kind="F32")
-    ours = np.exp(logits(folder, factors)[-1].astype(np.float64))
-    np.testing.assert_allclose(next_token(tmp_path, tmp_path / "model.gguf"), ours / ours.sum(), atol=1e-3)
-
-
-def write_other(folder, kind, **changes):
-    """Write a tiny model of another architecture of mlx-lm's."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten, tree_map
-
-    module = importlib.import_module(f"mlx_lm.models.{kind}")
-    config = {**CONFIG, "model_type": kind, **changes}
-    mx.random.seed(0)
-    model = module.Model(module.ModelArgs.from_dict(config))
-    # Larger weights for clear winners; norms and biases that are not all alike, or a swapped one would go unseen.
-    model.update(
-        tree_map(lambda v: 2.5 * v if v.ndim == 2 else v + 0.1 * mx.random.normal(v.shape), model.parameters())
-    )
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    write_tokenizer(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder

@@ -35,6 +35,7 @@ PRE_TOKENIZERS = {
     ((("gpt2",),), False): "gpt-2",
     ((("digits",), ("gpt2",)), False): "smollm",
 }
+NOTES = {"tekken": "llama.cpp cuts words with combining marks (Hindi, Thai and others) otherwise than this tokenizer"}
 END_TEXTS = set("<|eot_id|> <|im_end|> <|end|> <|endoftext|> <|end_of_text|> <|eom_id|> </s> <end_of_turn>".split())
 END_TEXTS |= {"<eos>", "<EOT>"}  # at which llama.cpp stops wherever a vocabulary has them
 Type = gguf.TokenType
@@ -139,7 +140,7 @@ def _byte_level(document: dict[str, Any], folder: Path) -> Vocabulary:
     for token, token_id in model["vocab"].items():
         tokens[token_id], types[token_id] = token, int(Type.NORMAL)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    notes = []
+    notes = [NOTES[pre]] if pre in NOTES else []
     if normalizer:
         notes.append(
             "this tokenizer brings text to Unicode's NFC form before it cuts it, llama.cpp does not: text with accents "
