@@ -260,7 +260,7 @@ class Stream:
 
     def export(self, target: str, out: str | Path, **options: Any) -> dict[str, Any]:
         """Write the deployed model or adapter as `target` to `out`; see `mbf_mlx.export`."""
-        from mbf_mlx.export import export  # type: ignore[attr-defined]  # mended when the export lands
+        from mbf_mlx.export import export
 
         return export(self, target, Path(out), **options)
 

@@ -1,1 +1,118 @@
-"""Exports: what was learned, written as what other programs read; one file per target."""
+"""Exports: what was learned, written as what other programs read; one file per target, one way through them all."""
+
+from pathlib import Path
+from typing import Any
+
+from mbf_mlx.errors import InputError
+from mbf_mlx.export.job import ExportRows, Job, Show, show_nothing
+
+# target -> what it is, in the order in which the help lists them
+TARGETS = {
+    "mlx": "a fused model folder for mlx-lm, LM Studio's MLX engine and mlx-swift",
+    "adapter": "the adapter in mlx-lm's layout, for whoever has the base",
+    "peft": "the adapter in PEFT's layout, for transformers and vLLM",
+    "gguf": "the whole model as one file for llama.cpp",
+    "gguf-adapter": "the adapter as one file, for llama.cpp beside the base's own GGUF file",
+    "ollama": "a GGUF file with a Modelfile",
+    "lmstudio": "LM Studio's folders with a GGUF file, or with --type mlx for its MLX engine",
+}
+WITH_BITS = ("mlx", "gguf", "ollama", "lmstudio")
+WITH_TYPE = ("gguf", "ollama", "lmstudio")
+
+
+def export(
+    stream: Any,
+    target: str,
+    out: Path,
+    *,
+    bits: int | None = None,
+    kind: str | None = None,
+    force: bool = False,
+    allow_loss: bool = False,
+    calibration: Path | None = None,
+    show: Show = show_nothing,
+) -> dict[str, Any]:
+    """Write what a stream has learned as `target` to `out`, open it again and measure what survived.
+
+    Args:
+        stream: An `api.Stream`.
+        target: One of TARGETS.
+        out: The folder or file to make.
+        bits: Of the layers with factors, for the targets that quantize; None is what loses nothing there.
+        kind: A GGUF type in place of bits, or "mlx" for LM Studio's MLX engine.
+        force: Replace an earlier export.
+        allow_loss: Write an export that lost too much, too.
+        calibration: A task file or text to fit and to measure on, in place of the stream's own tasks.
+        show: Shows progress, as `commands.console.progress` does.
+
+    Returns:
+        The document of `mbf export --json`.
+
+    Raises:
+        InputError: no such target, options that do not go with it, a stream that has learned nothing, another base, a
+            place that may not be written, an export that lost too much.
+    """
+    check_options(target, bits, kind)
+    job = _job(
+        stream, out, bits=bits, kind=kind, force=force, allow_loss=allow_loss, calibration=calibration, show=show
+    )
+    return run(job, target)
+
+
+def check_options(target: str, bits: int | None, kind: str | None) -> None:
+    """Raise InputError if there is no such target, or the options do not go with it."""
+    if target not in TARGETS:
+        raise InputError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
+    if bits is not None and target not in WITH_BITS:
+        raise InputError(f"--bits: {target} is stored in float32 as it is and takes none")
+    if kind is not None and target not in WITH_TYPE:
+        raise InputError(f"--type: expected with {', '.join(WITH_TYPE)}, got it with {target}")
+
+
+def run(job: Job, target: str) -> dict[str, Any]:
+    """Write one target; see `export`."""
+    from mbf_mlx.export import targets
+
+    document = targets.WRITERS[target](job)
+    return {"target": target, "out": str(job.out), **document}
+
+
+def _job(stream: Any, out: Path, *, calibration: Path | None, **options: Any) -> Job:
+    from mbf_mlx import fingerprint, sources
+    from mbf_mlx.export.card import About, read_base_card
+
+    identity, state = stream.folder.identity, stream.folder.state()
+    if not state.t:
+        raise InputError(f"{stream.folder.path}: nothing to export: it has learned no task")
+    base = sources.resolve_base(stream.base_path)
+    found = fingerprint.fingerprint(base.path)
+    if found != identity.base.fingerprint:
+        raise InputError(
+            f"{base.path} is not the base model of {stream.folder.path}: expected fingerprint "
+            f"{identity.base.fingerprint[:12]}, got {found[:12]}"
+            "\nhint: --model names the base that the stream was made with"
+        )
+    licence, original = read_base_card(base.path)
+
+    def read_rows() -> ExportRows:
+        from mbf_mlx.export.rows import rows_of_file, rows_of_tasks
+        from mbf_mlx.model import load_tokenizer
+
+        tokenizer = load_tokenizer(base.path)
+        if calibration is not None:
+            return rows_of_file(calibration, tokenizer, identity.template)
+        return rows_of_tasks(stream.folder.history(), tokenizer, identity.template)
+
+    return Job(
+        base=base.path,
+        factors=state.deployed,
+        scale=identity.scale,
+        num_layers=identity.num_layers,
+        num_blocks=identity.base.num_layers,
+        about=About(base.name, stream.status(), licence, original),
+        template=identity.template,
+        out=out,
+        forbidden=(stream.folder.path, base.path),
+        read_rows=read_rows,
+        **options,
+    )

@@ -99,6 +99,13 @@ def write_mlx_folder(
     return report
 
 
+def planned_bytes(base_folder: Path, factors: Factors, bits: int | None) -> int:
+    """Return the bytes of tensors that an export with these bits would have."""
+    base = Checkpoint(base_folder)
+    forms = _forms(base, find_layers(base, factors), factors, bits)
+    return sum(tensor.nbytes for path in base.files for tensor in _plan(base, forms, path).values())
+
+
 def _forms(base: Checkpoint, touched: dict[str, Layer], factors: Factors, bits: int | None) -> dict[str, Form]:
     """Return the form of every layer that does not stay as it is."""
     moved = [name for name in touched if np.any(factors[name].b)]

@@ -34,7 +34,7 @@ def fresh_folder(out: Path, *, force: bool = False, needs: int = 0, forbidden: t
         InputError: `out` exists (without force, or with files that no export of ours wrote), lies in the wrong place,
             or does not fit on the disk.
     """
-    check_place(out, force=force, needs=needs, forbidden=forbidden, is_ours=_folder_is_ours)
+    check_folder_place(out, force=force, needs=needs, forbidden=forbidden)
     partial = _partial(out)
     try:
         partial.mkdir()
@@ -69,6 +69,11 @@ def fresh_file(
         raise refusal(error, out, needs) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_folder_place(out: Path, *, force: bool = False, needs: int = 0, forbidden: tuple[Path, ...] = ()) -> None:
+    """Raise InputError if no folder may be written to `out`; see `fresh_folder`. For a look ahead of long work."""
+    check_place(out, force=force, needs=needs, forbidden=forbidden, is_ours=_folder_is_ours)
 
 
 def check_place(

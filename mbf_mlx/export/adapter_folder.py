@@ -1,0 +1,44 @@
+"""The `adapter` target: the deployed adapter as a folder of mlx-lm's layout, for whoever has the base already."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mbf_mlx import adapter
+from mbf_mlx.export.place import fresh_folder
+from mbf_mlx.methods import Factors
+
+
+def write_files(
+    files: dict[str, bytes],
+    out: Path,
+    *,
+    force: bool = False,
+    forbidden: tuple[Path, ...] = (),
+    finish: Callable[[Path], None] | None = None,
+) -> int:
+    """Write a folder of a few files; return its bytes.
+
+    Args:
+        files: Content by name.
+        out: The folder to make; see `place.fresh_folder` for what is refused.
+        force: Replace an earlier export.
+        forbidden: Folders to stay out of: the stream, the base.
+        finish: Called with the folder before it gets its name, to check it and to add the card.
+    """
+    needs = sum(len(data) for data in files.values())
+    with fresh_folder(out, force=force, needs=needs, forbidden=forbidden) as folder:
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        if finish:
+            finish(folder)
+    return needs
+
+
+def read_back(folder: Path, factors: Factors, scale: float) -> None:
+    """Raise RuntimeError if an adapter folder does not mean exactly these factors."""
+    stored = adapter.read(folder)
+    same = stored.factors.keys() == factors.keys() and stored.scale == scale
+    if not same or any(
+        (stored.factors[k].a != p.a).any() or (stored.factors[k].b != p.b).any() for k, p in factors.items()
+    ):
+        raise RuntimeError(f"{folder}: what was read back is not what was written")

@@ -1,0 +1,70 @@
+"""The live model of an export, the base with its adapter: it answers first, exports are compared with its answers."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mbf_mlx import backend, model
+from mbf_mlx.adapter import block_keys
+from mbf_mlx.config import LoRAConfig
+from mbf_mlx.errors import InputError
+from mbf_mlx.export.job import Job
+from mbf_mlx.export.quality import Reference
+
+
+class Live:
+    """Runs the live model once, on the rows that the job may look at, and keeps its answers.
+
+    No two models are in memory at once. On a CPU a model's layers stay packed and are unpacked in every pass, so that
+    an export takes little more memory than the base's file.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._reference = job, None
+        rows = job.rows.compare
+        if not rows:
+            return
+        base = model.load_base(job.base, dtype=_dtype())
+        rank = next(iter(job.factors.values())).a.shape[0]
+        model.attach(
+            base.model, LoRAConfig(rank=rank, scale=job.scale, keys=block_keys(job.factors), num_layers=job.num_layers)
+        )
+        model.write_factors(base.model, job.factors)
+        with job.show("asking the live adapter", len(rows), "rows") as update:
+            self._reference = Reference(base.model, rows, _counter(update))
+        del base
+        mx.clear_cache()
+
+    def compare(self, folder: Path) -> dict[str, Any] | None:
+        """Load an exported folder and compare it; None where there were no rows.
+
+        Raises:
+            InputError: it loads, but its logits are not finite.
+        """
+        exported = model.load_base(folder, dtype=_dtype()).model
+        if not np.isfinite(np.array(exported(mx.array([[1, 2, 3]])).astype(mx.float32))).all():
+            raise InputError(f"{self._job.out} was not written: its logits are not finite; try --bits 32")
+        if self._reference is None:
+            return None
+        with self._job.show("asking the export", len(self._job.rows.compare), "rows") as update:
+            quality = self._reference.compare(exported, _counter(update))
+        return {**asdict(quality), "source": self._job.rows.source}
+
+
+def _dtype() -> str | None:
+    """Return what a model computes in here; "float32" leaves quantized layers packed between their uses."""
+    return "float32" if backend.setup().kind == "cpu" else None
+
+
+def _counter(update: Any) -> Any:
+    done = 0
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        update(done)
+
+    return advance

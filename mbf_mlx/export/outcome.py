@@ -1,0 +1,102 @@
+"""What an export came to: the document that is reported, the refusal where too much was lost, and the card."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbf_mlx.errors import InputError
+from mbf_mlx.export import card
+from mbf_mlx.export.fuse import Fused
+from mbf_mlx.export.job import Job
+
+# Under these an export is refused. An answer in twenty that turns out otherwise, or a fifth of the update gone, is
+# something a user has to know of and agree to.
+MIN_RETENTION = 0.8
+MIN_AGREEMENT = 0.95
+ERRORS = 2  # standard errors by which few rows may miss it by chance
+Document = dict[str, Any]
+
+
+def small_document(files: dict[str, bytes]) -> Document:
+    """Return what is said of an adapter, in which nothing is lost."""
+    return {"bytes": sum(len(data) for data in files.values()), "notes": []}
+
+
+def fused_document(layers: list[Fused], bytes_base: int, bytes_out: int) -> Document:
+    """Return what is said of an export that fused the update into weights.
+
+    `retention` is the share of the update that the stored weights hold: the mean over the layers, and the lowest.
+    """
+    kept = [layer.retention for layer in layers]
+    return {
+        "bytes": bytes_out,
+        "bytes_base": bytes_base,
+        "retention": float(np.mean(kept)) if kept else 1.0,
+        "retention_lowest": min(kept, default=1.0),
+        "layers": [asdict(layer) for layer in layers],
+        "quality": None,
+        "notes": [],
+    }
+
+
+def check(job: Job, document: Document, planned: Callable[[int], int] | None = None) -> None:
+    """Refuse an export that lost too much, unless the user allowed it.
+
+    How its answers agree with the live adapter's decides; where there were no rows to ask for, its retention.
+
+    Args:
+        job: The export.
+        document: Its own; gets `lost`, what it lost too much of.
+        planned: Bits -> bytes of an export with them.
+
+    Raises:
+        InputError: with what was lost, and what the alternatives cost.
+    """
+    lost, quality = [], document["quality"]
+    if quality is None and document["retention"] < MIN_RETENTION:
+        lost.append(f"it keeps {document['retention']:.2f} of the update; expected at least {MIN_RETENTION}")
+    if quality is not None and quality["agreement"] < least_agreement(quality["positions"]):
+        same = f"{100 * quality['agreement']:.1f} % of {quality['positions']} places"
+        lost.append(f"it says what the live adapter says at {same}; expected at least {100 * MIN_AGREEMENT:.0f} %")
+    document["lost"] = lost
+    if lost and not job.allow_loss:
+        others = [bits for bits in (8, 16) if bits > (job.bits or 8)]
+        costs = [f"  --bits {bits}" + (f": {planned(bits) / 1e6:,.1f} MB" if planned else "") for bits in others]
+        raise InputError(
+            f"{job.out} was not written: {'; '.join(lost)} (it would have {document['bytes'] / 1e6:,.1f} MB)\n"
+            + "\n".join([*costs, "  the adapter target: nothing is lost, and the base stays as it is"])
+            + "\nhint: --allow-loss writes it all the same"
+        )
+
+
+def least_agreement(positions: int) -> float:
+    """Return the share of agreement under which so many positions show that less than MIN_AGREEMENT is left."""
+    return MIN_AGREEMENT - ERRORS * sqrt(MIN_AGREEMENT * (1 - MIN_AGREEMENT) / positions)
+
+
+def survived(document: Document) -> list[str]:
+    """Return what an export kept, in sentences."""
+    sentences, quality = [], document.get("quality")
+    if "retention" in document:
+        sentences.append(
+            f"{document['retention']:.3f} of the update is in the weights (lowest layer "
+            f"{document['retention_lowest']:.3f}); {document['bytes'] / 1e6:,.1f} MB, the base "
+            f"{document['bytes_base'] / 1e6:,.1f} MB"
+        )
+    if quality:
+        same, right, live = (f"{100 * quality[key]:.1f} %" for key in ("agreement", "exported", "live"))
+        sentences.append(
+            f"On {quality['source']}: the live adapter's token at {same} of {quality['positions']} places in answers, "
+            f"KL divergence {quality['kl']:.4f} nats, {right} of {quality['rows']} rows right (live {live})"
+        )
+    return sentences
+
+
+def add_card(job: Job, folder: Path, target: str, document: Document) -> None:
+    """Write the model card into an export."""
+    page = card.text(job.about, target, document["next"], survived(document))
+    (folder / card.NAME).write_text(page, encoding="utf-8")

@@ -1,0 +1,80 @@
+"""The rows that an export is fitted to and measured on: those of the stream's own tasks, or a file of the user's.
+
+Held-out rows are compared on and training rows fitted to. A task is found again by its path and content; what has moved
+or changed is named and left out. No row goes into the export.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mbf_mlx.config import DataConfig
+from mbf_mlx.encode import Encoded, Encoder
+from mbf_mlx.errors import InputError
+from mbf_mlx.export.job import ExportRows
+from mbf_mlx.records import TaskRecord
+from mbf_mlx.rows import Row
+from mbf_mlx.tasks import Task, read_task
+
+FIT_ROWS = 96  # over all tasks
+COMPARE_ROWS = 64
+MAX_LENGTH = 512  # tokens of a row
+
+
+def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, template: str) -> ExportRows:
+    """Return rows of the tasks that a stream has learned, as many of each."""
+    found, notes = [], []
+    newest = {record.name: record for record in records}
+    for record in newest.values():
+        task = _find(record)
+        if isinstance(task, str):
+            notes.append(task)
+        else:
+            found.append(task)
+    if not found:
+        return ExportRows(notes=tuple(notes))
+    encoder = Encoder(tokenizer, DataConfig(template=template, max_seq_length=MAX_LENGTH))
+    fit = [row for task in found for row in _encoded(encoder, task.train, FIT_ROWS // len(found) + 1)]
+    compare = [row for task in found for row in _encoded(encoder, task.test, COMPARE_ROWS // len(found) + 1)]
+    source = f"held-out rows of {len(found)} task{'' if len(found) == 1 else 's'}"
+    return ExportRows(fit, compare, source, tuple(notes))
+
+
+def rows_of_file(path: Path, tokenizer: Any, template: str) -> ExportRows:
+    """Return rows of a task file or folder, or of the paragraphs of a text file: every other one to fit to.
+
+    Raises:
+        InputError: no such file, or bad rows in it.
+    """
+    if path.suffix == ".txt":
+        text = path.read_text(encoding="utf-8") if path.is_file() else None
+        if text is None:
+            raise InputError(f"{path}: no such file")
+        pieces = [piece.strip() for piece in text.split("\n\n") if piece.strip()]
+        rows: Sequence[Row] = [Row("text", path, line, text=piece) for line, piece in enumerate(pieces, 1)]
+    else:
+        task = read_task(path)
+        rows = [*task.train, *task.valid, *task.test]
+    encoder = Encoder(tokenizer, DataConfig(template=template, max_seq_length=MAX_LENGTH))
+    encoded = _encoded(encoder, rows, FIT_ROWS + COMPARE_ROWS)
+    if len(encoded) < 2:
+        raise InputError(f"{path}: expected at least 2 rows or paragraphs that fit, got {len(encoded)}")
+    return ExportRows(encoded[::2][:FIT_ROWS], encoded[1::2][:COMPARE_ROWS], f"rows of {path.name}")
+
+
+def _find(record: TaskRecord) -> Task | str:
+    path = Path(record.path)
+    if not path.exists():
+        return f"{record.name}: {path} is not there any more"
+    try:
+        task = read_task(path, name=record.name)
+    except InputError as error:
+        return f"{record.name}: {str(error).splitlines()[0]}"
+    return task if task.sha256 == record.sha256 else f"{record.name}: {path} has changed since it was learned"
+
+
+def _encoded(encoder: Encoder, rows: Sequence[Row], count: int) -> list[Encoded]:
+    """Return `count` rows spread evenly over all, without those that do not fit."""
+    step = max(1, len(rows) // count)
+    chosen = [rows[place] for place in range(0, len(rows), step)][:count]
+    return [found for _, found in encoder.stream(chosen) if isinstance(found, Encoded)]

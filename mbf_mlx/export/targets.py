@@ -1,0 +1,235 @@
+"""The targets: each function writes one export, opens it again, measures it and returns what it found.
+
+Every export is checked, and refused where it lost too much, before it gets its name. What is returned is plain values,
+the document of `mbf export --json`.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbf_mlx import adapter
+from mbf_mlx.errors import InputError
+from mbf_mlx.export import peft
+from mbf_mlx.export.adapter_folder import read_back, write_files
+from mbf_mlx.export.job import Job
+from mbf_mlx.export.mlx_folder import FolderReport, planned_bytes, write_mlx_folder
+from mbf_mlx.export.outcome import Document, add_card, check, fused_document, small_document
+from mbf_mlx.export.place import check_folder_place
+
+
+def mlx(job: Job) -> Document:
+    """Write a fused model folder."""
+    from mbf_mlx.export.live import Live
+
+    check_folder_place(job.out, force=job.force, forbidden=(*job.forbidden, job.base))
+    live, document = Live(job), Document()
+
+    def finish(folder: Path, report: FolderReport) -> None:
+        document.update(fused_document(report.layers, report.bytes_base, report.bytes_out))
+        document["quality"] = live.compare(folder)
+        document["notes"] += job.rows.notes
+        document["next"] = [
+            f'mlx_lm.generate --model {job.out} --prompt "..."',
+            f"mlx_lm.server --model {job.out}",
+        ]
+        check(job, document, partial(planned_bytes, job.base, job.factors))
+        add_card(job, folder, "mlx", document)
+
+    with _percent(job, "fusing") as progress:
+        write_mlx_folder(
+            job.base, job.factors, job.scale, job.out, bits=job.bits, progress=progress, finish=finish, **_place(job)
+        )
+    return document
+
+
+def plain_adapter(job: Job) -> Document:
+    """Write the adapter as mlx-lm lays it out."""
+    files = adapter.encode(job.factors, scale=job.scale, num_layers=job.num_layers, base=job.about.base)
+    document = small_document(files)
+    document["next"] = [
+        f'mlx_lm.generate --model {job.base} --adapter-path {job.out} --prompt "..."',
+        f"mlx_lm.server --model {job.base} --adapter-path {job.out}",
+    ]
+
+    def finish(folder: Path) -> None:
+        read_back(folder, job.factors, job.scale)
+        add_card(job, folder, "adapter", document)
+
+    write_files(files, job.out, finish=finish, **_place(job))
+    return document
+
+
+def peft_adapter(job: Job) -> Document:
+    """Write the adapter as PEFT lays it out."""
+    base = job.about.original or job.about.base
+    files = peft.encode(job.factors, job.scale, base=base, num_blocks=job.num_blocks)
+    document = small_document(files)
+    document["lora_alpha"] = json.loads(files[peft.CONFIG])["lora_alpha"]
+    document["next"] = [f"vllm serve {base} --enable-lora --lora-modules tuned={job.out}"]
+    if job.about.original is None:
+        document["notes"] = [f"base_model_name_or_path is {base}; PEFT and vLLM want the unquantized model there"]
+
+    def finish(folder: Path) -> None:
+        stored = peft.read(folder)
+        for name, pair in job.factors.items():
+            meant, got = job.scale * pair.b @ pair.a, stored.scale * stored.factors[name].b @ stored.factors[name].a
+            if np.abs(got - meant).max() > 1e-6 * np.abs(meant).max():
+                raise RuntimeError(f"{folder}: {name}: what was read back is not what was meant")
+        add_card(job, folder, "peft", document)
+
+    write_files(files, job.out, finish=finish, **_place(job))
+    return document
+
+
+def gguf(job: Job) -> Document:
+    """Write the whole model as one GGUF file."""
+    from mbf_mlx.export.gguf import GGUFReport, quantize_line, write_gguf
+
+    kind, document = _gguf_kind(job), Document()
+
+    def finish(path: Path, report: GGUFReport) -> None:
+        document.update(_gguf_document(report))
+        document["next"] = [f"llama-server -m {job.out}"]
+        if kind in ("F16", "F32", "BF16"):
+            document["next"].append(quantize_line(job.out))
+        check(job, document)
+
+    with _percent(job, "writing and reading back") as progress:
+        write_gguf(
+            job.base,
+            job.factors,
+            job.scale,
+            job.out,
+            kind=kind,
+            name=job.out.stem,
+            license_id=job.about.licence,
+            progress=progress,
+            finish=finish,
+            **_place(job),
+        )
+    return document
+
+
+def gguf_adapter(job: Job) -> Document:
+    """Write the adapter alone as a GGUF file."""
+    from mbf_mlx.export.gguf_adapter import write_gguf_adapter
+
+    report = write_gguf_adapter(job.base, job.factors, job.scale, job.out, name=job.out.stem, **_place(job))
+    command = f"llama-server -m BASE.gguf --lora {job.out}"
+    return {"bytes": report.nbytes, "alpha": report.alpha, "next": [command], "notes": []}
+
+
+def ollama(job: Job) -> Document:
+    """Write a folder for `ollama create`."""
+    from mbf_mlx.export.ollama import OllamaReport, write_ollama
+
+    document = Document()
+
+    def finish(folder: Path, report: OllamaReport) -> None:
+        document.update(_gguf_document(report.gguf), template=report.template, next=report.next)
+        document["notes"] = list(report.notes)
+        check(job, document)
+        add_card(job, folder, "ollama", document)
+
+    with _percent(job, "writing and reading back") as progress:
+        write_ollama(
+            job.base,
+            job.factors,
+            job.scale,
+            job.out,
+            name=job.out.name,
+            kind=_gguf_kind(job),
+            template=job.template,
+            license_id=job.about.licence,
+            progress=progress,
+            finish=finish,
+            **_place(job),
+        )
+    return document
+
+
+def lmstudio(job: Job) -> Document:
+    """Write a folder in LM Studio's layout: a GGUF file, or with `--type mlx` a folder for its MLX engine."""
+    from mbf_mlx.export.gguf import GGUFReport
+    from mbf_mlx.export.lmstudio import LMStudioReport, write_lmstudio
+
+    engine = "mlx" if (job.kind or "").lower() == "mlx" else "gguf"
+    document = Document()
+
+    def finish(folder: Path, report: LMStudioReport) -> None:
+        written = report.written
+        if isinstance(written, GGUFReport):
+            document.update(_gguf_document(written))
+        else:
+            document.update(fused_document(written.layers, written.bytes_base, written.bytes_out))
+        document["next"] = report.next
+        check(job, document)
+        add_card(job, folder, "lmstudio", document)
+
+    with _percent(job, "writing and reading back") as progress:
+        write_lmstudio(
+            job.base,
+            job.factors,
+            job.scale,
+            job.out,
+            name=job.out.name,
+            engine=engine,
+            kind=_gguf_kind(job) if engine == "gguf" else None,
+            bits=job.bits if engine == "mlx" else None,
+            license_id=job.about.licence,
+            progress=progress,
+            finish=finish,
+            **_place(job),
+        )
+    return document
+
+
+# target -> what writes it; the names are those of `export.TARGETS`
+WRITERS: dict[str, Callable[[Job], Document]] = {
+    "mlx": mlx,
+    "adapter": plain_adapter,
+    "peft": peft_adapter,
+    "gguf": gguf,
+    "gguf-adapter": gguf_adapter,
+    "ollama": ollama,
+    "lmstudio": lmstudio,
+}
+
+
+def _place(job: Job) -> dict[str, Any]:
+    return {"force": job.force, "forbidden": job.forbidden}
+
+
+@contextmanager
+def _percent(job: Job, title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show how far a writer is, which counts bytes."""
+    with job.show(title, 100, "percent") as update:
+        yield lambda done, total, name: update(100 * done // max(total, 1))
+
+
+def _gguf_kind(job: Job) -> str | None:
+    """Return the GGUF type that --type or --bits names.
+
+    Raises:
+        InputError: GGUF has no type of so many bits that we write.
+    """
+    from mbf_mlx.export.gguf_types import BITS
+
+    if job.kind is not None or job.bits is None:
+        return job.kind
+    if job.bits not in BITS:
+        raise InputError(f"--bits: expected one of {', '.join(map(str, BITS))} for GGUF, got {job.bits}")
+    return str(BITS[job.bits].name)
+
+
+def _gguf_document(report: Any) -> Document:
+    document = fused_document(report.layers, report.bytes_base, report.bytes_out)
+    document["types"] = report.types
+    document["notes"] += report.notes
+    return document
