@@ -211,6 +211,12 @@ def test_a_token_before_every_text_is_taken_over_and_any_other_is_refused(tmp_pa
 
     assert not read_vocabulary(tmp_path, {"vocab_size": 400}).add_bos
     assert before("<|im_start|>").add_bos
+    change(tmp_path, "tokenizer_config.json", chat_template="{{ messages[0].content }}")
+    assert before("<|im_start|>").notes == [
+        "llama.cpp puts <|im_start|> before every text, and the chat template does not"
+    ]
+    change(tmp_path, "tokenizer_config.json", chat_template="{{ bos_token }}{{ messages[0].content }}")
+    assert before("<|im_start|>").notes == []
     change(tmp_path, "tokenizer_config.json", add_bos_token=False)
     assert not before("<|im_start|>").add_bos
     with pytest.raises(

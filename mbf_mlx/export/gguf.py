@@ -41,7 +41,7 @@ class GGUFReport:
     bytes_base: int
     bytes_out: int
     kept: int  # layers with the codes of the base
-    error: float  # of the other layers without factors, the largest |stored - W| / |W|
+    error: float  # of the layers without factors, the largest |stored - W| / |W|
     layers: list[Fused]  # those with factors
     pre_tokenizer: str
     notes: list[str] = field(default_factory=list)  # what llama.cpp does otherwise than mlx-lm

@@ -29,7 +29,7 @@ class Found:
 
     fused: list[Fused]  # the layers with factors
     kept: int  # layers with the codes of the base
-    error: float  # of the other layers without factors, the largest |stored - W| / |W|
+    error: float  # of the layers without factors, the largest |stored - W| / |W|
 
 
 def check(
@@ -61,10 +61,8 @@ def check(
             wrong += [] if lost <= TOLERANCE[tensor.kind] else [tensor.name]
             if tensor.pair is not None:
                 fused.append(_fused(tensor, survival))
-            elif tensor.is_kept:
-                kept += 1
             else:
-                error = max(error, lost)
+                kept, error = kept + tensor.is_kept, max(error, lost)
         step(tensor.nbytes, tensor.name)
     if wrong:
         raise RuntimeError(f"{path}: what was read back is not what was meant: {', '.join(wrong)}")

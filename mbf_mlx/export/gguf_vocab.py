@@ -112,6 +112,9 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
         vocabulary.notes.append(
             "where a text begins with a space, llama.cpp adds another one and this tokenizer does not"
         )
+    bos = vocabulary.tokens[vocabulary.special["bos"]] if vocabulary.add_bos else ""
+    if vocabulary.chat_template and not any(word in str(vocabulary.chat_template) for word in ("bos_token", bos)):
+        vocabulary.notes.append(f"llama.cpp puts {bos} before every text, and the chat template does not")
     return vocabulary
 
 
