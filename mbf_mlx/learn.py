@@ -8,7 +8,7 @@ stands in `working/`.
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def learn_task(
     if saved is not None:
         notes.append(f"goes on after step {saved.progress['step']}")
         notes += _differences(saved.machine, machine())
-    state = replace(stream.state(), seed=settings.train.seed)
+    state = stream.state()
     events.task(task.name, state.t + 1, len(rows), notes)
 
     model = learner.base.model
