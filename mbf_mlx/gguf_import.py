@@ -1,9 +1,9 @@
 """Turn a GGUF file of a Llama-family model into a complete MLX model folder, without loss.
 
 llama.cpp's Q4_0, Q4_1 and Q8_0 are groups of 32 weights with a scale d and, for Q4_1, a minimum m: exactly MLX's affine
-quantization, weight = scale * code + bias, with other packing and signs. Codes are re-packed, scales kept in float16;
-tensors of 16 and 32 bits are kept as they are. Other types have no counterpart: they are refused, or, where the user
-asks, dequantized and quantized anew. One tensor is in memory at a time.
+quantization, weight = scale * code + bias, with other packing and signs. Codes are re-packed, scales kept; tensors of
+16 and 32 bits are kept as they are. Other types have no counterpart: they are refused, or, where the user asks,
+dequantized and quantized anew. One tensor is in memory at a time.
 
 llama.cpp stores the rows of q and k interleaved, for its kind of RoPE; they are put back in order here.
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from mbf_mlx import safetensors_file
 from mbf_mlx.errors import InputError
+from mbf_mlx.gguf_config import model_config
 from mbf_mlx.gguf_file import GGUFFile, GGUFTensor, read_gguf
 from mbf_mlx.gguf_tokenizer import read_vocabulary, write_tokenizer
 
@@ -37,8 +38,6 @@ _NAME = re.compile(r"^(?:blk\.(?P<block>\d+)\.)?(?P<stem>[a-z_]+)\.(?P<kind>weig
 _NORMS = ("layernorm", "model.norm")
 _AS_IS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-# Settings under "llama." that change nothing in what we build; any other one that we do not read is refused.
-_HARMLESS = ("vocab_size", "tensor_data_layout", "use_parallel_residual", "rope.scaling.finetuned")
 
 
 class Target(NamedTuple):
@@ -64,7 +63,7 @@ def convert(path: Path, folder: Path, *, quantize: int = 0, report: Callable[[in
         InputError: a damaged file, another architecture, tensor types without counterpart, an unknown tokenizer.
     """
     file = read_gguf(path)
-    config = _model_config(file)
+    config = model_config(file)
     targets = plan(file, config, quantize)
     vocabulary = read_vocabulary(file.settings, path)
     rows = file.tensors["token_embd.weight"].shape[0]
@@ -78,112 +77,6 @@ def convert(path: Path, folder: Path, *, quantize: int = 0, report: Callable[[in
     _write_weights(file, targets, folder, report or (lambda done, total: None))
     text = json.dumps({key: value for key, value in config.items() if value is not None}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _model_config(file: GGUFFile) -> dict[str, Any]:
-    """Return config.json of the model, without vocabulary and quantization."""
-    architecture = file.settings.get("general.architecture")
-    if architecture != "llama":
-        raise InputError(
-            f"{file.path}: general.architecture: expected llama (Llama, Mistral, TinyLlama, SmolLM), got "
-            f"{architecture!r}\nhint: other models load from their MLX or Hugging Face folder"
-        )
-    read = _Settings(file)
-    if read("expert_count", int, 0):
-        raise InputError(f"{file.path}: a mixture of experts (llama.expert_count); its layers are not supported")
-    hidden, heads = read("embedding_length", int), read("attention.head_count", int)
-    if hidden < 1 or heads < 1:
-        raise InputError(f"{file.path}: expected sizes of at least 1, got {hidden} dimensions and {heads} heads")
-    head = read("attention.key_length", int, hidden // heads)
-    turned, values = read("rope.dimension_count", int, head), read("attention.value_length", int, head)
-    if (turned, values) != (head, head):
-        raise InputError(
-            f"{file.path}: heads of {head} dimensions with {turned} of them rotated and values of {values}: "
-            "expected all to be the same"
-        )
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "head_dim": head,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": read("feed_forward_length", int),
-        "max_position_embeddings": read("context_length", int),
-        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
-        "model_type": "llama",
-        "num_attention_heads": heads,
-        "num_hidden_layers": read("block_count", int),
-        "num_key_value_heads": read("attention.head_count_kv", int, heads),
-        "rms_norm_eps": read("attention.layer_norm_rms_epsilon", float),
-        "rope_theta": read("rope.freq_base", float, 10000.0),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-    }
-    config["rope_scaling"] = _rope_scaling(file, read, config)
-    read.refuse_unread()
-    return config
-
-
-class _Settings:
-    """The file's "llama." settings, by name; knows which were read."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self.file, self.seen = file, set(_HARMLESS)
-
-    def __call__(self, name: str, kind: type, default: Any = None) -> Any:
-        self.seen.add(name)
-        value = self.file.settings.get(f"llama.{name}", default)
-        if kind is float and isinstance(value, float):
-            return float(str(np.float32(value)))  # the shortest number that is this float32: 1e-05, not 9.99e-06
-        if isinstance(value, bool) or not isinstance(value, kind):
-            got = "nothing" if value is None else repr(value)[:80]
-            raise InputError(f"{self.file.path}: llama.{name}: expected {kind.__name__}, got {got}")
-        return value
-
-    def refuse_unread(self) -> None:
-        unread = [name for name in self.file.settings if name.startswith("llama.") and name[6:] not in self.seen]
-        if unread:
-            raise InputError(
-                f"{self.file.path}: settings that may change the model and that we do not know: {', '.join(unread)}"
-            )
-
-
-def _rope_scaling(file: GGUFFile, read: _Settings, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return config.json's rope_scaling: Llama 3's out of the frequency factors, else a linear one, else None."""
-    kind, factor = read("rope.scaling.type", str, "none"), read("rope.scaling.factor", float, 1.0)
-    context = read("rope.scaling.original_context_length", int, 8192)
-    if "rope_freqs.weight" in file.tensors:
-        return _llama3_scaling(file, config, context)
-    if kind == "linear":
-        return {"rope_type": "linear", "type": "linear", "factor": factor}
-    if kind != "none":
-        raise InputError(f"{file.path}: llama.rope.scaling.type: expected none or linear, got {kind!r}")
-    return None
-
-
-def _llama3_scaling(file: GGUFFile, config: dict[str, Any], context: int) -> dict[str, Any]:
-    """Return the settings of Llama 3's RoPE that give the file's frequency factors.
-
-    Factors of wavelengths shorter than context / high are 1, of those longer than context / low the full one, and
-    between them 1 / ((1 - s) / factor + s) with s = (context / wavelength - low) / (high - low). Every Llama so far has
-    low 1 and high 4: we take these, and check.
-    """
-    tensor = file.tensors["rope_freqs.weight"]
-    half = config["head_dim"] // 2
-    if tensor.type != "F32" or tensor.shape != (half,):
-        raise InputError(f"{file.path}: rope_freqs.weight: expected F32 ({half},), got {tensor.type} {tensor.shape}")
-    factors = np.frombuffer(file.rows(tensor).tobytes(), dtype="<f4").astype(np.float64)
-    factor, low, high = float(factors.max()), 1.0, 4.0
-    wavelengths = 2 * np.pi * config["rope_theta"] ** (np.arange(half) / half)
-    smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
-    if not np.allclose(factors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
-        raise InputError(f"{file.path}: rope_freqs.weight: these are not Llama 3's frequency factors")
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": context,
-    }
 
 
 def plan(file: GGUFFile, config: dict[str, Any], quantize: int) -> list[Target]:
@@ -366,7 +259,8 @@ def _unpack(file: GGUFFile, target: Target, data: np.ndarray) -> list[tuple[str,
     if target.quantize:
         return _quantize_anew(data, kind, target.quantize, _group(target), where)
     if kind in _BITS:
-        return _repack(data, kind, where)
+        # Rows of an embedding are unpacked in the type of their scales, where float16 rounds them; llama.cpp does not.
+        return _repack(data, kind, where, exact=target.module == _GLOBAL["token_embd"])
     array = data.view({"F32": "<f4"}.get(kind, "<u2"))
     values = {"F32": array, "F16": data.view("<f2")}.get(kind)
     if values is None:
@@ -376,8 +270,11 @@ def _unpack(file: GGUFFile, target: Target, data: np.ndarray) -> list[tuple[str,
     return [(target.kind, _AS_IS[kind], array)]
 
 
-def _repack(data: np.ndarray, kind: str, where: str) -> list[tuple[str, str, np.ndarray]]:
-    """Return codes, scales and biases as MLX packs them; `data` is uint8[rows, bytes of a row]."""
+def _repack(data: np.ndarray, kind: str, where: str, exact: bool) -> list[tuple[str, str, np.ndarray]]:
+    """Return codes, scales and biases as MLX packs them; `data` is uint8[rows, bytes of a row].
+
+    Scales and biases are float16, as in the file, or the same numbers in float32 where `exact` asks for it.
+    """
     head = 4 if kind == "Q4_1" else 2
     codes_bytes = GROUP * _BITS[kind] // 8
     blocks = data.reshape(len(data), -1, head + codes_bytes)
@@ -399,7 +296,10 @@ def _repack(data: np.ndarray, kind: str, where: str) -> list[tuple[str, str, np.
         even, odd = codes[..., 0::2], codes[..., 1::2]
         packed = np.concatenate([(even & 15) | (odd & 15) << 4, (even >> 4) | (odd & 0xF0)], axis=-1)
     packed = np.ascontiguousarray(packed).reshape(len(data), -1).view("<u4")
-    return [("weight", "U32", packed), ("scales", "F16", scales), ("biases", "F16", biases)]
+    if exact:
+        scales, biases = scales.astype("<f4"), biases.astype("<f4")
+    dtype = "F32" if exact else "F16"
+    return [("weight", "U32", packed), ("scales", dtype, scales), ("biases", dtype, biases)]
 
 
 def _quantize_anew(data: np.ndarray, kind: str, bits: int, group: int, where: str) -> list[tuple[str, str, np.ndarray]]:

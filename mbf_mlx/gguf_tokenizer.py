@@ -5,11 +5,13 @@ Two kinds of vocabulary: byte-level BPE ("gpt2": tokens, merges and the name of 
 tokens, just not those that the model was trained on.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mbf_mlx.errors import InputError
+from mbf_mlx.backend import install_hint
+from mbf_mlx.errors import InputError, MissingPackageError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 # Tokens that end an answer in the chat formats of Llama-family models, whatever the file names as its one `eos`.
@@ -96,6 +98,8 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, context: int) -> None:
     Raises:
         InputError: a kind of vocabulary or a pre-tokenizer that we do not know.
     """
+    if importlib.util.find_spec("tokenizers") is None:
+        raise MissingPackageError(f"building a tokenizer needs the package tokenizers; {install_hint()}")
     kind = vocabulary.settings.get("tokenizer.ggml.model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in builders:
