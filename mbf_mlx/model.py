@@ -12,16 +12,19 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm import utils as mlx_lm
 from mlx_lm.tuner.lora import LoRALinear
 
+from mbf_mlx import unpack
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.fingerprint import fingerprint
 from mbf_mlx.methods import Factors, Layers, Pair
-from mbf_mlx.sources import check_folder, read_config
+from mbf_mlx.safetensors_file import read_header
+from mbf_mlx.sources import check_folder, read_config, weight_files
 
+LINEAR = (nn.Linear, nn.QuantizedLinear, unpack.UnpackingLinear)  # what can get factors
 _PROBE_TOKENS = 8  # of the row on which `effect` compares logits
 
 
@@ -38,25 +41,29 @@ class Base:
 
 
 def load_base(folder: Path, *, dequantize: bool = False, dtype: str | None = None) -> Base:
-    """Load a model folder as mlx-lm does, one module in memory at a time.
+    """Load a model folder, one module in memory at a time.
 
     Args:
         folder: A local MLX or Hugging Face model folder, as `sources.resolve_base` gives it.
-        dequantize: Replace quantized linear layers and embeddings by plain ones; their values stay the same.
-        dtype: What parameters in floating point become, "float32" for CPUs; None leaves them.
+        dequantize: Unpack quantized linear layers and embeddings once, in float32; their values stay the same.
+        dtype: None leaves all numbers as mlx-lm loads them. "float32", for CPUs, puts everything in float32;
+            quantized layers that are not unpacked once are then unpacked in every pass, which takes least memory.
 
     Raises:
         InputError: the folder does not hold a model that mlx-lm can load.
+        ValueError: another dtype.
     """
+    if dtype not in (None, "float32"):
+        raise ValueError(f"load_base: expected dtype None or 'float32', got {dtype!r}")
     check_folder(folder)
-    config = read_config(folder)
+    _check_sizes(folder)
     try:
         model, config = mlx_lm.load_model(folder, lazy=True)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         said = f"missing in config.json: {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{folder}: mlx-lm cannot load this model: {said}") from error
     tokenizer = load_tokenizer(folder, config)
-    _settle(model, dequantize, getattr(mx, dtype) if dtype else None)
+    _settle(model, dequantize, dtype is not None)
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -65,6 +72,16 @@ def load_base(folder: Path, *, dequantize: bool = False, dtype: str | None = Non
         fingerprint=fingerprint(folder),
         quantization=describe_quantization(config),
     )
+
+
+def _check_sizes(folder: Path) -> None:
+    """Refuse a config.json that describes more blocks than the files can hold, before anybody builds them."""
+    config = read_config(folder)
+    tensors = sum(len(read_header(path)[0]) for path in weight_files(folder))
+    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        blocks = config.get(name, 1)
+        if not isinstance(blocks, int) or not 0 < blocks <= tensors:
+            raise InputError(f"{folder}/config.json: {name}: expected 1 to {tensors} (the tensors), got {blocks!r}")
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
@@ -80,48 +97,26 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
         raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
 
 
-def _settle(model: nn.Module, dequantize: bool, dtype: mx.Dtype | None) -> None:
+def _settle(model: nn.Module, dequantize: bool, float32: bool) -> None:
     """Read the weights in, module by module, so that none is in memory twice."""
     modules = model.named_modules()
     while modules:
         name, module = modules.pop()  # what is done with is held by nobody
-        if module.children() and any(module.children().values()):
+        if any(tree_flatten(module.children())):
             continue
-        if dequantize and isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            module = _plain(module, dtype or mx.float32)
+        quantized = type(module) in (nn.QuantizedLinear, nn.QuantizedEmbedding)
+        if dequantize and quantized:
+            module = unpack.plain(module)
             model.update_modules(tree_unflatten([(name, module)]))
-        elif dtype is not None:
-            module.update(tree_map(lambda value: _cast(value, dtype), module.parameters()))
+        elif float32 and quantized:
+            unpack.keep_packed(module)
+        if float32:
+            module.update(tree_map(unpack.to_float32, module.parameters()))
         mx.eval(module.parameters())
+    if float32:  # what containers hold themselves
+        model.update(tree_map(unpack.to_float32, model.parameters()))
     mx.eval(model.parameters())
     model.eval()
-
-
-def _cast(value: mx.array, dtype: mx.Dtype) -> mx.array:
-    return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
-
-
-def _plain(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """Return the linear layer or embedding whose weight a quantized one holds."""
-    # In float32 a code times its scale plus its bias is what the kernels on a GPU compute; in float16 it is rounded.
-    weight = mx.dequantize(
-        module.weight,
-        _cast(module.scales, mx.float32),
-        _cast(module.biases, mx.float32) if module.get("biases") is not None else None,
-        group_size=module.group_size,
-        bits=module.bits,
-        mode=module.mode,
-        global_scale=module.get("global_scale"),
-        dtype=mx.float32,
-    ).astype(dtype)
-    if isinstance(module, nn.QuantizedEmbedding):
-        plain: nn.Module = nn.Embedding(1, 1)
-    else:
-        plain = nn.Linear(1, 1, bias="bias" in module)
-        if "bias" in module:
-            plain.bias = _cast(module.bias, dtype)
-    plain.weight = weight
-    return plain
 
 
 def describe_quantization(config: dict[str, Any]) -> str:
@@ -176,7 +171,7 @@ def find_layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
         for path, module in reversed(layer.named_modules()):
             if "weight" not in module or module.weight.ndim < 2:
                 continue
-            fits = type(module) in (nn.Linear, nn.QuantizedLinear)
+            fits = type(module) in LINEAR
             available |= {path} if fits else set()
             matching = [key for key in config.keys if path == key or path.endswith(f".{key}")]
             used |= set(matching)

@@ -1,0 +1,93 @@
+"""Quantized layers where there is no fast kernel for them.
+
+On a CPU mlx multiplies packed weights at a hundredth of the speed of plain float32 ones. They are unpacked once, or,
+where that does not fit in memory, anew in every pass.
+
+Shapes: a weight is (out, in). The values are those of the packed weight, in float32.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+PIECE_BYTES = 64 << 20  # of a weight unpacked at a time by the layers that stay packed
+
+
+def plain(module: Any) -> nn.Module:
+    """Return the linear layer or embedding whose weight a quantized one holds."""
+    if isinstance(module, nn.QuantizedEmbedding):
+        made: nn.Module = nn.Embedding(1, 1)
+    else:
+        made = nn.Linear(1, 1, bias="bias" in module)
+        if "bias" in module:
+            made.bias = to_float32(module.bias)
+    made.weight = _rows(module, 0, module.weight.shape[0])
+    return made
+
+
+def to_float32(value: mx.array) -> mx.array:
+    """Return numbers in float32, packed codes and counts as they are."""
+    return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
+
+
+def _rows(module: Any, first: int, last: int) -> mx.array:
+    """Return rows of the weight, (last - first, in)."""
+    biases = module.get("biases")
+    # Scales in float32 first: in float16 a code times its scale is rounded, and the kernels on a GPU do not do that.
+    return mx.dequantize(
+        module.weight[first:last],
+        to_float32(module.scales[first:last]),
+        None if biases is None else to_float32(biases[first:last]),
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+        global_scale=module.get("global_scale"),
+        dtype=mx.float32,
+    )
+
+
+class UnpackingLinear(nn.QuantizedLinear):
+    """A quantized linear layer that unpacks its weight in every forward and backward pass and keeps nothing of it."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return x W^T + bias for x (..., in)."""
+        y = _product(self, x)
+        return y + self["bias"] if "bias" in self else y
+
+
+class UnpackingEmbedding(nn.QuantizedEmbedding):
+    """The same for an embedding that is also the model's head."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Return the logits, x W^T, for x (..., dims)."""
+        return _product(self, x)
+
+
+def keep_packed(module: nn.Module) -> None:
+    """Turn a quantized linear layer or embedding into one that unpacks itself."""
+    module.__class__ = UnpackingEmbedding if isinstance(module, nn.QuantizedEmbedding) else UnpackingLinear
+
+
+def _product(module: Any, x: mx.array) -> mx.array:
+    def forward(x: mx.array) -> mx.array:
+        parts = [x @ rows.T for _, _, rows in _pieces(module)]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+    def backward(inputs: Any, gradient: mx.array, output: mx.array) -> mx.array:
+        parts = [gradient[..., first:last] @ rows for first, last, rows in _pieces(module)]
+        return parts[0] if len(parts) == 1 else mx.stack(parts).sum(axis=0)
+
+    # Differentiated automatically, the product would keep every weight of the model until its backward pass.
+    product: Any = mx.custom_function(forward)
+    product.vjp(backward)
+    return product(x)
+
+
+def _pieces(module: Any) -> Iterator[tuple[int, int, mx.array]]:
+    out, words = module.weight.shape
+    step = max(1, PIECE_BYTES // (words * 32 // module.bits * 4))
+    for first in range(0, out, step):
+        last = min(first + step, out)
+        yield first, last, _rows(module, first, last)
