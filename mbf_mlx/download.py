@@ -14,8 +14,9 @@ from mbf_mlx.errors import InputError, MissingPackageError
 from mbf_mlx.recipe import PackageSource
 from mbf_mlx.storage import refusal
 
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt",
-             "LICENSE*", "README.md"]  # fmt: skip
+# What loading takes, and what goes along when the model is passed on. Original weights in other layouts stay there.
+LOADED_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "*.txt"]
+HUB_FILES = [*LOADED_FILES, "LICENSE*", "README.md"]
 PIP_SECONDS = 3600
 
 
@@ -85,16 +86,22 @@ def fetch_hub_model(repository: str, revision: str | None = None, *, offline: bo
         MissingPackageError: huggingface_hub is not installed.
     """
     try:
-        from huggingface_hub import errors, snapshot_download
+        from huggingface_hub import constants, errors, snapshot_download
     except ImportError as error:
         raise MissingPackageError(
             f"{repository}: the hub needs huggingface_hub; pip install huggingface_hub"
         ) from error
     page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repository}"
     try:
-        return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline)
-        )
+        try:
+            return Path(
+                snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline)
+            )
+        except errors.IncompleteSnapshotError:
+            # Not reachable, and whoever cached it may have left out the README.
+            return Path(
+                snapshot_download(repository, revision=revision, allow_patterns=LOADED_FILES, local_files_only=True)
+            )
     except errors.GatedRepoError as error:
         raise InputError(
             f"{repository}: its owner asks you to accept a licence first\n"
@@ -110,15 +117,15 @@ def fetch_hub_model(repository: str, revision: str | None = None, *, offline: bo
     except errors.HFValidationError as error:
         raise InputError(f"{repository}: not a hub name: expected organisation/name") from error
     except (errors.IncompleteSnapshotError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        why = "offline as asked" if offline or os.environ.get("HF_HUB_OFFLINE") else f"cannot reach {page}"
+        why = "offline as asked" if offline or constants.HF_HUB_OFFLINE else f"cannot reach {page}"
         raise InputError(
             f"{repository}: {why}, and this machine has no complete copy of it\n"
             "hint: connect and run the command again, or give the folder of a local copy"
         ) from error
     except errors.HfHubHTTPError as error:
         raise InputError(f"{repository}: the hub refused: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        said = refusal(error, Path(os.environ.get("HF_HOME", "~/.cache/huggingface")))
-        if isinstance(said, InputError):
+    except (OSError, errors.HTTPError) as error:
+        cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+        if isinstance(error, OSError) and isinstance(said := refusal(error, cache), InputError):
             raise said from error
         raise InputError(f"{repository}: the download broke off: {error}\nhint: run it again; it goes on") from error

@@ -48,7 +48,7 @@ class Recipe(_Table):
     name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$")
     summary: str
     family: str
-    licence: str
+    licence: str  # as the hub abbreviates it
     original: str  # the unquantized model on the hub
     quantization: str
     download_bytes: int  # about

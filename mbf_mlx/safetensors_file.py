@@ -57,7 +57,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror}") from error
     header = _parse(text, path)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # mlx writes null where it has none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "__metadata__: expected strings by name")
     entries = {name: _check_entry(name, value, 8 + length, path) for name, value in header.items()}

@@ -22,6 +22,8 @@ from mbf_mlx.safetensors_file import read_header
 from mbf_mlx.storage import Files, refusal, sha256_file
 
 ORIGIN = "mbf_origin.json"  # in a folder that we made: what it was made from
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+QUANTIZE_BITS = (2, 3, 4, 5, 6, 8)
 Report = Callable[[str], None]
 _HUB_ID = re.compile(r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$")
 _files = Files()
@@ -54,16 +56,21 @@ def resolve_base(
     Raises:
         InputError: no such model, one that cannot be had, or a folder or file that is not a model.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path, kind = _look(name)
+    if kind != "file" and quantize:
+        raise InputError(
+            f"{name}: --quantize is for GGUF files\n"
+            f"hint: mlx_lm.convert --hf-path {name} -q --q-bits {quantize} quantizes a Hugging Face model"
+        )
+    if kind == "folder":
         check_folder(path)
         return BaseFolder(path, str(name))
-    if path.is_file():
+    if kind == "file":
         return BaseFolder(_converted(path, quantize, report), str(name))
     known = recipes()
     if str(name) in known:
         return BaseFolder(fetch(known[str(name)], offline=offline, report=report), str(name))
-    if _HUB_ID.match(str(name)) and not path.parent.is_dir():
+    if _HUB_ID.match(str(name)) and not str(name).startswith("."):
         report(f"looking up {name} on the Hugging Face hub")
         folder = fetch_hub_model(str(name), revision, offline=offline)
         check_folder(folder)
@@ -72,6 +79,15 @@ def resolve_base(
         f"{name}: no such model: expected a model folder, a .gguf file, a hub id (organisation/name) or one of our "
         f"recipes\nhint: recipes are {', '.join(known)}"
     )
+
+
+def _look(name: str | Path) -> tuple[Path, str]:
+    """Return the path that `name` is, and whether a "folder", a "file" or "nothing" is there."""
+    try:
+        path = Path(name).expanduser()
+        return path, "folder" if path.is_dir() else "file" if path.is_file() else "nothing"
+    except (OSError, RuntimeError, ValueError):  # a name too long, a user unknown
+        return Path(name), "nothing"
 
 
 def check_folder(folder: Path) -> None:
@@ -86,7 +102,7 @@ def check_folder(folder: Path) -> None:
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{folder}/config.json: model_type: expected a name, got {config.get('model_type')!r}")
     weights = weight_files(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
         raise InputError(f"{folder}: no tokenizer: expected tokenizer.json or tokenizer.model")
     seen: dict[str, Path] = {}
     for path in weights:
@@ -166,6 +182,10 @@ def fetch(recipe: Recipe, *, offline: bool = False, report: Report = lambda line
 
 def _converted(path: Path, quantize: int, report: Report) -> Path:
     """Return the MLX folder of a GGUF file, converted once into `models/`."""
+    if quantize and quantize not in QUANTIZE_BITS:
+        raise InputError(f"--quantize: expected one of {', '.join(map(str, QUANTIZE_BITS))}, got {quantize}")
+    if path.suffix == ".safetensors":
+        raise InputError(f"{path}: expected a model's folder or a GGUF file\nhint: give the folder, {path.parent}")
     folder = models_folder() / (path.stem + (f"-{quantize}bit" if quantize else ""))
     stat = path.stat()
     seen = {"file": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "quantize": quantize}
