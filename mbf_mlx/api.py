@@ -18,7 +18,7 @@ from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 from mbf_mlx.encode import Encoder
 from mbf_mlx.errors import InputError
 from mbf_mlx.events import Events
-from mbf_mlx.methods import Method, make
+from mbf_mlx.methods import Layers, Method, hooks, make, names
 from mbf_mlx.records import FORMAT_VERSION, BaseRecord, Identity, TaskRecord
 from mbf_mlx.stream import STATE, StreamFolder
 from mbf_mlx.tasks import Task, read_task
@@ -49,6 +49,7 @@ class Stream:
         template: str | None = None,
         seed: int = 0,
         keep_quantized: bool = False,
+        load: bool = True,
     ) -> "Stream":
         """Open a stream, or make one where there is none and `base` says on which model.
 
@@ -60,6 +61,7 @@ class Stream:
                 already, they have to be its own.
             seed: Of the first A.
             keep_quantized: On a CPU, keep quantized weights as they are: less memory, much slower.
+            load: Whether a new stream's base is loaded and tried; without it no mlx is needed.
 
         Raises:
             InputError: no such stream and no base, a base or setting that is not the stream's, damage.
@@ -71,7 +73,16 @@ class Stream:
             return stream
         data = DataConfig(template=template) if template else DataConfig()
         chosen = make(method or DEFAULT_METHOD, method_options)
-        return cls._create(path, base, chosen, lora or LoRAConfig(), data, seed, keep_quantized)
+        if hooks(chosen):
+            plain = ", ".join(name for name in names() if not hooks(make(name)))
+            raise InputError(
+                f"method: expected one that merges what training leaves ({plain}), got {chosen.name!r}, which takes"
+                " part in the training itself"
+            )
+        lora = lora or LoRAConfig()
+        if not load:
+            return cls._create_unloaded(path, base, chosen, lora, data, seed)
+        return cls._create(path, base, chosen, lora, data, seed, keep_quantized)
 
     @classmethod
     def _create(
@@ -85,30 +96,39 @@ class Stream:
         learner = load_learner(source.path, lora, keep_quantized)
         loaded, layers = learner.base, learner.layers
         template = loaded.tokenizer.chat_template if data.template == "chat" else None
-        identity = Identity(
-            format_version=FORMAT_VERSION,
-            id=uuid.uuid4().hex,
-            base=BaseRecord(
-                name=source.name,
-                fingerprint=loaded.fingerprint,
-                quantization=loaded.quantization,
-                architecture=str(loaded.config.get("model_type")),
-                num_layers=len(loaded.model.layers),
-            ),
-            method=method.name,
-            method_options=method.options,
-            rank=lora.rank,
-            scale=lora.scale,
-            keys=list(adapter.block_keys(layers)),
-            num_layers=lora.num_layers if lora.num_layers > 0 else len(loaded.model.layers),
-            dropout=lora.dropout,
-            template="chat" if template else "none",
-            template_sha256=hashlib.sha256(str(template or "").encode()).hexdigest(),
-            layers=layers,
+        record = BaseRecord(
+            name=source.name,
+            fingerprint=loaded.fingerprint,
+            quantization=loaded.quantization,
+            architecture=str(loaded.config.get("model_type")),
+            num_layers=len(loaded.model.layers),
         )
+        identity = _identity(record, method, lora, layers, template)
         stream = cls(StreamFolder.create(path, identity, str(source.path), seed), base, keep_quantized)
         stream._learner = learner
         return stream
+
+    @classmethod
+    def _create_unloaded(
+        cls, path: Path, base: str, method: Method, lora: LoRAConfig, data: DataConfig, seed: int
+    ) -> "Stream":
+        from mbf_mlx import outline
+        from mbf_mlx.fingerprint import fingerprint
+        from mbf_mlx.sources import read_config, resolve_base
+
+        source = resolve_base(base)
+        config = read_config(source.path)
+        layers, blocks = outline.chosen_layers(source.path, lora.keys, lora.num_layers)
+        record = BaseRecord(
+            name=source.name,
+            fingerprint=fingerprint(source.path),
+            quantization=outline.describe_quantization(config),
+            architecture=str(config.get("model_type")),
+            num_layers=blocks,
+        )
+        template = outline.template_text(source.path) if data.template == "chat" else None
+        identity = _identity(record, method, lora, layers, template)
+        return cls(StreamFolder.create(path, identity, str(source.path), seed), base)
 
     # What it does
 
@@ -338,6 +358,24 @@ class Stream:
                 + "\n".join(wrong)
                 + "\nhint: leave them out, or learn into a new stream"
             )
+
+
+def _identity(base: BaseRecord, method: Method, lora: LoRAConfig, layers: Layers, template: str | None) -> Identity:
+    return Identity(
+        format_version=FORMAT_VERSION,
+        id=uuid.uuid4().hex,
+        base=base,
+        method=method.name,
+        method_options=method.options,
+        rank=lora.rank,
+        scale=lora.scale,
+        keys=list(adapter.block_keys(layers)),
+        num_layers=lora.num_layers if lora.num_layers > 0 else base.num_layers,
+        dropout=lora.dropout,
+        template="chat" if template else "none",
+        template_sha256=hashlib.sha256(str(template or "").encode()).hexdigest(),
+        layers=layers,
+    )
 
 
 def _with(train: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:

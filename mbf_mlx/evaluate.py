@@ -101,8 +101,12 @@ def _answer(model: Any, tokenizer: Any, row: Encoded, advance: Callable[[int], N
 
 
 def _rouge_l(answers: Sequence[str], rows: Sequence[Encoded]) -> float:
+    """Return the mean F-measure against the best of each row's right answers, with stemming as published suites do."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [scorer.score(reference_text(row.row), answer) for answer, row in zip(answers, rows, strict=True)]
-    return float(np.mean([score["rougeL"].fmeasure for score in scores]))
+    best = [
+        max(scorer.score(right, answer)["rougeL"].fmeasure for right in row.row.answers or (reference_text(row.row),))
+        for answer, row in zip(answers, rows, strict=True)
+    ]
+    return float(np.mean(best))

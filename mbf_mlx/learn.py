@@ -152,10 +152,8 @@ def learn_task(
         working.drop()
     elif (saved := working.load()) is not None:
         check_same_run(saved, run, stream.working)
-    rows = tests.encoder.all(task.train, task.path)
-    valid = tests.encoder.all(task.valid, task.path)
-    test_rows = tests.of_task(task)
-    notes = _notes(task, rows)
+    rows, valid, test_rows = _encoded(task, tests)
+    notes = [*tests.encoder.warnings(), *_notes(task, rows)]
     if saved is not None:
         notes.append(f"goes on after step {saved.progress['step']}")
         notes += _differences(saved.machine, machine())
@@ -265,6 +263,28 @@ def _run_of(task: Task, generation: int, settings: LearnSettings) -> dict[str, A
     chosen = settings_of(settings.train) | settings_of(settings.data)
     del chosen["save_every"]
     return {"task": task.name, "sha256": task.sha256, "generation": generation, **chosen}
+
+
+def _encoded(task: Task, tests: TestRows) -> tuple[list[Encoded], list[Encoded], list[Encoded]]:
+    """Return the tokens of training, validation and test rows.
+
+    Raises:
+        InputError: rows that do not fit, those of all three at once.
+    """
+    found: list[list[Encoded]] = []
+    problems = []
+    for read in (
+        partial(tests.encoder.all, task.train, task.path),
+        partial(tests.encoder.all, task.valid, task.path),
+        partial(tests.of_task, task),
+    ):
+        try:
+            found.append(read())
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    return found[0], found[1], found[2]
 
 
 def _notes(task: Task, rows: Sequence[Encoded]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Base, Config, Json
+from mbf_mlx.commands.options import Base, Config, Json, lora_of
 from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 
@@ -91,9 +91,6 @@ def learn(
     """
     from mbf_mlx.api import Stream
 
-    chosen = tuple(key.strip() for key in keys.split(",") if key.strip()) if keys is not None else None
-    fixed: dict[str, Any] = {"rank": rank, "scale": scale, "keys": chosen, "num_layers": num_layers, "dropout": dropout}
-    given = {key: value for key, value in fixed.items() if value is not None}
     train = TrainConfig(
         epochs=epochs,
         iters=iters,
@@ -115,7 +112,7 @@ def learn(
         stream,
         base=model,
         method=method,
-        lora=LoRAConfig(**given) if given else None,
+        lora=lora_of(rank=rank, scale=scale, keys=keys, num_layers=num_layers, dropout=dropout),
         template=template,
         seed=seed,
         keep_quantized=keep_quantized,

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mbf_mlx.config import LoRAConfig
 from mbf_mlx.errors import InputError
 
 
@@ -37,6 +38,14 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
         defaults[name] = ",".join(map(str, value)) if isinstance(value, list) else value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
+
+
+def lora_of(keys: str | None, **given: Any) -> LoRAConfig | None:
+    """Return the LoRA settings that flags ask for, or None where no flag does."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if keys is not None:
+        chosen["keys"] = tuple(key.strip() for key in keys.split(",") if key.strip())
+    return LoRAConfig(**chosen) if chosen else None
 
 
 Config = Annotated[

@@ -1,0 +1,194 @@
+"""Adapters trained elsewhere: hand out the start of the next task, absorb the tuned result. NumPy alone, no model.
+
+Shapes: A (rank, in), B (out, rank). What PEFT, Unsloth, axolotl, LLaMA-Factory or mlx-lm trained from our start comes
+back as one adapter, whose update is brought to the stream's own scale: B' = B * their scale / ours. The base is
+compared by its layers and their shapes, because elsewhere training may run on the unquantized model.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbf_mlx import adapter
+from mbf_mlx.errors import InputError
+from mbf_mlx.export import peft
+from mbf_mlx.methods import Factors, Pair, State, hooks, make
+from mbf_mlx.records import TaskRecord
+from mbf_mlx.storage import sha256_file
+from mbf_mlx.stream import StreamFolder
+
+FORMATS = ("peft", "mlx")
+PLAUSIBLE = 0.3  # mean cosine between the rows of the start's A and of the tuned one, under which it started elsewhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absorbed:
+    """What was merged."""
+
+    record: TaskRecord
+    cosine: float  # mean over the rows of all layers, between the start's A and the tuned one
+    notes: tuple[str, ...] = ()
+
+
+def next_start(stream: StreamFolder, kind: str) -> dict[str, bytes]:
+    """Return the files of the adapter that the next task starts from.
+
+    Args:
+        stream: The stream that the task will be absorbed into.
+        kind: "peft" or "mlx": whose layout.
+
+    Raises:
+        InputError: no such layout, or a method that takes part in the training itself.
+    """
+    if kind not in FORMATS:
+        raise InputError(f"--format: expected {' or '.join(FORMATS)}, got {kind!r}")
+    state, identity = stream.state(), stream.identity
+    start = _method(stream).start(state)
+    if kind == "peft":
+        return peft.encode(start, identity.scale, base=identity.base.name, num_blocks=identity.base.num_layers)
+    extra = {"stream": identity.id, "start_of_task": state.t + 1}
+    return adapter.encode(
+        start, scale=identity.scale, num_layers=identity.num_layers, base=identity.base.name, extra=extra
+    )
+
+
+def absorb(
+    stream: StreamFolder, folder: Path, name: str, *, source: str = "", force: bool = False, again: bool = False
+) -> Absorbed:
+    """Merge an adapter tuned elsewhere as the stream's next task, and commit it. Needs the stream's writer lock.
+
+    Args:
+        stream: The stream whose start it was trained from.
+        folder: The adapter, in PEFT's or mlx-lm's layout.
+        name: Of the task.
+        source: The task's file or folder, to be scored on later; may be left out.
+        force: Absorb an adapter that does not look as if it started from our start.
+        again: Absorb under a name that the stream has already.
+
+    Raises:
+        InputError: an adapter that does not belong, a name that is taken; the stream is as it was.
+    """
+    history = stream.history()
+    if not again and any(record.name == name for record in history):
+        raise InputError(f"--name: {stream.path} has learned a task named {name!r}; choose another name, or --again")
+    state, method = stream.state(), _method(stream)
+    tuned, notes = read_tuned(stream, folder)
+    cosine = _cosine(method.start(state), tuned)
+    if cosine < PLAUSIBLE and not force:
+        raise InputError(
+            f"{folder}: expected an adapter trained from this stream's start of task {state.t + 1} (mean cosine of A's"
+            f" rows at least {PLAUSIBLE}), got {cosine:.2f}\nhint: mbf next {stream.path} OUT writes that start;"
+            " --force absorbs the adapter all the same"
+        )
+    state = method.finish(state, tuned)
+    _check_finite(state, folder)
+    record = _record(stream, name, state.t, folder, source)
+    generation = stream.current().manifest
+    stream.commit(state, record, generation.base_path, {"absorbed": str(folder)})
+    return Absorbed(record=record, cosine=cosine, notes=notes)
+
+
+def read_tuned(stream: StreamFolder, folder: Path) -> tuple[Factors, tuple[str, ...]]:
+    """Return an adapter's factors in the stream's own scale and order, and what had to be changed.
+
+    Raises:
+        InputError: another rank, other layers or shapes; everything wrong is named at once.
+    """
+    if (folder / peft.WEIGHTS).exists():
+        theirs = peft.read(folder)
+        factors, scale, notes = theirs.factors, theirs.scale, theirs.notes
+    else:
+        own = adapter.read(folder)
+        factors, scale, notes = own.factors, own.scale, ()
+    identity = stream.identity
+    problems = []
+    for layer, (out, inner) in identity.layers.items():
+        if layer not in factors:
+            problems.append(f"  {layer}: missing")
+            continue
+        a, b = factors[layer]
+        expected = ((identity.rank, inner), (out, identity.rank))
+        if (a.shape, b.shape) != expected:
+            problems.append(f"  {layer}: expected A {expected[0]} and B {expected[1]}, got {a.shape} and {b.shape}")
+        elif not (np.isfinite(a).all() and np.isfinite(b).all()):
+            problems.append(f"  {layer}: holds NaN or infinite values")
+    problems += [f"  {layer}: not a layer of this stream" for layer in factors if layer not in identity.layers]
+    if problems:
+        shown = [*problems[:12], *([f"  and {len(problems) - 12} more"] if len(problems) > 12 else [])]
+        raise InputError(
+            f"{folder} does not fit {stream.path} (rank {identity.rank}, base {identity.base.name}):\n"
+            + "\n".join(shown)
+        )
+    if scale == identity.scale:
+        return {layer: factors[layer] for layer in identity.layers}, notes
+    share = np.float32(scale / identity.scale)
+    notes = (*notes, f"its scale is {scale:g}, the stream's {identity.scale:g}: the ratio goes into B")
+    return {layer: Pair(factors[layer].a, factors[layer].b * share) for layer in identity.layers}, notes
+
+
+def _method(stream: StreamFolder) -> Any:
+    method = make(stream.identity.method, stream.identity.method_options)
+    if hooks(method):
+        raise InputError(
+            f"method {method.name}: takes part in the training itself, so its tasks cannot be trained elsewhere"
+        )
+    return method
+
+
+def _cosine(start: Factors, tuned: Factors) -> float:
+    """Return the mean over all layers and rows of the cosine between a row of the start's A and the tuned one's."""
+    cosines = []
+    for layer, pair in start.items():
+        one, other = np.asarray(pair.a, np.float64), np.asarray(tuned[layer].a, np.float64)
+        lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+        cosines.append(np.einsum("ri,ri->r", one, other) / np.maximum(lengths, 1e-30))
+    return float(np.mean(cosines))
+
+
+def _check_finite(state: State, folder: Path) -> None:
+    bad = [name for name, (a, b) in state.deployed.items() if not (np.isfinite(a).all() and np.isfinite(b).all())]
+    if bad:
+        raise InputError(f"{folder}: the merged factors of {bad[0]} are not finite; the stream is as it was")
+
+
+def _record(stream: StreamFolder, name: str, t: int, folder: Path, source: str) -> TaskRecord:
+    weights = folder / (peft.WEIGHTS if (folder / peft.WEIGHTS).exists() else adapter.WEIGHTS)
+    digest, counts, metric = sha256_file(weights), (0, 0, 0, 0), "loss"
+    labels: tuple[str, ...] | str = ()
+    if source:
+        from mbf_mlx.tasks import read_task
+
+        task = read_task(source, name=name)
+        digest, labels = task.sha256, task.labels
+        counts = (len(task.train), len(task.valid), len(task.test), task.held_out)
+        metric = "exact_match"
+    return TaskRecord(
+        name=name,
+        t=t,
+        path=str(Path(source or folder).resolve()),
+        sha256=digest,
+        format="absorbed",
+        metric=metric,
+        train_rows=counts[0],
+        valid_rows=counts[1],
+        test_rows=counts[2],
+        held_out=counts[3],
+        cut_rows=0,
+        train_tokens=0,
+        computed_tokens=0,
+        steps=0,
+        best_step=0,
+        seconds=0.0,
+        tokens_per_second=0.0,
+        loss_before=None,
+        loss_after=None,
+        peak_memory_bytes=0,
+        settings={},
+        labels=labels,
+        curve=[],
+        machine={},
+        scores=[None] * t,
+        losses=[None] * t,
+    )

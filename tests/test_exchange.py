@@ -1,0 +1,180 @@
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from mbf_mlx import adapter, exchange
+from mbf_mlx.errors import InputError
+from mbf_mlx.export import peft
+from mbf_mlx.methods import Pair, make
+from mbf_mlx.stream import StreamFolder
+from tests.streams import contents, learn, new_stream, tune
+
+
+def write(files, folder):
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def trained(stream, folder, kind, change=lambda files: files):
+    """The start of the next task as another tool leaves it after training, in that tool's layout."""
+    start = write(exchange.next_start(stream, kind), folder.with_name(folder.name + "-start"))
+    read = peft.read(start) if kind == "peft" else adapter.read(start)
+    tuned = tune(stream.state(), read.factors)
+    if kind == "peft":
+        files = peft.encode(tuned, stream.identity.scale, base="tiny", num_blocks=2)
+    else:
+        files = adapter.encode(tuned, scale=stream.identity.scale, num_layers=2, base="tiny")
+    return write(change(files), folder), tuned
+
+
+@pytest.mark.parametrize("kind", exchange.FORMATS)
+@pytest.mark.parametrize("tasks", [0, 1, 2])
+def test_a_task_trained_elsewhere_is_merged_as_one_trained_here(tmp_path, kind, tasks):
+    stream = learn(new_stream(tmp_path / "s"), tasks)
+    start = make("slao").start(stream.state())
+    handed = write(exchange.next_start(stream, kind), tmp_path / "start")
+    read = peft.read(handed) if kind == "peft" else adapter.read(handed)
+    for name, pair in start.items():
+        np.testing.assert_array_equal(read.factors[name].a, pair.a)
+        np.testing.assert_array_equal(read.factors[name].b, pair.b)
+    folder, tuned = trained(stream, tmp_path / "tuned", kind)
+    expected = make("slao").finish(stream.state(), tuned)
+    with stream.writer():
+        done = exchange.absorb(stream, folder, "mail")
+    state = StreamFolder.open(tmp_path / "s").state()
+    assert state.t == tasks + 1 == done.record.t
+    for name, pair in expected.deployed.items():
+        np.testing.assert_array_equal(state.deployed[name].a, pair.a)
+        np.testing.assert_array_equal(state.deployed[name].b, pair.b)
+        np.testing.assert_array_equal(state.kept["tuned_b"][name], expected.kept["tuned_b"][name])
+
+
+def test_a_stream_goes_on_learning_after_an_absorbed_task(tmp_path):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    folder, _ = trained(stream, tmp_path / "tuned", "peft")
+    with stream.writer():
+        exchange.absorb(stream, folder, "mail")
+    learn(stream)
+    assert [record.name for record in stream.history()] == ["task1", "mail", "task3"]
+
+
+def test_another_scale_goes_into_b(tmp_path):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    folder, tuned = trained(stream, tmp_path / "tuned", "mlx")
+    config = json.loads((folder / adapter.CONFIG).read_text())
+    config["lora_parameters"]["scale"] = 8.0
+    (folder / adapter.CONFIG).write_text(json.dumps(config))
+    factors, notes = exchange.read_tuned(stream, folder)
+    for name, pair in tuned.items():
+        np.testing.assert_array_equal(factors[name].b, 4 * pair.b)
+    assert notes == ("its scale is 8, the stream's 2: the ratio goes into B",)
+
+
+@pytest.mark.parametrize("dtype", [np.float16])
+def test_half_precision_adapters_are_absorbed_too(tmp_path, dtype):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    folder, tuned = trained(stream, tmp_path / "tuned", "peft")
+    tensors = safetensors.numpy.load_file(folder / peft.WEIGHTS)
+    safetensors.numpy.save_file({name: t.astype(dtype) for name, t in tensors.items()}, folder / peft.WEIGHTS)
+    factors, _ = exchange.read_tuned(stream, folder)
+    for name, pair in tuned.items():
+        np.testing.assert_array_equal(factors[name].a, pair.a.astype(dtype).astype(np.float32))
+
+
+def refused(stream, folder, message, **options):
+    before = contents(stream.path)
+    with stream.writer(), pytest.raises(InputError, match=message):
+        exchange.absorb(stream, folder, "mail", **options)
+    assert contents(stream.path) == before
+
+
+def test_an_adapter_that_started_elsewhere_is_refused_unless_forced(tmp_path):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    generator = np.random.default_rng(5)
+    other = {
+        name: Pair(*(generator.normal(size=f.shape).astype(np.float32) for f in pair))
+        for name, pair in make("slao").start(stream.state()).items()
+    }
+    folder = write(adapter.encode(other, scale=2.0, num_layers=2, base="tiny"), tmp_path / "other")
+    refused(stream, folder, r"start of task 2 \(mean cosine of A's rows at least 0.3\), got -?0\.\d\d\nhint: mbf next")
+    with stream.writer():
+        assert exchange.absorb(stream, folder, "mail", force=True).cosine < 0.3
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_everything_that_is_wrong(tmp_path):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    _, tuned = trained(stream, tmp_path / "good", "mlx")
+    layers = list(tuned)
+    wrong = dict(tuned)
+    del wrong[layers[0]]
+    wrong[layers[1]] = Pair(tuned[layers[1]].a[:, :-1], tuned[layers[1]].b)
+    wrong["model.layers.7.mlp.up_proj"] = tuned[layers[2]]
+    folder = write(adapter.encode(wrong, scale=2.0, num_layers=2, base="tiny"), tmp_path / "wrong")
+    message = (
+        rf"does not fit .*rank 4, base tiny.*:\n  {layers[0]}: missing\n  {layers[1]}: expected A \(4, 16\) and B"
+        r" \(24, 4\), got \(4, 15\) and \(24, 4\)\n  model.layers.7.mlp.up_proj: not a layer of this stream"
+    )
+    refused(stream, folder, message)
+
+
+def test_an_adapter_of_another_rank_or_with_nan_is_refused(tmp_path):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    _, tuned = trained(stream, tmp_path / "good", "mlx")
+    short = {name: Pair(pair.a[:2], pair.b[:, :2]) for name, pair in tuned.items()}
+    folder = write(adapter.encode(short, scale=2.0, num_layers=2, base="tiny"), tmp_path / "short")
+    refused(stream, folder, r"expected A \(4, 16\) and B \(24, 4\), got \(2, 16\) and \(24, 2\)")
+    nan = {name: Pair(pair.a, pair.b * np.nan) for name, pair in tuned.items()}
+    refused(
+        stream,
+        write(adapter.encode(nan, scale=2.0, num_layers=2, base="tiny"), tmp_path / "nan"),
+        "holds NaN or infinite values",
+    )
+
+
+def test_a_name_that_is_taken_and_a_layout_that_is_none_are_refused(tmp_path):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    folder, _ = trained(stream, tmp_path / "tuned", "mlx")
+    with stream.writer(), pytest.raises(InputError, match="has learned a task named 'task1'; choose another name, or"):
+        exchange.absorb(stream, folder, "task1")
+    with pytest.raises(InputError, match="--format: expected peft or mlx, got 'gguf'"):
+        exchange.next_start(stream, "gguf")
+    with stream.writer():
+        exchange.absorb(stream, folder, "task1", again=True)
+
+
+def test_next_and_absorb_run_where_mlx_and_torch_are_not_there(tiny_llama, tmp_path):
+    """The whole way on a plain install: a stream made for the first task, trained elsewhere, absorbed, shown."""
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT
+
+    block = (
+        "import sys\n"
+        "class Gone:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('mlx', 'mlx_lm', 'torch', 'transformers'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Gone())\n"
+        "from mbf_mlx.commands import main\nmain()"
+    )
+
+    def mbf(*words):
+        command = [sys.executable, "-c", block, *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+    done = mbf("next", tmp_path / "s", tmp_path / "start", "--model", tiny_llama, "--rank", 4)
+    assert done.returncode == 0, done.stderr
+    start = peft.read(tmp_path / "start")
+    tuned = tune(StreamFolder.open(tmp_path / "s").state(), start.factors)
+    write(peft.encode(tuned, 2.0, base="tiny", num_blocks=2), tmp_path / "tuned")
+    done = mbf("absorb", tmp_path / "s", tmp_path / "tuned", "--name", "mail")
+    assert done.returncode == 0, done.stderr
+    assert "absorbed mail as task 1" in done.stdout
+    done = mbf("status", tmp_path / "s", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tasks"][0]["name"] == "mail"
