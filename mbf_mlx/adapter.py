@@ -18,7 +18,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.methods import Factors, Layers, Pair
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-_LAYER = re.compile(r"^(?P<stem>.*\blayers)\.(?P<block>\d+)\.(?P<key>.+)$")
+_LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 

@@ -21,6 +21,7 @@ from mbf_mlx.config import LoRAConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.fingerprint import fingerprint
 from mbf_mlx.methods import Factors, Layers, Pair
+from mbf_mlx.outline import describe_quantization
 from mbf_mlx.safetensors_file import read_header
 from mbf_mlx.sources import check_folder, read_config, weight_files
 
@@ -117,17 +118,6 @@ def _settle(model: nn.Module, dequantize: bool, float32: bool) -> None:
         model.update(tree_map(unpack.to_float32, model.parameters()))
     mx.eval(model.parameters())
     model.eval()
-
-
-def describe_quantization(config: dict[str, Any]) -> str:
-    """Return in words how a model is quantized: "4 bits, group 64, affine", or "none"."""
-    quantization = config.get("quantization") or {}
-    if "bits" not in quantization:
-        return "none"
-    words = f"{quantization['bits']} bits, group {quantization['group_size']}, {quantization.get('mode', 'affine')}"
-    layers = [layer for layer in quantization.values() if isinstance(layer, dict)]
-    others = sorted({layer.get("bits", quantization["bits"]) for layer in layers} - {quantization["bits"]})
-    return words + (f"; some layers {' and '.join(map(str, others))} bits" if others else "")
 
 
 def attach(model: nn.Module, config: LoRAConfig) -> Layers:
