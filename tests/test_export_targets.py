@@ -102,11 +102,17 @@ def test_an_export_that_lost_too_much_is_refused_with_what_the_alternatives_cost
     with pytest.raises(InputError) as error:
         run(lossy, "mlx")
     message = str(error.value)
-    assert "it keeps" in message and "expected at least 0.8" in message
+    assert "times as large as the update" in message and "--calibration" in message
     assert "--bits 8:" in message and "--bits 16:" in message and "--allow-loss writes it all the same" in message
     assert not job.out.exists()
     document = run(replace(lossy, allow_loss=True), "mlx")
     assert document["lost"] and job.out.exists()
+
+
+def test_an_update_that_is_not_in_the_weights_is_refused(job):
+    document = fused_document([], 100, 100) | {"retention": 0.13}
+    with pytest.raises(InputError, match=r"it keeps 0\.13 of the update; expected at least 0\.8"):
+        check(job, document)
 
 
 def test_a_few_rows_have_to_disagree_more_than_by_chance_and_many_do_not():

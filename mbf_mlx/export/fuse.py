@@ -5,6 +5,7 @@ one: the stored sum minus W. Retention is <R, delta> / <delta, delta>, 1 where n
 |R - delta| / |delta|. Works on rows of one layer at a time; files and configs are left to the targets.
 """
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import numpy as np
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import affine
 from mbf_mlx.export.checkpoint import Checkpoint, Layer, Setting
+from mbf_mlx.export.rounding import Rounder, by_chance
 from mbf_mlx.export.tensors import Tensor, from_float32, to_float32
 from mbf_mlx.methods import Factors, Pair
 
@@ -138,8 +140,11 @@ def touched_form(layer: Layer, bits: int | None) -> Form:
 Rows = tuple[int, dict[str, np.ndarray]]  # first row, and the rows of each tensor as NumPy holds them
 
 
+DeltaRows = Callable[[int, int], np.ndarray]  # (first, last) -> rows of the delta
+
+
 def store(
-    layer: Layer, form: Form, delta: Callable[[int, int], np.ndarray] | None, survival: Survival
+    layer: Layer, form: Form, delta: DeltaRows | None, survival: Survival, rounder: Rounder | None = None
 ) -> Iterator[Rows]:
     """Yield a layer's rows in a form, some at a time, after adding its delta.
 
@@ -148,6 +153,7 @@ def store(
         form: To store it in.
         delta: None for a layer without factors.
         survival: Counts the rows as they pass.
+        rounder: Of the layer's inputs, for a layer that keeps its few bits; without one it is rounded by chance.
 
     Raises:
         InputError: a sum is not finite in the type it is stored in.
@@ -155,12 +161,35 @@ def store(
     for first, last in layer.chunks():
         weight = layer.rows(first, last)
         change = delta(first, last) if delta else None
-        tensors, stored = encode(layer.name, weight if change is None else weight + change, form)
+        if change is not None and keeps_grid(layer, form):
+            tensors, stored = _encode_on_grid(layer, form, weight + change, (first, last), rounder)
+        else:
+            tensors, stored = encode(layer.name, weight if change is None else weight + change, form)
         if not np.isfinite(stored).all():
             raise InputError(f"{layer.name}: the fused weights are not finite in {form}; try --bits 32")
         if change is not None:
             survival.add(weight, change, stored)
         yield first, tensors
+
+
+def keeps_grid(layer: Layer, form: Form) -> bool:
+    """Return whether a layer stays on the base's own grid, of too few bits for plain rounding to keep an update."""
+    own = layer.setting
+    return own is not None and own == form.setting and own.mode == "affine" and own.bits < SAFE_BITS
+
+
+def _encode_on_grid(
+    layer: Layer, form: Form, target: np.ndarray, rows: tuple[int, int], rounder: Rounder | None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return `encode` of the rows on the base's own grid, so that no weight moves but for the update's sake."""
+    assert layer.setting
+    _, scales, offsets = layer.grid_rows(*rows)
+    grid, bits = (scales, offsets), layer.setting.bits
+    if rounder is None:
+        codes = by_chance(target, grid, bits, [zlib.crc32(layer.name.encode()), rows[0]])
+    else:
+        codes = rounder(target, grid, bits)
+    return pack_rows(layer.name, codes, scales, offsets, form), affine.decode(codes, scales, offsets)
 
 
 def encode(name: str, weight: np.ndarray, form: Form) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -11,8 +11,12 @@ from mbf_mlx import backend, model
 from mbf_mlx.adapter import block_keys
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.errors import InputError
+from mbf_mlx.export.checkpoint import Checkpoint
+from mbf_mlx.export.fuse import find_layers, keeps_grid, touched_form
 from mbf_mlx.export.job import Job
+from mbf_mlx.export.moments import moments
 from mbf_mlx.export.quality import Reference
+from mbf_mlx.export.rounding import Rounder
 
 
 class Live:
@@ -24,8 +28,10 @@ class Live:
 
     def __init__(self, job: Job) -> None:
         self._job, self._reference = job, None
-        rows = job.rows.compare
-        if not rows:
+        self._moments: dict[str, np.ndarray] = {}  # layers with the same inputs share one
+        self._last: tuple[int, Rounder] | None = None
+        rows, fit = job.rows.compare, job.rows.fit if _keeps_few_bits(job) else []
+        if not rows and not fit:
             return
         base = model.load_base(job.base, dtype=_dtype())
         rank = next(iter(job.factors.values())).a.shape[0]
@@ -33,10 +39,24 @@ class Live:
             base.model, LoRAConfig(rank=rank, scale=job.scale, keys=block_keys(job.factors), num_layers=job.num_layers)
         )
         model.write_factors(base.model, job.factors)
-        with job.show("asking the live adapter", len(rows), "rows") as update:
-            self._reference = Reference(base.model, rows, _counter(update))
+        if rows:
+            with job.show("asking the live adapter", len(rows), "rows") as update:
+                self._reference = Reference(base.model, rows, _counter(update))
+        if fit:
+            with job.show("watching inputs", None, "rows") as update:
+                for names, matrix in moments(base.model, model.lora_layers(base.model), fit, _counter(update)):
+                    self._moments.update(dict.fromkeys(names, matrix))
         del base
         mx.clear_cache()
+
+    def rounder(self, layer: str) -> Rounder | None:
+        """Return what rounds a layer for the inputs that it has; None where there were no rows to see them on."""
+        matrix = self._moments.get(layer)
+        if matrix is None:
+            return None
+        if self._last is None or self._last[0] != id(matrix):  # q and v come one after the other
+            self._last = (id(matrix), Rounder(matrix))
+        return self._last[1]
 
     def compare(self, folder: Path) -> dict[str, Any] | None:
         """Load an exported folder and compare it; None where there were no rows.
@@ -52,6 +72,14 @@ class Live:
         with self._job.show("asking the export", len(self._job.rows.compare), "rows") as update:
             quality = self._reference.compare(exported, _counter(update))
         return {**asdict(quality), "source": self._job.rows.source}
+
+
+def _keeps_few_bits(job: Job) -> bool:
+    """Return whether any layer with factors stays at few bits, and so has to be rounded with care."""
+    layers = find_layers(Checkpoint(job.base), job.factors)
+    return job.bits not in (16, 32) and any(
+        keeps_grid(layer, touched_form(layer, job.bits)) for layer in layers.values()
+    )
 
 
 def _dtype() -> str | None:

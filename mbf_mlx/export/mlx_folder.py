@@ -16,8 +16,9 @@ import numpy as np
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.checkpoint import Checkpoint, Layer
-from mbf_mlx.export.fuse import Form, Fused, Survival, delta_rows, find_layers, store, touched_form
+from mbf_mlx.export.fuse import Form, Fused, Survival, delta_rows, find_layers, keeps_grid, store, touched_form
 from mbf_mlx.export.place import fresh_folder
+from mbf_mlx.export.rounding import Rounder
 from mbf_mlx.export.tensors import Tensor, Writer
 from mbf_mlx.methods import Factors
 
@@ -25,6 +26,7 @@ BITS = (4, 5, 6, 8, 16, 32)
 PARTS = ("weight", "scales", "biases")  # of a layer; a linear layer's own bias is left as it is
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 INDEX = "model.safetensors.index.json"
+Rounders = Callable[[str], Rounder | None]
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the layer or tensor at hand
 
 
@@ -53,6 +55,7 @@ def write_mlx_folder(
     bits: int | None = None,
     force: bool = False,
     forbidden: tuple[Path, ...] = (),
+    rounders: Rounders | None = None,
     progress: Progress | None = None,
     finish: Callable[[Path, FolderReport], None] | None = None,
 ) -> FolderReport:
@@ -66,6 +69,7 @@ def write_mlx_folder(
         bits: Of the layers with factors; None is 8. 16 and 32 dequantize the whole model.
         force: Replace an earlier export.
         forbidden: Folders to stay out of beside the base: the stream.
+        rounders: Layer -> the rounder of its inputs, for layers that keep few bits; None rounds them by chance.
         progress: Called after each tensor.
         finish: Called with the folder before it gets its name, to check it and to add the card.
 
@@ -80,7 +84,7 @@ def write_mlx_folder(
     plans = {path: _plan(base, forms, path) for path in base.files}
     bytes_out = sum(tensor.nbytes for plan in plans.values() for tensor in plan.values())
     with fresh_folder(out, force=force, needs=bytes_out, forbidden=(base_folder, *forbidden)) as folder:
-        fuse = _Fuse(base, forms, touched, factors, scale)
+        fuse = _Fuse(base, forms, touched, factors, scale, rounders or (lambda name: None))
         done, layers = 0, []
         for path, plan in plans.items():
             with Writer(folder / path.name, plan, base.metadata[path]) as writer:
@@ -148,8 +152,15 @@ class _Fuse:
     """Writes the tensors of the base, one name after the other, fused where they have factors."""
 
     def __init__(
-        self, base: Checkpoint, forms: dict[str, Form], touched: dict[str, Layer], factors: Factors, scale: float
+        self,
+        base: Checkpoint,
+        forms: dict[str, Form],
+        touched: dict[str, Layer],
+        factors: Factors,
+        scale: float,
+        rounders: Rounders,
     ) -> None:
+        self._rounders = rounders
         self._base, self._forms, self._touched, self._factors, self._scale = base, forms, touched, factors, scale
 
     def write(self, name: str, writer: Writer) -> Fused | None:
@@ -167,7 +178,8 @@ class _Fuse:
         form, survival = self._forms[layer_name], Survival()
         pair = self._factors.get(layer_name)
         delta = partial(delta_rows, pair, self._scale) if pair else None
-        for first, tensors in store(layer, form, delta, survival):
+        rounder = self._rounders(layer_name) if pair and keeps_grid(layer, form) else None
+        for first, tensors in store(layer, form, delta, survival, rounder):
             for tensor_name, rows in tensors.items():
                 writer.write(tensor_name, rows, first)
         return _fused(layer, form, survival) if pair else None

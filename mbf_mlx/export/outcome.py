@@ -16,6 +16,9 @@ from mbf_mlx.export.job import Job
 # Under these an export is refused. An answer in twenty that turns out otherwise, or a fifth of the update gone, is
 # something a user has to know of and agree to.
 MIN_RETENTION = 0.8
+MAX_ERROR = (
+    1.0  # |stored - meant| / |update|: rounding by chance keeps all of an update, under noise that may be larger
+)
 MIN_AGREEMENT = 0.95
 ERRORS = 2  # standard errors by which few rows may miss it by chance
 Document = dict[str, Any]
@@ -30,6 +33,7 @@ def fused_document(layers: list[Fused], bytes_base: int, bytes_out: int) -> Docu
     """Return what is said of an export that fused the update into weights.
 
     `retention` is the share of the update that the stored weights hold: the mean over the layers, and the lowest.
+    `error` is the length of what they hold beside it, in lengths of the update: the mean over the layers.
     """
     kept = [layer.retention for layer in layers]
     return {
@@ -37,6 +41,7 @@ def fused_document(layers: list[Fused], bytes_base: int, bytes_out: int) -> Docu
         "bytes_base": bytes_base,
         "retention": float(np.mean(kept)) if kept else 1.0,
         "retention_lowest": min(kept, default=1.0),
+        "error": float(np.mean([layer.error for layer in layers])) if layers else 0.0,
         "layers": [asdict(layer) for layer in layers],
         "quality": None,
         "notes": [],
@@ -46,7 +51,7 @@ def fused_document(layers: list[Fused], bytes_base: int, bytes_out: int) -> Docu
 def check(job: Job, document: Document, planned: Callable[[int], int] | None = None) -> None:
     """Refuse an export that lost too much, unless the user allowed it.
 
-    How its answers agree with the live adapter's decides; where there were no rows to ask for, its retention.
+    How its answers agree with the live adapter's decides; without rows to ask for, its retention and its error.
 
     Args:
         job: The export.
@@ -59,6 +64,11 @@ def check(job: Job, document: Document, planned: Callable[[int], int] | None = N
     lost, quality = [], document["quality"]
     if quality is None and document["retention"] < MIN_RETENTION:
         lost.append(f"it keeps {document['retention']:.2f} of the update; expected at least {MIN_RETENTION}")
+    if quality is None and document["error"] > MAX_ERROR:
+        lost.append(
+            f"its rounding is {document['error']:.1f} times as large as the update, and there are no rows to show that "
+            "answers survive it; name some with --calibration"
+        )
     if quality is not None and quality["agreement"] < least_agreement(quality["positions"]):
         same = f"{100 * quality['agreement']:.1f} % of {quality['positions']} places"
         lost.append(f"it says what the live adapter says at {same}; expected at least {100 * MIN_AGREEMENT:.0f} %")

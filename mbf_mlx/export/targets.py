@@ -43,7 +43,15 @@ def mlx(job: Job) -> Document:
 
     with _percent(job, "fusing") as progress:
         write_mlx_folder(
-            job.base, job.factors, job.scale, job.out, bits=job.bits, progress=progress, finish=finish, **_place(job)
+            job.base,
+            job.factors,
+            job.scale,
+            job.out,
+            bits=job.bits,
+            rounders=live.rounder,
+            progress=progress,
+            finish=finish,
+            **_place(job),
         )
     return document
 

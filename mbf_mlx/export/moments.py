@@ -1,0 +1,110 @@
+"""Which inputs a layer sees, and which of them together: the mean of x x^T over the tokens of some rows.
+
+Layers that are given the very same array (q, k and v of a block) share one matrix. The matrices of one pass over the
+rows keep to a budget: a model that needs more is run again for its next layers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+BUDGET_BYTES = 384 << 20  # of matrices at a time
+TOKENS = 1024  # of one forward pass
+
+
+class _Watching(nn.Module):
+    """Stands in for a layer, computes what it computes and notes its inputs."""
+
+    def __init__(self, layer: nn.Module, note: Callable[[mx.array], None]) -> None:
+        super().__init__()
+        self.layer = layer
+        self._note = note
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._note(x)
+        return self.layer(x)
+
+
+def moments(
+    model: nn.Module, layers: dict[str, nn.Module], rows: Sequence[Any], advance: Callable[[int], None] = lambda n: None
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Yield groups of layers that have the same inputs, each with its matrix (in, in) float32.
+
+    Args:
+        model: Called as `model(tokens)`.
+        layers: The layers to watch, by their path in the model, in the order in which they run.
+        rows: Objects with `tokens`.
+        advance: Called with the number of rows done; every row is counted once a pass.
+    """
+    left = dict(layers)
+    while left:
+        part = _affordable(left)
+        yield from _one_pass(model, part, rows, advance)
+        left = {name: layer for name, layer in left.items() if name not in part}
+
+
+def _affordable(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the first layers whose matrices fit the budget, at least one."""
+    part: dict[str, nn.Module] = {}
+    spent = 0
+    for name, layer in layers.items():
+        spent += 4 * layer.lora_a.shape[0] ** 2
+        if part and spent > BUDGET_BYTES:
+            break
+        part[name] = layer
+    return part
+
+
+def _one_pass(
+    model: nn.Module, layers: dict[str, nn.Module], rows: Sequence[Any], advance: Callable[[int], None]
+) -> list[tuple[list[str], np.ndarray]]:
+    sums: dict[str, mx.array] = {}
+    leader: dict[str, str] = {}  # layer -> the first of those with the same input
+    mask = mx.array(0.0)
+    last: tuple[mx.array, str] | None = None
+
+    def watch(name: str) -> Callable[[mx.array], None]:
+        def note(x: mx.array) -> None:
+            nonlocal last
+            if last is not None and last[0] is x:
+                leader[name] = last[1]
+                return
+            leader[name] = name
+            last = (x, name)
+            flat = x.reshape(-1, x.shape[-1]).astype(mx.float32) * mask
+            sums[name] = sums.get(name, mx.array(0.0)) + flat.T @ flat
+
+        return note
+
+    model.update_modules(tree_unflatten([(name, _Watching(layer, watch(name))) for name, layer in layers.items()]))
+    try:
+        for tokens, real in _batches(rows):
+            mask, last = mx.array(real.reshape(-1, 1)), None
+            out = model(mx.array(tokens))
+            mx.eval(out[:, -1, :1], sums)
+            advance(len(tokens))
+    finally:
+        model.update_modules(tree_unflatten(list(layers.items())))
+    count = max(1, sum(len(row.tokens) for row in rows))
+    groups: dict[str, list[str]] = {}
+    for name in layers:
+        groups.setdefault(leader[name], []).append(name)
+    return [(names, np.array(sums.pop(first)) / count) for first, names in groups.items()]
+
+
+def _batches(rows: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield tokens (rows, length) int32 and which of them are real (rows, length) float32, shortest rows first."""
+    order = sorted((np.asarray(row.tokens) for row in rows), key=len)
+    while order:
+        count = 1
+        while count < len(order) and (count + 1) * len(order[count]) <= TOKENS:
+            count += 1
+        part, order = order[:count], order[count:]
+        tokens = np.zeros((count, len(part[-1])), np.int32)
+        for place, row in enumerate(part):
+            tokens[place, : len(row)] = row
+        yield tokens, (np.arange(tokens.shape[1]) < np.array([[len(row)] for row in part])).astype(np.float32)
