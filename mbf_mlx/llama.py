@@ -26,9 +26,10 @@ from mbf_mlx import attention, cpu_ops
 from mbf_mlx.attention import Layout
 from mbf_mlx.batches import Batch
 from mbf_mlx.cpu_ops import blank, view
+from mbf_mlx.unpack import UnpackingLinear
 
 ROPES = (nn.RoPE, rope_utils.Llama3RoPE)  # those whose angles depend on nothing but the position
-LINEAR = (nn.Linear, nn.QuantizedLinear)
+LINEAR = (nn.Linear, nn.QuantizedLinear, UnpackingLinear)
 
 Factors = dict[
     str, mx.array
@@ -119,6 +120,8 @@ class _Linear:
         self.name = name
         self.is_trained = f"{name}.lora_a" in factors or f"{name}.lora_b" in factors
         self.has_factors = isinstance(module, LoRALinear)
+        columns = self.base.weight.shape[1]
+        self.in_dims = columns * 32 // self.base.bits if isinstance(self.base, nn.QuantizedLinear) else columns
         if self.has_factors:
             self.scale = module.scale
             self.a = factors.get(f"{name}.lora_a", module.lora_a)
@@ -126,15 +129,23 @@ class _Linear:
 
     def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         """Return x (T, in) through the layer, (T, out), added to `onto`."""
-        weight = self.weight.T
-        y = x @ weight if onto is None else mx.addmm(onto, x, weight)
-        if self.has_factors:
-            y = mx.addmm(y, x @ self.a, self.b)
-        return y + self.base.bias if "bias" in self.base else y
+        if type(self.base) is nn.Linear:
+            weight = self.base.weight.astype(mx.float32).T
+            y = x @ weight if onto is None else mx.addmm(onto, x, weight)
+            y = y + self.base.bias if "bias" in self.base else y
+        else:
+            y = self.base(x) if onto is None else onto + self.base(x)
+        return mx.addmm(y, x @ self.a, self.b) if self.has_factors else y
 
     def d_input(self, d_y: mx.array, onto: mx.array | None = None) -> mx.array:
         """Return the gradient of x, (T, in), added to `onto`."""
-        d_x = d_y @ self.weight if onto is None else mx.addmm(onto, d_y, self.weight)
+        if type(self.base) is nn.Linear:
+            weight = self.base.weight.astype(mx.float32)
+            d_x = d_y @ weight if onto is None else mx.addmm(onto, d_y, weight)
+        else:
+            anywhere = mx.zeros((len(d_y), self.in_dims))  # a linear layer's gradient is the same for every input
+            (d_x,) = mx.vjp(self.base, [anywhere], [d_y])[1]
+            d_x = d_x if onto is None else onto + d_x
         return mx.addmm(d_x, d_y @ self.b.T, self.a.T) if self.has_factors else d_x
 
     def d_factors(self, x: mx.array | None, d_y: mx.array) -> Factors:
@@ -143,16 +154,6 @@ class _Linear:
             return {}
         d_b = self.scale * ((x @ self.a).T @ d_y)
         return {f"{self.name}.lora_a": x.T @ (d_y @ self.b.T), f"{self.name}.lora_b": d_b}
-
-    @property
-    def weight(self) -> mx.array:
-        """The frozen weight in float32, (out, in)."""
-        base = self.base
-        if isinstance(base, nn.QuantizedLinear):
-            # mlx's quantized products run at 3 GFLOP/s on a CPU; this, weight by weight, at a hundred.
-            options = {"group_size": base.group_size, "bits": base.bits, "mode": base.mode}
-            return mx.dequantize(base.weight, base.scales, base.get("biases"), **options).astype(mx.float32)
-        return base.weight.astype(mx.float32)
 
 
 @dataclass

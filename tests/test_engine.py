@@ -14,6 +14,7 @@ from mlx_lm.utils import dequantize_model
 
 from mbf_mlx import attention, cpu_ops, engine, llama
 from mbf_mlx.batches import make_batch
+from mbf_mlx.unpack import keep_packed
 
 VOCABULARY = 61
 KEYS = ("self_attn.q_proj", "self_attn.v_proj")
@@ -250,6 +251,15 @@ def test_factors_that_are_not_trained_still_count():
     model = build(LLAMA)
     model.layers[0].freeze()
     assert_same_as_plain(model, rows_with(6, [4, 7]))
+
+
+def test_weights_that_stay_packed_are_unpacked_on_the_way():
+    model = build(LLAMA, bits=4)
+    for module in model.modules():
+        if type(module) in (nn.QuantizedLinear, nn.QuantizedEmbedding):
+            keep_packed(module)
+    assert llama.fits(model)
+    assert_same_as_plain(model, rows_with(9, [4, 11, 7]))
 
 
 def test_a_batch_without_targets_moves_nothing():
