@@ -22,7 +22,7 @@ def test_without_a_model_characters_are_counted_and_the_answer_is_marked(check, 
     assert result.stdout == (
         "even: prompt/completion rows, even.jsonl\n"
         "  train      36 rows  characters: median 14, 95% 15, longest 15\n"
-        "  test        4 rows  characters: median 14, 95% 15, longest 15  "
+        "  test        4 rows  characters: median 14, 95% 14, longest 14  "
         "(held out of training: there are no test rows)\n"
         "  answers: no, yes\n"
         "  the first row, even.jsonl:1; what is supervised stands in ⟦ ⟧:\n"
