@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbf_mlx import adapter, backend, metrics
-from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
+from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig
 from mbf_mlx.encode import Encoder
 from mbf_mlx.errors import InputError
 from mbf_mlx.events import Events
@@ -136,14 +136,8 @@ class Stream:
         self,
         *tasks: str | Path | Task,
         name: str | None = None,
-        train: TrainConfig | None = None,
-        data: DataConfig | None = None,
+        config: LearnConfig | None = None,
         events: Events | None = None,
-        again: bool = False,
-        restart: bool = False,
-        guard: bool = True,
-        score_tasks: int = 0,
-        score_rows: int = 0,
         **overrides: Any,
     ) -> list[TaskRecord]:
         """Learn tasks in order; each is committed before the next one starts.
@@ -151,46 +145,35 @@ class Stream:
         Args:
             tasks: Files or folders, or tasks that were read already.
             name: Of a single task, in place of its file's.
-            train: How a task is trained.
-            data: How rows become tokens; the template is the stream's whatever it says.
+            config: How; the template is the stream's whatever it says.
             events: An `events.Events` that is told what happens.
-            again: Learn a task once more that the stream has; otherwise it is skipped.
-            restart: Drop what an interrupted run of the first task has done.
-            guard: Stop a run whose loss explodes.
-            score_tasks, score_rows: Limits on what is scored after each task; 0 is all.
-            overrides: Fields of TrainConfig, in place of those of `train`.
+            overrides: Fields of LearnConfig, TrainConfig and DataConfig, in place of those of `config`:
+                `learn("mail.jsonl", epochs=5, again=True)`.
 
         Returns:
-            The records of the tasks that were learned now.
+            The records of the tasks that were learned now; one that the stream has already is skipped.
 
         Raises:
             InputError: anything of the user's that does not fit; the stream keeps what was committed before.
+            TypeError: an override that is no such field.
         """
         backend.setup()
         from mbf_mlx import learn as learning
 
         if name is not None and len(tasks) != 1:
             raise InputError(f"--name: expected one task to name, got {len(tasks)}")
-        settings = learning.LearnSettings(
-            train=_with(train or TrainConfig(), overrides),
-            data=replace(data or DataConfig(), template=self.folder.identity.template),
-            score_tasks=score_tasks,
-            score_rows=score_rows,
-            again=again,
-            restart=restart,
-            guard=guard,
-        )
+        settings = _with(config or LearnConfig(), {**overrides, "template": self.folder.identity.template})
         events = events or Events()
         read = [task if isinstance(task, Task) else read_task(Path(task), name=name) for task in tasks]
-        todo = [task for task in read if not self._skip(task, again, events)]
+        todo = [task for task in read if not self._skip(task, settings.again, events)]
         records = []
         if todo:
             with self.folder.writer():
                 learner = self._load()
                 method = make(self.folder.identity.method, self.folder.identity.method_options)
-                tests = learning.TestRows(Encoder(learner.tokenizer, settings.data), score_rows)
+                tests = learning.TestRows(Encoder(learner.tokenizer, settings.data), settings.score_rows)
                 for number, task in enumerate(todo):
-                    chosen = replace(settings, restart=restart and number == 0)
+                    chosen = replace(settings, restart=settings.restart and number == 0)
                     records.append(learning.learn_task(self.folder, learner, method, task, chosen, events, tests))
         return records
 
@@ -220,7 +203,7 @@ class Stream:
         from mbf_mlx.evaluate import metric_of
         from mbf_mlx.model import write_factors
 
-        settings = learning.LearnSettings(
+        settings = LearnConfig(
             data=replace(data or DataConfig(), template=self.folder.identity.template), score_rows=score_rows
         )
         events = events or Events()
@@ -378,11 +361,19 @@ def _identity(base: BaseRecord, method: Method, lora: LoRAConfig, layers: Layers
     )
 
 
-def _with(train: TrainConfig, overrides: dict[str, Any]) -> TrainConfig:
-    known = {field.name for field in fields(TrainConfig)}
-    if unknown := sorted(overrides.keys() - known):
-        raise TypeError(f"learn() has no argument {unknown[0]!r}; training takes {', '.join(sorted(known))}")
-    return replace(train, **overrides)
+def _with(config: LearnConfig, overrides: dict[str, Any]) -> LearnConfig:
+    """Return `config` with the given fields of its own and of its parts replaced."""
+    parts: dict[str, Any] = {"train": config.train, "data": config.data}
+    own = {field.name for field in fields(LearnConfig)}
+    taken = {name: value for name, value in overrides.items() if name in own}
+    for part, value in parts.items():
+        known = {field.name for field in fields(value)}
+        chosen = {name: value for name, value in overrides.items() if name in known}
+        taken[part] = replace(taken.get(part, value), **chosen)
+        own |= known
+    if unknown := sorted(overrides.keys() - own):
+        raise TypeError(f"learn() has no argument {unknown[0]!r}; it takes {', '.join(sorted(own))}")
+    return replace(config, **taken)
 
 
 def status_document(folder: StreamFolder) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Frozen settings, checked when made: the one place where a default is written."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from mbf_mlx.errors import InputError
 
@@ -98,7 +98,24 @@ class TrainConfig:
         return int(self.save_every[:-1]) or None if self.save_every.endswith("s") else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class LearnConfig:
+    """How tasks are learned into a stream, beside what the stream fixes."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    score_tasks: int = 0  # the newest tasks that are scored after each; 0 is all
+    score_rows: int = 0  # the first test rows of each that are scored; 0 is all
+    again: bool = False  # learn a task once more that the stream has
+    restart: bool = False  # drop what an interrupted run has done
+    guard: bool = True  # stop a run whose loss has exploded
+
+    def __post_init__(self) -> None:
+        for name in ("score_tasks", "score_rows"):
+            _check(self, name, _is_count(getattr(self, name), 0), "a whole number of at least 0 (all)")
+
+
 def settings_of(config: object) -> dict[str, object]:
     """Return a settings object as plain values that JSON keeps."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}  # type: ignore[arg-type]
+    values = {each.name: getattr(config, each.name) for each in fields(config)}  # type: ignore[arg-type]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -8,7 +8,7 @@ stands in `working/`.
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mbf_mlx import backend
-from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig, settings_of
+from mbf_mlx.config import LearnConfig, LoRAConfig, settings_of
 from mbf_mlx.encode import Encoded, Encoder
 from mbf_mlx.engine import Engine, prepare
 from mbf_mlx.errors import InputError
@@ -30,24 +30,6 @@ from mbf_mlx.stream import StreamFolder
 from mbf_mlx.tasks import Task, read_task
 from mbf_mlx.train import Progress, Trained, progress_to_json, train
 from mbf_mlx.working import Working, check_same_run
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnSettings:
-    """How tasks are learned, beside what the stream fixes."""
-
-    train: TrainConfig = field(default_factory=TrainConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    score_tasks: int = 0  # the newest tasks that are scored after each; 0 is all
-    score_rows: int = 0  # the first test rows of each that are scored; 0 is all
-    again: bool = False  # learn a task once more that the stream has
-    restart: bool = False  # drop what an interrupted run has done
-    guard: bool = True  # stop a run whose loss has exploded
-
-    def __post_init__(self) -> None:
-        for name in ("score_tasks", "score_rows"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}: expected 0 (all) or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +115,7 @@ def learn_task(
     learner: Learner,
     method: Method,
     task: Task,
-    settings: LearnSettings,
+    settings: LearnConfig,
     events: Events,
     tests: TestRows,
 ) -> TaskRecord:
@@ -194,7 +176,7 @@ def score_all(
     history: Sequence[TaskRecord],
     newest: Task | None,
     learner: Learner,
-    settings: LearnSettings,
+    settings: LearnConfig,
     events: Events,
     tests: TestRows,
 ) -> list[Score | None]:
@@ -217,7 +199,7 @@ def score_all(
 
 
 def _score_one(
-    name: str, rows: list[Encoded], metric: str, learner: Learner, settings: LearnSettings, events: Events
+    name: str, rows: list[Encoded], metric: str, learner: Learner, settings: LearnConfig, events: Events
 ) -> Score:
     done = 0
 
@@ -258,7 +240,7 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"the result may differ in its last bits: {', '.join(changed)}"] if changed else []
 
 
-def _run_of(task: Task, generation: int, settings: LearnSettings) -> dict[str, Any]:
+def _run_of(task: Task, generation: int, settings: LearnConfig) -> dict[str, Any]:
     """Return all that decides the result of training a task."""
     chosen = settings_of(settings.train) | settings_of(settings.data)
     del chosen["save_every"]
@@ -311,7 +293,7 @@ def _record(
     valid_rows: int,
     test_rows: Sequence[Encoded],
     peak: int,
-    settings: LearnSettings,
+    settings: LearnConfig,
     scores: Sequence[Score | None],
 ) -> TaskRecord:
     progress, newest = trained.progress, scores[-1]

@@ -77,7 +77,7 @@ def test_a_config_file_that_is_not_there_is_an_error(task, tmp_path):
         (["--max-seq-length", "3"], "DataConfig.max_seq_length: expected a whole number of at least 8 tokens, got 3"),
         (["--template", "x"], "DataConfig.template: expected chat or none, got 'x'"),
         (["--method", "x"], "method: expected one of slao, sequential"),
-        (["--score-rows", "-1"], "score_rows: expected 0 (all) or more, got -1"),
+        (["--score-rows", "-1"], "LearnConfig.score_rows: expected a whole number of at least 0 (all), got -1"),
     ],
 )
 def test_a_flag_that_does_not_fit_is_one_line_and_nothing_is_made(tiny_llama, task, tmp_path, flags, message):

@@ -9,7 +9,7 @@ import typer
 
 from mbf_mlx.commands import console
 from mbf_mlx.commands.options import Base, Config, Json, lora_of
-from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
+from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -106,7 +106,15 @@ def learn(
         seed=seed,
         save_every=save_every,
     )
-    data = DataConfig(max_seq_length=max_seq_length, mask_prompt=mask_prompt)
+    settings = LearnConfig(
+        train=train,
+        data=DataConfig(max_seq_length=max_seq_length, mask_prompt=mask_prompt),
+        score_tasks=score_tasks,
+        score_rows=score_rows,
+        again=again,
+        restart=restart,
+        guard=guard,
+    )
     read = read_all(tasks, name)
     opened = Stream.open(
         stream,
@@ -118,17 +126,7 @@ def learn(
         keep_quantized=keep_quantized,
     )
     with shown() as events:
-        opened.learn(
-            *read,
-            events=events,
-            train=train,
-            data=data,
-            again=again,
-            restart=restart,
-            guard=guard,
-            score_tasks=score_tasks,
-            score_rows=score_rows,
-        )
+        opened.learn(*read, config=settings, events=events)
     document = opened.status()
     if json:
         console.print_json(document)
