@@ -4,6 +4,7 @@
 //   texts: strings to tokenize; `special` says whether special tokens in them are read as such
 //   prompts: token ids to answer greedily, up to maxTokens or the first token that ends an answer (which is kept)
 //   probe: token ids; the answer is the probability of every token to come after them
+// One thread: those of llama.cpp spin while they wait for each other, and two take minutes where others work, too.
 // Answer: {tokens, answers, probabilities, bos, eos, addBos}
 
 import {readFileSync, writeFileSync} from "node:fs";
@@ -11,7 +12,7 @@ import {getLlama} from "node-llama-cpp";
 
 const [jobPath, answerPath] = process.argv.slice(2);
 const job = JSON.parse(readFileSync(jobPath, "utf8"));
-const llama = await getLlama({gpu: false, build: "never", logLevel: "error", maxThreads: 2});
+const llama = await getLlama({gpu: false, build: "never", logLevel: "error", maxThreads: 1});
 const vocabOnly = !job.prompts && !job.probe;
 const model = await llama.loadModel({modelPath: job.model, vocabOnly});
 const answer = {bos: model.tokens.bos, eos: model.tokens.eos, addBos: model.tokens.shouldPrependBosToken};
@@ -21,7 +22,7 @@ if (job.texts)
 
 if (!vocabOnly) {
     const lora = job.adapter ? {adapters: [{filePath: job.adapter, scale: 1}]} : undefined;
-    const context = await model.createContext({contextSize: 1024, threads: 2, flashAttention: false, lora});
+    const context = await model.createContext({contextSize: 1024, threads: 1, flashAttention: false, lora});
     const sequence = context.getSequence();
     answer.answers = [];
     for (const prompt of job.prompts ?? []) {
