@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,10 @@ from filelock import FileLock
 from mbf_mlx.blas import load_blas
 
 load_blas()  # before any test imports mlx
+# A test run in the background of a script, or under nohup, ignores signals, and would hand that on to its children.
+for _signal, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_signal) == signal.SIG_IGN:
+        signal.signal(_signal, _default)
 ROOT = Path(__file__).resolve().parents[1]
 
 # name -> (relative tolerance, absolute tolerance), as numpy.testing takes them

@@ -165,8 +165,7 @@ def test_without_a_command_the_help_is_shown():
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_stopped_command_cleans_up_and_exits_with_130(trouble, tmp_path, name):
-    # A test run that was itself started with nohup hands its children an ignored SIGHUP.
-    process = trouble("wait", start=True, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+    process = trouble("wait", start=True)
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(getattr(signal, name))
     _, stderr = process.communicate(timeout=30)
