@@ -16,6 +16,8 @@ import numpy as np
 from mbf_mlx.batches import Batch
 from mbf_mlx.cpu_ops import blank, for_each, view
 
+WEIGHTS_BYTES = 32 * 2**20  # a block's weights are kept for the way back up to this, and larger ones computed again
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -24,7 +26,7 @@ class Rows:
     starts: list[int]
     lengths: list[int]
     width: int
-    mask: np.ndarray  # of these as queries and their row's own keys, (1 or R, keys, m * W): 0, or -inf for later keys
+    mask: np.ndarray  # added to their scores as queries of their row's own keys, (1 or R, keys, W): 0, -inf if later
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +46,10 @@ class Layout:
     """Where each token of a batch stands.
 
     Args:
-        repeats: m.
         angles: Cosines and sines of the rotary angles of positions 0, 1, …, two arrays (at least P + W, d / 2).
     """
 
-    def __init__(self, batch: Batch, repeats: int, angles: tuple[np.ndarray, np.ndarray]):
+    def __init__(self, batch: Batch, angles: tuple[np.ndarray, np.ndarray]):
         shared, width = len(batch.prefix), batch.tokens.shape[1]
         real = np.arange(width) < batch.lengths[:, None]
         place = np.nonzero(real)[1]  # of each token after the prefix, in its row
@@ -58,20 +59,18 @@ class Layout:
 
         prefix = None
         if shared:
-            prefix = Rows(
-                starts=[0], lengths=[shared], width=shared, mask=_mask(np.arange(shared)[None], shared, repeats)
-            )
+            prefix = Rows(starts=[0], lengths=[shared], width=shared, mask=_mask(np.arange(shared)[None], shared))
         everything = np.concatenate([np.arange(shared), shared + place])
-        causal = _mask(np.arange(width)[None], width, repeats)
+        causal = _mask(np.arange(width)[None], width)
         rows = Rows(starts=_starts(batch.lengths, shared), lengths=batch.lengths.tolist(), width=width, mask=causal)
         self.all = Tokens(own=rows, shared=prefix, turn=(angles[0][everything], angles[1][everything]))
 
         counts = np.bincount(batch.row_of, minlength=len(real))
-        most = int(counts.max())
-        asks_at = np.zeros((len(real), most), np.int64)  # an unused place asks as its row's first token does
         chosen = place[self.picked - shared]
+        asks_at = np.zeros((len(real), int(counts.max())), np.int64)  # an unused place asks as a row's first token
         asks_at[batch.row_of, np.arange(len(chosen)) - np.repeat(_starts(counts, 0), counts)] = chosen
-        rows = Rows(starts=_starts(counts, 0), lengths=counts.tolist(), width=most, mask=_mask(asks_at, width, repeats))
+        mask = causal if len(chosen) == len(place) else _mask(asks_at, width)
+        rows = Rows(starts=_starts(counts, 0), lengths=counts.tolist(), width=asks_at.shape[1], mask=mask)
         angles = angles[0][shared + chosen], angles[1][shared + chosen]
         self.supervised = Tokens(own=rows, shared=None, turn=angles)
 
@@ -80,10 +79,10 @@ def _starts(lengths: np.ndarray, first: int) -> list[int]:
     return [first, *(first + np.cumsum(lengths)[:-1]).tolist()]
 
 
-def _mask(places: np.ndarray, width: int, repeats: int) -> np.ndarray:
-    """Return what is added to the scores of `width` keys and queries at `places` (R, W): (R, width, m * W)."""
-    later = np.arange(width)[:, None] > places[:, None, :]
-    return np.tile(np.where(later, np.float32(-np.inf), np.float32(0)), (1, 1, repeats))
+def _mask(places: np.ndarray, keys: int) -> np.ndarray:
+    """Return the mask of queries at `places` (R, W), (R, keys, W)."""
+    later = np.arange(keys)[:, None] > places[:, None, :]
+    return np.where(later, np.float32(-np.inf), np.float32(0))
 
 
 @dataclass
@@ -93,7 +92,7 @@ class Attended:
     q: list[mx.array]  # (G, R, m * W, d), turned and scaled; of the prefix only where it asks
     k: list[mx.array]  # (G, R, W, d)
     v: list[mx.array]
-    weights: list[list[mx.array]]  # own (G, R, W, m * W) and of the prefix's keys (G, P, R, m * W); the prefix's own
+    weights: list[list[mx.array] | None]  # as `_weigh` gives them; None where they were too large to keep
 
 
 def attend(
@@ -111,19 +110,28 @@ def attend(
     )
     mixed = blank(*q.shape)
     for i, rows in enumerate(asking.parts):
-        scores = [saved.k[i] @ saved.q[i].swapaxes(-1, -2)]
-        sees_prefix = i == 0 and asked.shared is not None
-        if sees_prefix:
-            seen = saved.k[1][:, 0] @ _flat(saved.q[0]).swapaxes(-1, -2)
-            scores.append(seen.reshape(*seen.shape[:2], len(rows.starts), -1))
-        mx.eval(scores)
-        softmax_(rows.mask, *scores)
-        out = scores[0].swapaxes(-1, -2) @ saved.v[i]
-        if sees_prefix:
-            out = out + (_flat_weights(scores[1]).swapaxes(-1, -2) @ saved.v[1][:, 0]).reshape(out.shape)
+        weights = _weigh(saved, i, rows)
+        out = weights[0].swapaxes(-1, -2) @ saved.v[i]
+        if len(weights) > 1:
+            out = out + (_flat_weights(weights[1]).swapaxes(-1, -2) @ saved.v[1][:, 0]).reshape(out.shape)
         to_tokens(out, rows, mixed)
-        saved.weights.append(scores)
+        saved.weights.append(weights if sum(each.nbytes for each in weights) <= WEIGHTS_BYTES else None)
     return mixed, saved
+
+
+def _weigh(saved: Attended, i: int, rows: Rows) -> list[mx.array]:
+    """Return the weights of the rows (i is 0) or of the prefix (1).
+
+    They are those of the rows' own keys, (G, R, W, m * W), and, for the rows behind a prefix, of its keys,
+    (G, P, R, m * W).
+    """
+    scores = [saved.k[i] @ saved.q[i].swapaxes(-1, -2)]
+    if i == 0 and len(saved.k) > 1:
+        seen = saved.k[1][:, 0] @ _flat(saved.q[0]).swapaxes(-1, -2)
+        scores.append(seen.reshape(*seen.shape[:2], len(rows.starts), -1))
+    mx.eval(scores)
+    softmax_(rows.mask, *scores)
+    return scores
 
 
 def attend_backward(
@@ -135,7 +143,7 @@ def attend_backward(
     d_v: list[Any] = [0.0 for _ in saved.v]
     d_q = []
     for i, rows in enumerate(asking.parts):
-        q, weights = saved.q[i], saved.weights[i]
+        q, weights = saved.q[i], saved.weights[i] or _weigh(saved, i, rows)
         d_out = to_rows(d_mixed, rows, groups, size)
         d_weights = [saved.v[i] @ d_out.swapaxes(-1, -2)]
         d_v[i] = d_v[i] + weights[0] @ d_out
@@ -178,15 +186,16 @@ def softmax_(mask: np.ndarray, own_: mx.array, prefix_: mx.array | None = None) 
     """Turn scores into weights, over each row's own keys and those of the shared prefix together.
 
     Args:
-        mask: Added to the own scores, (1 or R, keys, queries).
-        own_: Scores of each row's own keys, (G, R, keys, queries).
-        prefix_: Scores of the prefix's keys, (G, P, R, queries).
+        mask: Of the rows, (1 or R, keys, W).
+        own_: Scores of each row's own keys, (G, R, keys, m * W).
+        prefix_: Scores of the prefix's keys, (G, P, R, m * W).
     """
     own, prefix = view(own_), None if prefix_ is None else view(prefix_)
 
     def block(g: int, r: int) -> None:
         parts = [own[g, r]] if prefix is None else [own[g, r], prefix[g, :, r]]
-        parts[0] += mask[r % len(mask)]
+        with_mask = parts[0].reshape(*mask.shape[1:2], -1, mask.shape[2])
+        with_mask += mask[r % len(mask)][:, None]
         most = parts[0].max(axis=0)
         for part in parts[1:]:
             np.maximum(most, part.max(axis=0), out=most)

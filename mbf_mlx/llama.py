@@ -77,7 +77,7 @@ class Pass:
         self.norm = model.model.norm
         self.blocks = [_Block(block, f"model.layers.{i}", factors) for i, block in enumerate(model.layers)]
         self.first = next((i for i, block in enumerate(self.blocks) if block.is_trained), len(self.blocks))
-        self.layout = Layout(batch, heads.n_heads // heads.n_kv_heads, _angles(heads, batch))
+        self.layout = Layout(batch, _angles(heads, batch))
         self.embed = model.model.embed_tokens
         self.saved: list[Any] = []
 

@@ -247,6 +247,11 @@ def test_any_supervised_tokens_of_a_row_may_ask_in_the_last_block():
         assert_same_as_plain(build(LLAMA), rows, share=share)
 
 
+def test_attention_weights_too_large_to_keep_are_computed_again(monkeypatch):
+    monkeypatch.setattr(attention, "WEIGHTS_BYTES", 0)
+    assert_same_as_plain(build(LLAMA), rows_with(5, [9, 3, 14, 7]))
+
+
 def test_factors_that_are_not_trained_still_count():
     model = build(LLAMA)
     model.layers[0].freeze()
