@@ -87,9 +87,8 @@ class Forward:
         backbone = getattr(text, self._backbone or "")
         # The model's own code after its backbone, with a backbone that answers what we already have.
         answered = _Stand(backbone, lambda *_, **__: hidden[None])
-        return type(text).__call__(_Stand(text, None, **{self._backbone or "": answered}), mx.zeros((1, 1), mx.int32))[
-            0
-        ]
+        below_head = _Stand(text, None, **{self._backbone or "": answered})
+        return type(text).__call__(below_head, mx.zeros((1, 1), mx.int32))[0]
 
     def _has_plain_caches(self) -> bool:
         caches = make_prompt_cache(self.model)
