@@ -8,7 +8,7 @@ stream.export("mlx", "assistant-fused")
 
 import hashlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,14 +26,18 @@ from mbf_mlx.tasks import Task, read_task
 if TYPE_CHECKING:
     from mbf_mlx.sources import BaseFolder
 
+    Find = Callable[[str], BaseFolder]  # where the base model of a name is
+
 DEFAULT_METHOD = "slao"
 
 
 class Stream:
     """One base model that learns task after task into one folder."""
 
-    def __init__(self, folder: StreamFolder, base: str | None = None, keep_quantized: bool = False) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: StreamFolder, find: "Find", base: str | None = None, keep_quantized: bool = False
+    ) -> None:
+        self.folder, self._find = folder, find
         self._base_name, self._keep_quantized = base, keep_quantized
         self._learner: Any = None
 
@@ -49,7 +53,9 @@ class Stream:
         template: str | None = None,
         seed: int = 0,
         keep_quantized: bool = False,
+        quantize: int = 0,
         load: bool = True,
+        report: Callable[[str], None] = lambda line: None,
     ) -> "Stream":
         """Open a stream, or make one where there is none and `base` says on which model.
 
@@ -61,14 +67,22 @@ class Stream:
                 already, they have to be its own.
             seed: Of the first A.
             keep_quantized: On a CPU, keep quantized weights as they are: less memory, much slower.
+            quantize: Bits for those tensors of a GGUF base whose type MLX lacks; 0 refuses such a file.
             load: Whether a new stream's base is loaded and tried; without it no mlx is needed.
+            report: Told in one line what takes time: a download, a conversion.
 
         Raises:
             InputError: no such stream and no base, a base or setting that is not the stream's, damage.
         """
         path = Path(path)
+
+        def find(name: str) -> "BaseFolder":
+            from mbf_mlx.sources import resolve_base
+
+            return resolve_base(name, quantize=quantize if name == base else 0, report=report)
+
         if (path / "stream.json").exists() or base is None:
-            stream = cls(StreamFolder.open(path), base, keep_quantized)
+            stream = cls(StreamFolder.open(path), find, base, keep_quantized)
             stream._check_fixed(method, method_options, lora, template)
             return stream
         data = DataConfig(template=template) if template else DataConfig()
@@ -81,18 +95,25 @@ class Stream:
             )
         lora = lora or LoRAConfig()
         if not load:
-            return cls._create_unloaded(path, base, chosen, lora, data, seed)
-        return cls._create(path, base, chosen, lora, data, seed, keep_quantized)
+            return cls._create_unloaded(path, find, base, chosen, lora, data, seed)
+        return cls._create(path, find, base, chosen, lora, data, seed, keep_quantized)
 
     @classmethod
     def _create(
-        cls, path: Path, base: str, method: Method, lora: LoRAConfig, data: DataConfig, seed: int, keep_quantized: bool
+        cls,
+        path: Path,
+        find: "Find",
+        base: str,
+        method: Method,
+        lora: LoRAConfig,
+        data: DataConfig,
+        seed: int,
+        keep_quantized: bool,
     ) -> "Stream":
         backend.setup()
-        from mbf_mlx import sources
         from mbf_mlx.learn import load_learner
 
-        source = sources.resolve_base(base)
+        source = find(base)
         learner = load_learner(source.path, lora, keep_quantized)
         loaded, layers = learner.base, learner.layers
         template = loaded.tokenizer.chat_template if data.template == "chat" else None
@@ -104,19 +125,19 @@ class Stream:
             num_layers=len(loaded.model.layers),
         )
         identity = _identity(record, method, lora, layers, template)
-        stream = cls(StreamFolder.create(path, identity, str(source.path), seed), base, keep_quantized)
+        stream = cls(StreamFolder.create(path, identity, str(source.path), seed), find, base, keep_quantized)
         stream._learner = learner
         return stream
 
     @classmethod
     def _create_unloaded(
-        cls, path: Path, base: str, method: Method, lora: LoRAConfig, data: DataConfig, seed: int
+        cls, path: Path, find: "Find", base: str, method: Method, lora: LoRAConfig, data: DataConfig, seed: int
     ) -> "Stream":
         from mbf_mlx import outline
         from mbf_mlx.fingerprint import fingerprint
-        from mbf_mlx.sources import read_config, resolve_base
+        from mbf_mlx.sources import read_config
 
-        source = resolve_base(base)
+        source = find(base)
         config = read_config(source.path)
         layers, blocks = outline.chosen_layers(source.path, lora.keys, lora.num_layers)
         record = BaseRecord(
@@ -128,7 +149,7 @@ class Stream:
         )
         template = outline.template_text(source.path) if data.template == "chat" else None
         identity = _identity(record, method, lora, layers, template)
-        return cls(StreamFolder.create(path, identity, str(source.path), seed), base)
+        return cls(StreamFolder.create(path, identity, str(source.path), seed), find, base)
 
     # What it does
 
@@ -298,11 +319,10 @@ class Stream:
             InputError: it is not where it was, or another model is.
         """
         from mbf_mlx.fingerprint import fingerprint
-        from mbf_mlx.sources import resolve_base
 
         own = self.folder.identity.base
         try:
-            source = resolve_base(self.base_path)
+            source = self._find(self.base_path)
         except InputError as error:
             if self._base_name is not None:
                 raise

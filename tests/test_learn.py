@@ -16,6 +16,7 @@ from mbf_mlx.methods import make
 from tests.conftest import ROOT
 from tests.streams import contents
 from tests.test_train import rows_of
+from tests.tiny_gguf import write_tiny_gguf
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
@@ -215,6 +216,20 @@ def test_a_base_that_moved_is_found_with_model(tiny_llama, tasks, tmp_path):
     Stream.open(tmp_path / "s", base=str(tmp_path / "moved")).learn(tasks[1], train=QUICK)
     Stream.open(tmp_path / "s").learn(tasks[2], train=QUICK)
     assert len(Stream.open(tmp_path / "s").status()["tasks"]) == 3
+
+
+def test_a_gguf_base_of_types_that_mlx_lacks_is_quantized_only_when_asked(tmp_path, tasks, monkeypatch):
+    monkeypatch.setenv("MBF_MODELS", str(tmp_path / "models"))
+    file = tmp_path / "tiny.gguf"
+    write_tiny_gguf(file, tmp_path / "scratch", types={"ffn_up.weight": "Q5_0", "": "Q4_0"})
+    with pytest.raises(InputError, match="of type Q5_0(.|\n)*hint: --quantize 4"):
+        Stream.open(tmp_path / "s", base=str(file), lora=LORA)
+    assert not (tmp_path / "s").exists()
+    said = []
+    Stream.open(tmp_path / "s", base=str(file), lora=LORA, quantize=4, report=said.append).learn(tasks[0], train=QUICK)
+    assert len(said) == 1 and said[0].startswith("converting tiny.gguf")
+    Stream.open(tmp_path / "s").learn(tasks[1], train=QUICK)  # its base is the converted folder
+    assert len(Stream.open(tmp_path / "s", base=str(file), quantize=4).status()["tasks"]) == 2
 
 
 def test_sequential_keeps_nothing_beside_the_adapter(tiny_llama, tasks, tmp_path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbf_mlx.commands.console import err, out, print_json, progress, warn
-from mbf_mlx.commands.options import Base, Config, Json
+from mbf_mlx.commands.options import Base, Config, Json, Quantize
 from mbf_mlx.config import DataConfig
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ _SHOWN_TEXT = 600  # letters of a piece of the example
 def check(
     tasks: Annotated[list[Path], typer.Argument(metavar="TASK...", help="Task files, or folders with train.*.")],
     model: Base = None,
+    quantize: Quantize = 0,
     stream: Annotated[Path | None, typer.Option(help="Check for this stream: its model and its template.")] = None,
     template: Annotated[str, typer.Option(help="chat: the model's own; none: raw text.")] = _DEFAULTS.template,
     max_seq_length: Annotated[int, typer.Option(help="Tokens of a row at most.")] = _DEFAULTS.max_seq_length,
@@ -50,7 +51,7 @@ def check(
     # What is wrong with the files is said before a model is looked for.
     with progress("reading", unit="MB") if _is_large(tasks) else nullcontext(_silent) as update:
         found = read_tasks(tasks, report=lambda file, offset: update(offset // 1_000_000, file=file.name))
-    encoder = _encoder(model, stream, data)
+    encoder = _encoder(model, quantize, stream, data)
     surveys, problems = [], []
     for task in found:
         try:
@@ -74,7 +75,7 @@ def _is_large(tasks: list[Path]) -> bool:
         return False
 
 
-def _encoder(model: str | None, stream: Path | None, data: DataConfig) -> "Encoder | None":
+def _encoder(model: str | None, quantize: int, stream: Path | None, data: DataConfig) -> "Encoder | None":
     """Return what makes tokens of rows: with a model's tokenizer, or with that of a stream's base and its template."""
     if model is None and stream is None:
         return None
@@ -91,7 +92,7 @@ def _encoder(model: str | None, stream: Path | None, data: DataConfig) -> "Encod
         data = replace(data, template=opened.identity.template)
         model = opened.current().manifest.base_path
     backend.require_mlx()
-    folder = resolve_base(str(model), report=err.print).path
+    folder = resolve_base(str(model), quantize=quantize, report=err.print).path
     from mbf_mlx.model import load_tokenizer
 
     return Encoder(load_tokenizer(folder), data)

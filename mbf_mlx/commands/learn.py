@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Base, Config, Json, lora_of
+from mbf_mlx.commands.options import Base, Config, Json, Quantize, lora_of
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 
@@ -29,6 +29,7 @@ def learn(
     stream: Annotated[Path, typer.Argument(help="The stream's folder; made with --model where it is not there.")],
     tasks: Annotated[list[Path], typer.Argument(help="Task files or folders, learned in this order.")],
     model: Base = None,
+    quantize: Quantize = 0,
     name: Annotated[str | None, typer.Option(help="The task's name, in place of its file's (one task only).")] = None,
     method: Annotated[str | None, _option("--method", "Continual method.", _NEW, "slao")] = None,
     rank: Annotated[int | None, _option("--rank", "Rank of the factors.", _NEW, _LORA.rank)] = None,
@@ -124,6 +125,8 @@ def learn(
         template=template,
         seed=seed,
         keep_quantized=keep_quantized,
+        quantize=quantize,
+        report=console.err.print,
     )
     with shown() as events:
         opened.learn(*read, config=settings, events=events)

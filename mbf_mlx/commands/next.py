@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Base, Json
+from mbf_mlx.commands.options import Base, Json, Quantize
 
 
 def next(
@@ -14,6 +14,7 @@ def next(
     place: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter folder to make.")],
     kind: Annotated[str, typer.Option("--format", help="Whose layout: peft or mlx.")] = "peft",
     model: Base = None,
+    quantize: Quantize = 0,
     method: Annotated[str | None, typer.Option("--method", help="A new stream's continual method.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="A new stream's rank.")] = None,
     scale: Annotated[float | None, typer.Option("--scale", help="A new stream's scale: delta = scale * B @ A.")] = None,
@@ -40,7 +41,9 @@ def next(
         lora=lora_of(rank=rank, scale=scale, keys=keys, num_layers=num_layers),
         template=template,
         seed=seed,
+        quantize=quantize,
         load=False,
+        report=console.err.print,
     )
     files = next_start(opened.folder, kind)
     written = write_files(files, place, force=force, forbidden=(stream,))

@@ -59,3 +59,6 @@ Base = Annotated[
     str | None,
     typer.Option("--model", help="Base model: a recipe's name, an MLX or Hugging Face folder, a GGUF file, a hub id."),
 ]
+Quantize = Annotated[
+    int, typer.Option("--quantize", help="Bits for tensors of a GGUF file whose type MLX lacks; 0 refuses the file.")
+]
