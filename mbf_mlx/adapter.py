@@ -20,6 +20,7 @@ from mbf_mlx.methods import Factors, Layers, Pair
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_COUNTS = {"I64": "<i8", "I32": "<i4", "I8": "|i1", "U8": "|u1"}  # what some methods keep besides factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +156,12 @@ def encode_tensors(tensors: dict[str, np.ndarray]) -> bytes:
     return safetensors.numpy.save(tensors, metadata={"format": "mlx"})
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
+def read_tensors(path: Path, *, integers: bool = False) -> dict[str, np.ndarray]:
     """Read a safetensors file of floating-point tensors; float16 and bfloat16 come back as float32.
+
+    Args:
+        path: The file.
+        integers: Whether whole numbers are welcome, too.
 
     Raises:
         InputError: no such file, not safetensors, or tensors of another kind.
@@ -169,13 +174,14 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path}: expected a safetensors file, got a folder") from None
     except safetensors.SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from error
-    return {name: _to_float(name, entry, path) for name, entry in entries}
+    kinds = _DTYPES | _COUNTS if integers else _DTYPES
+    return {name: _to_array(name, entry, path, kinds) for name, entry in entries}
 
 
-def _to_float(name: str, entry: Any, path: Path) -> np.ndarray:
-    if entry["dtype"] not in _DTYPES:
-        raise InputError(f"{path}: {name}: expected one of {', '.join(_DTYPES)}, got {entry['dtype']}")
-    array = np.frombuffer(bytes(entry["data"]), dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+def _to_array(name: str, entry: Any, path: Path, kinds: dict[str, str]) -> np.ndarray:
+    if entry["dtype"] not in kinds:
+        raise InputError(f"{path}: {name}: expected one of {', '.join(kinds)}, got {entry['dtype']}")
+    array = np.frombuffer(bytes(entry["data"]), dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
     if entry["dtype"] == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32) if entry["dtype"] == "F16" else array.copy()

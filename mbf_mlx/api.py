@@ -87,14 +87,14 @@ class Stream:
             return stream
         data = DataConfig(template=template) if template else DataConfig()
         chosen = make(method or DEFAULT_METHOD, method_options)
-        if hooks(chosen):
-            plain = ", ".join(name for name in names() if not hooks(make(name)))
-            raise InputError(
-                f"method: expected one that merges what training leaves ({plain}), got {chosen.name!r}, which takes"
-                " part in the training itself"
-            )
         lora = lora or LoRAConfig()
         if not load:
+            if hooks(chosen):
+                plain = ", ".join(name for name in names() if not hooks(make(name)))
+                raise InputError(
+                    f"method: expected one that merges what training leaves ({plain}), got {chosen.name!r}, which takes"
+                    " part in the training itself, so its tasks cannot be trained elsewhere"
+                )
             return cls._create_unloaded(path, find, base, chosen, lora, data, seed)
         return cls._create(path, find, base, chosen, lora, data, seed, keep_quantized)
 

@@ -30,6 +30,9 @@ class Events:
     def scoring(self, name: str, done: int, total: int) -> None:
         """So many of the test rows of a task are scored."""
 
+    def measuring(self, name: str, done: int, total: int) -> None:
+        """So many of a task's training rows are measured for a method that asks for it."""
+
     def note(self, message: str) -> None:
         """Something that the user should know."""
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mbf_mlx import backend
+from mbf_mlx.conclude import conclude, with_extra
 from mbf_mlx.config import LearnConfig, LoRAConfig, settings_of
 from mbf_mlx.encode import Encoded, Encoder
 from mbf_mlx.engine import Engine, prepare
@@ -23,12 +24,13 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.evaluate import Score, metric_of, score
 from mbf_mlx.events import Events
 from mbf_mlx.methods import Factors, Layers, Method, State
-from mbf_mlx.model import Base, attach, load_base, read_factors, write_factors
+from mbf_mlx.model import Base, attach, load_base, write_factors
 from mbf_mlx.records import SCORE_DIGITS, TaskRecord
 from mbf_mlx.sources import unpacked_bytes
 from mbf_mlx.stream import StreamFolder
 from mbf_mlx.tasks import Task, read_task
 from mbf_mlx.train import Progress, Trained, progress_to_json, train
+from mbf_mlx.tuning import Tuning
 from mbf_mlx.working import Working, check_same_run
 
 
@@ -143,13 +145,15 @@ def learn_task(
     events.task(task.name, state.t + 1, len(rows), notes)
 
     model = learner.base.model
-    write_factors(model, method.start(state))
+    everything = with_extra(method, state, rows)
+    if extra := len(everything) - len(rows):
+        events.note(f"{task.name}: trains on {extra} kept rows of earlier tasks, too")
     backend.reset_peak_memory()
-    model.train()
+    tuning = Tuning(model, method, state)
     trained = train(
-        model,
+        tuning,
         learner.engine,
-        rows,
+        everything,
         valid,
         settings.train,
         report=lambda step: events.step(task.name, step, backend.peak_memory()),
@@ -157,8 +161,7 @@ def learn_task(
         resume=(Progress(**saved.progress), saved.tensors) if saved else None,
         guard=settings.guard,
     )
-    model.eval()
-    state = method.finish(state, read_factors(model))
+    state = conclude(method, state, tuning, learner.engine, rows, partial(events.measuring, task.name))
     _check_finite(state, task.name)
     peak = backend.peak_memory()
 

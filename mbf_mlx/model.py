@@ -228,7 +228,7 @@ def write_factors(model: nn.Module, factors: Factors) -> None:
 
     Args:
         model: With factors attached.
-        factors: A (rank, in) and B (out, rank) of NumPy or MLX, for exactly the layers that have them.
+        factors: A (k, in) and B (out, k) of NumPy or MLX, of any rank, for exactly the layers that have them.
 
     Raises:
         InputError: layers that are missing, unknown or of another shape; all are named.
@@ -238,10 +238,10 @@ def write_factors(model: nn.Module, factors: Factors) -> None:
     problems += [f"  {name}: the model has no factors there" for name in factors if name not in layers]
     for name, pair in factors.items():
         if name in layers:
-            for letter, value, now in (("A", pair.a, layers[name].lora_a), ("B", pair.b, layers[name].lora_b)):
-                if tuple(value.shape) != now.shape[::-1]:
-                    expected, got = now.shape[::-1], tuple(value.shape)
-                    problems.append(f"  {name}: expected {letter} of shape {expected}, got {got}")
+            rank, shapes = pair.b.shape[-1], (layers[name].lora_a.shape[0], layers[name].lora_b.shape[1])
+            for letter, value, expected in (("A", pair.a, (rank, shapes[0])), ("B", pair.b, (shapes[1], rank))):
+                if tuple(value.shape) != expected:
+                    problems.append(f"  {name}: expected {letter} of shape {expected}, got {tuple(value.shape)}")
     if problems:
         raise InputError("the factors do not fit the model:\n" + "\n".join(problems))
     for name, pair in factors.items():

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 Document = dict[str, Any]
+KEEPS_ROWS = ("replay", "joint")  # the methods that keep the user's data
 
 
 def matrix(document: Document) -> Table:
@@ -50,6 +51,8 @@ def summary(document: Document) -> list[str]:
         f"{count} task{'' if count == 1 else 's'} in one adapter of {document['adapter_bytes']:,} bytes; beside it for"
         f" the next task {document['state_bytes']:,} bytes; arrays held between tasks {document['kept_bytes']:,} bytes"
     )
+    if document["method"] in KEEPS_ROWS:
+        lines.append("rows of its tasks are kept in the stream's state, to be trained on again; no export holds them")
     lora = document["settings"]["lora"]
     keys = ", ".join(key.rpartition(".")[2] for key in lora["keys"])
     lines.append(

@@ -161,7 +161,7 @@ class StreamFolder:
             return state
         factors = adapter.read(folder / "adapter").factors
         kept: dict[str, dict[str, Any]] = {}
-        for key, tensor in adapter.read_tensors(folder / STATE).items():
+        for key, tensor in adapter.read_tensors(folder / STATE, integers=True).items():
             layer, _, name = key.rpartition(".")
             kept.setdefault(name, {})[layer] = tensor
         deployed = {name: factors[name] for name in identity.layers}

@@ -1,8 +1,9 @@
 """Fine-tunes the attached factors on one task; neither merges nor commits.
 
-Cross-entropy over supervised tokens alone, AdamW with warmup and cosine decay, a fresh optimizer for each task. Every
-random choice is a function of (seed, epoch) or (seed, step), so a run is continued from a save to the bit-identical
-result. Losses are per supervised token, in nats.
+Cross-entropy over supervised tokens alone, with the method's penalty where it has one; AdamW with warmup and cosine
+decay, a fresh optimizer for each task. Every random choice is a function of (seed, epoch) or (seed, step), so a run is
+continued from a save to the bit-identical result. Losses are per supervised token, in nats, without any penalty. What
+trains, and how the model applies it, is tuning.py's.
 """
 
 import math
@@ -12,10 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mbf_mlx.batches import Batch, make_batch, plan_batches
 from mbf_mlx.config import TrainConfig
@@ -23,6 +22,7 @@ from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Engine
 from mbf_mlx.errors import InputError
 from mbf_mlx.events import Step
+from mbf_mlx.tuning import Arrays, Tuning
 
 FLOOR = 0.1  # share of the peak rate at which the decay ends
 SAMPLE_ROWS = 64  # rows whose loss is compared before and after
@@ -52,7 +52,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The end of a run: the model holds the tuned factors, the best ones where there was validation."""
+    """The end of a run: `tuning` holds what was tuned, the best of it where there was validation."""
 
     progress: Progress
     loss_after: float | None
@@ -69,7 +69,7 @@ Save = Callable[[Progress, Tensors], None]
 
 
 def train(
-    model: nn.Module,
+    tuning: Tuning,
     engine: Engine,
     rows: Sequence[Encoded],
     valid: Sequence[Encoded],
@@ -80,11 +80,11 @@ def train(
     resume: tuple[Progress, Tensors] | None = None,
     guard: bool = True,
 ) -> Trained:
-    """Tune the attached factors on `rows`; the model holds the result.
+    """Tune the attached factors on `rows`; `tuning` holds the result, and its model applies it.
 
     Args:
-        model: With LoRA layers attached; just their factors are trainable.
-        engine: Of that model.
+        tuning: What trains.
+        engine: Of its model.
         rows: To train on, at least one.
         valid: To choose the best step by; may be empty.
         config: Epochs or steps, rates, batch sizes.
@@ -96,15 +96,15 @@ def train(
     Raises:
         InputError: a loss or gradient that is not finite, or a loss that exploded; the step and its rows are named.
     """
-    run = _Run(model, engine, rows, config)
+    tuning.model.train()
+    run = _Run(tuning, engine, rows, config)
     progress = run.restore(resume) if resume else replace(Progress(), loss_before=run.sample_loss())
-    loss_and_grad = nn.value_and_grad(model, run.loss)
     last_save = time.monotonic()
     for number, group in enumerate(run.groups(progress.step), start=progress.step + 1):
         if progress.stopped:
             break
         started = time.perf_counter()
-        progress = run.step(progress, number, group, loss_and_grad, guard)
+        progress = run.step(progress, number, group, guard)
         progress = replace(progress, seconds=progress.seconds + time.perf_counter() - started)
         valid_loss = None
         if valid and (number % run.val_every == 0 or number == run.steps):
@@ -134,15 +134,16 @@ def train(
 class _Run:
     """The moving parts of one run."""
 
-    def __init__(self, model: nn.Module, engine: Engine, rows: Sequence[Encoded], config: TrainConfig) -> None:
-        self.model, self.engine, self.rows, self.config = model, engine, rows, config
+    def __init__(self, tuning: Tuning, engine: Engine, rows: Sequence[Encoded], config: TrainConfig) -> None:
+        self.tuning, self.engine, self.rows, self.config = tuning, engine, rows, config
         self.lengths = [len(row.tokens) for row in rows]
         groups_per_epoch = math.ceil(math.ceil(len(rows) / config.batch_size) / config.grad_accumulation_steps)
         self.steps = config.iters or config.epochs * groups_per_epoch
         self.val_every = config.val_every or groups_per_epoch
         self.optimizer = optim.AdamW(learning_rate=self.rate(1), weight_decay=config.weight_decay, bias_correction=True)
-        self.optimizer.init(model.trainable_parameters())
-        self._lay_out()
+        self.optimizer.init(tuning.trained)
+        self.loss_and_grad = mx.value_and_grad(self.loss)
+        self.penalty_and_grad = mx.value_and_grad(tuning.penalty) if tuning.has_penalty else None
         self.best: Tensors = {}
 
     def rate(self, step: int) -> float:
@@ -166,29 +167,33 @@ class _Run:
                     yield [make_batch(self.rows, indices) for indices in plan[first : first + size]]
             epoch += 1
 
-    def loss(self, batch: Batch) -> mx.array:
+    def loss(self, arrays: Arrays, batch: Batch) -> mx.array:
+        self.tuning.apply(arrays)
         return self.engine.loss_sum(batch)
 
-    def step(self, progress: Progress, number: int, group: list[Batch], loss_and_grad: Any, guard: bool) -> Progress:
+    def step(self, progress: Progress, number: int, group: list[Batch], guard: bool) -> Progress:
         mx.random.seed((self.config.seed << 32) + number)  # dropout's
-        total, gradients = mx.array(0.0), None
+        tuning, trained = self.tuning, self.tuning.trained
+        total, gradients = mx.array(0.0), {name: mx.zeros_like(array) for name, array in trained.items()}
         supervised = sum(len(batch.targets) for batch in group)
         for batch in group:
-            loss, new = loss_and_grad(batch)
+            loss, new = self.loss_and_grad(trained, batch)
             total = total + loss
-            gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+            gradients = {name: gradient + new[name] for name, gradient in gradients.items()}
             mx.eval(total, gradients)
-        gradients = tree_map(lambda g: g / supervised, gradients)
-        norm = mx.sqrt(sum((mx.square(g).sum() for _, g in tree_flatten(gradients)), mx.array(0.0)))
+        gradients = {name: gradient / supervised for name, gradient in gradients.items()}
+        if self.penalty_and_grad is not None:
+            _, new = self.penalty_and_grad(trained)
+            gradients = {name: gradient + new[name] for name, gradient in gradients.items()}
+        norm = mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.array(0.0)))
         value, length = float(total) / supervised, float(norm)
         if not (math.isfinite(value) and math.isfinite(length)):
             raise InputError(self._not_finite(number, group, value, gradients))
         if self.config.max_grad_norm and length > self.config.max_grad_norm:
-            gradients = tree_map(lambda g: g * (self.config.max_grad_norm / length), gradients)
+            gradients = {name: g * (self.config.max_grad_norm / length) for name, g in gradients.items()}
         self.optimizer.learning_rate = mx.array(self.rate(number))
-        self.optimizer.update(self.model, gradients)
-        self._lay_out()
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
+        tuning.update(self._at_rates(trained, self.optimizer.apply_gradients(gradients, trained)))
+        mx.eval(self.optimizer.state)
         first = progress.first_loss if progress.first_loss is not None else value
         high = progress.high_steps + 1 if value > GUARD_FACTOR * first else 0
         if guard and high >= GUARD_STEPS:
@@ -207,12 +212,13 @@ class _Run:
             computed_tokens=progress.computed_tokens + sum(batch.computed_tokens for batch in group),
         )
 
-    def _lay_out(self) -> None:
-        """Make the factors row-contiguous: a matrix product's last bits depend on the layout, and a save loses it."""
-        self.model.update(tree_map(mx.contiguous, self.model.trainable_parameters()))
+    def _at_rates(self, old: Arrays, new: Arrays) -> Arrays:
+        """Return the arrays after a step of each one's own rate: AdamW's whole step is proportional to it."""
+        rates = self.tuning.rates
+        return {n: a if rates[n] == 1 else old[n] + rates[n] * (a - old[n]) for n, a in new.items()}
 
-    def _not_finite(self, number: int, group: list[Batch], loss: float, gradients: Any) -> str:
-        bad = [name for name, g in tree_flatten(gradients) if not bool(mx.isfinite(g).all())]
+    def _not_finite(self, number: int, group: list[Batch], loss: float, gradients: Arrays) -> str:
+        bad = [name for name, g in gradients.items() if not bool(mx.isfinite(g).all())]
         rows = [self.rows[index].row for batch in group for index in batch.indices]
         places = ", ".join(f"{row.file}:{row.line}" for row in rows[:8])
         what = f"gradient of {bad[0]}" if math.isfinite(loss) and bad else f"loss ({loss})"
@@ -233,49 +239,48 @@ class _Run:
     def sample_loss(self) -> float:
         """Loss over evenly spaced training rows: the start's jump and what training brought show in it."""
         picks = np.linspace(0, len(self.rows) - 1, min(SAMPLE_ROWS, len(self.rows))).astype(int)
-        self.model.eval()
+        self.tuning.model.eval()
         loss = self.mean_loss([self.rows[int(i)] for i in picks])
-        self.model.train()
+        self.tuning.model.train()
         return loss
 
     def judge(self, progress: Progress, number: int, valid_loss: float) -> Progress:
         """Keep the factors of the best validation."""
         if progress.best_loss is None or valid_loss < progress.best_loss:
-            self.best = self._factors()
+            self.best = self._trained()
             return replace(progress, best_loss=valid_loss, best_step=number, validations_since=0)
         since = progress.validations_since + 1
         stopped = bool(self.config.patience) and since >= self.config.patience
         return replace(progress, validations_since=since, stopped=stopped)
 
-    def _factors(self) -> Tensors:
-        return {name: np.array(array) for name, array in tree_flatten(self.model.trainable_parameters())}
+    def _trained(self) -> Tensors:
+        return {name: np.array(array) for name, array in self.tuning.trained.items()}
 
     def tensors(self) -> Tensors:
         """All arrays that continue the run."""
-        tensors = {f"factor.{name}": array for name, array in self._factors().items()}
+        tensors = {f"factor.{name}": array for name, array in self._trained().items()}
         tensors |= {f"best.{name}": array for name, array in self.best.items()}
-        moments = [(name, m) for name, m in tree_flatten(self.optimizer.state) if name not in ("step", "learning_rate")]
-        return tensors | {f"optimizer.{name}": np.array(moment) for name, moment in moments}
+        for name in self.tuning.trained:
+            tensors |= {f"moment.{kind}.{name}": np.array(m) for kind, m in self.optimizer.state[name].items()}
+        return tensors
 
     def restore(self, saved: tuple[Progress, Tensors]) -> Progress:
         progress, tensors = saved
-        parts: dict[str, list[tuple[str, mx.array]]] = {"factor": [], "optimizer": []}
+        factors: Tensors = {}
         for key, array in tensors.items():
-            kind, _, name = key.partition(".")
-            if kind == "best":
-                self.best[name] = array
+            part, _, name = key.partition(".")
+            if part == "moment":
+                kind, _, name = name.partition(".")
+                self.optimizer.state[name][kind] = mx.array(array)
             else:
-                parts[kind].append((name, mx.array(array)))
-        self.model.update(tree_unflatten(parts["factor"]))
-        moments = tree_unflatten(parts["optimizer"])
-        step, rate = mx.array(progress.step, mx.uint64), mx.array(self.rate(max(1, progress.step)))
-        self.optimizer.state = {**moments, "step": step, "learning_rate": rate}
+                (self.best if part == "best" else factors)[name] = array
+        self.tuning.update(factors)
+        self.optimizer.state["step"] = mx.array(progress.step, mx.uint64)
+        self.optimizer.state["learning_rate"] = mx.array(self.rate(max(1, progress.step)))
         return progress
 
     def restore_best(self) -> None:
-        if self.best:
-            self.model.update(tree_unflatten([(name, mx.array(array)) for name, array in self.best.items()]))
-        mx.eval(self.model.trainable_parameters())
+        self.tuning.update(self.best)
         mx.clear_cache()
 
 

@@ -81,26 +81,26 @@ def test_three_tasks_are_learned_merged_scored_and_reported(tiny_llama, tasks, t
 
 def test_the_state_is_what_algorithm_1_makes_of_the_tuned_factors(tiny_llama, tasks, tmp_path, monkeypatch):
     """The factors that training starts from and ends with are caught, and merged again by hand."""
-    from mbf_mlx import learn
+    from mbf_mlx.methods.slao import Slao
 
-    seen = []
+    def copied(factors):
+        return {name: (np.array(a), np.array(b)) for name, (a, b) in factors.items()}
 
-    def caught(model, factors):
-        seen.append({name: (np.array(a), np.array(b)) for name, (a, b) in factors.items()})
-        return write(model, factors)
+    def starting(method, state):
+        starts.append(copied(start(method, state)))
+        return start(method, state)
 
-    write, read, tuned = learn.write_factors, learn.read_factors, []
+    def finishing(method, state, factors):
+        after = finish(method, state, factors)
+        tuned.append(copied(factors))
+        deployed.append(copied(after.deployed))
+        return after
 
-    def reading(model):
-        factors = read(model)
-        tuned.append({name: (np.array(a), np.array(b)) for name, (a, b) in factors.items()})
-        return factors
-
-    monkeypatch.setattr(learn, "write_factors", caught)
-    monkeypatch.setattr(learn, "read_factors", reading)
+    start, finish, starts, tuned, deployed = Slao.start, Slao.finish, [], [], []
+    monkeypatch.setattr(Slao, "start", starting)
+    monkeypatch.setattr(Slao, "finish", finishing)
     stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LORA)
     stream.learn(*tasks, train=QUICK)
-    starts, deployed = seen[0::2], seen[1::2]
     for name in starts[0]:
         merged = tuned[0][name][1].astype(np.float64)
         np.testing.assert_array_equal(deployed[0][name][1], tuned[0][name][1])

@@ -14,6 +14,7 @@ from mbf_mlx.learn import load_learner  # noqa: E402
 from mbf_mlx.model import read_factors, write_factors  # noqa: E402
 from mbf_mlx.tasks import read_task  # noqa: E402
 from mbf_mlx.train import Progress, train  # noqa: E402
+from mbf_mlx.tuning import Tuning  # noqa: E402
 
 WORDS = ["red", "green", "blue", "small", "large", "cold", "warm", "old", "new", "round"]
 QUICK = TrainConfig(epochs=2, batch_size=4, learning_rate=5e-3, save_every="1")
@@ -40,7 +41,7 @@ class Bench:
     def run(self, config=QUICK, rows=None, valid=(), start=True, **options):
         if start:
             write_factors(self.base.model, self.start)
-        return train(self.base.model, self.engine, rows or self.rows, valid, config, **options)
+        return train(Tuning(self.base.model), self.engine, rows or self.rows, valid, config, **options)
 
     def factors(self):
         return {name: (np.array(a), np.array(b)) for name, (a, b) in read_factors(self.base.model).items()}
@@ -143,7 +144,7 @@ def test_the_best_step_by_validation_is_kept_and_patience_ends_the_run(bench):
     assert losses[progress.best_step] == progress.best_loss
     assert progress.step == progress.best_step + 4
     name = next(iter(bench.start))
-    np.testing.assert_array_equal(saves[progress.best_step][f"factor.{name}.lora_b"].T, bench.factors()[name][1])
+    np.testing.assert_array_equal(saves[progress.best_step][f"factor.{name}.b"], bench.factors()[name][1])
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_rows(bench):

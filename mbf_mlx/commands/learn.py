@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Base, Config, Json, Quantize, lora_of
+from mbf_mlx.commands.options import Base, Config, Json, Quantize, lora_of, options_of
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 
@@ -32,6 +32,9 @@ def learn(
     quantize: Quantize = 0,
     name: Annotated[str | None, typer.Option(help="The task's name, in place of its file's (one task only).")] = None,
     method: Annotated[str | None, _option("--method", "Continual method.", _NEW, "slao")] = None,
+    method_options: Annotated[
+        str | None, _option("--method-options", "The method's own, by comma: start_a=keep,weight=0.5.", _NEW)
+    ] = None,
     rank: Annotated[int | None, _option("--rank", "Rank of the factors.", _NEW, _LORA.rank)] = None,
     scale: Annotated[float | None, _option("--scale", "delta = scale * B @ A.", _NEW, _LORA.scale)] = None,
     keys: Annotated[
@@ -121,6 +124,7 @@ def learn(
         stream,
         base=model,
         method=method,
+        method_options=options_of(method_options),
         lora=lora_of(rank=rank, scale=scale, keys=keys, num_layers=num_layers, dropout=dropout),
         template=template,
         seed=seed,
@@ -188,6 +192,9 @@ def shown() -> Iterator[Any]:
 
         def scoring(self, name: str, done: int, total: int) -> None:
             self.bar(f"scoring {name}", total, "rows")(done)
+
+        def measuring(self, name: str, done: int, total: int) -> None:
+            self.bar(f"measuring {name}", total, "rows")(done)
 
         def note(self, message: str) -> None:
             console.warn(message)

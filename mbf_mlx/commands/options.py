@@ -1,6 +1,7 @@
 """Options that several commands share: `--config`, and reading its TOML file."""
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +47,26 @@ def lora_of(keys: str | None, **given: Any) -> LoRAConfig | None:
     if keys is not None:
         chosen["keys"] = tuple(key.strip() for key in keys.split(",") if key.strip())
     return LoRAConfig(**chosen) if chosen else None
+
+
+def options_of(text: str | None) -> dict[str, Any] | None:
+    """Return a method's options from "key=value,key=value"; values are JSON where they can be read so, else words.
+
+    Raises:
+        InputError: a part without a key or a value.
+    """
+    if text is None:
+        return None
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not key or not equals or not value:
+            raise InputError(f"--method-options: expected KEY=VALUE,KEY=VALUE, got {part.strip()!r}")
+        try:
+            found[key.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            found[key.replace("-", "_")] = value
+    return found
 
 
 Config = Annotated[

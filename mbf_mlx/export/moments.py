@@ -12,21 +12,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mbf_mlx.conclude import Watching
+
 BUDGET_BYTES = 384 << 20  # of matrices at a time
 TOKENS = 1024  # of one forward pass
-
-
-class _Watching(nn.Module):
-    """Stands in for a layer, computes what it computes and notes its inputs."""
-
-    def __init__(self, layer: nn.Module, note: Callable[[mx.array], None]) -> None:
-        super().__init__()
-        self.layer = layer
-        self._note = note
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self._note(x)
-        return self.layer(x)
 
 
 def moments(
@@ -80,7 +69,7 @@ def _one_pass(
 
         return note
 
-    model.update_modules(tree_unflatten([(name, _Watching(layer, watch(name))) for name, layer in layers.items()]))
+    model.update_modules(tree_unflatten([(name, Watching(layer, watch(name))) for name, layer in layers.items()]))
     try:
         for tokens, real in _batches(rows):
             mask, last = mx.array(real.reshape(-1, 1)), None

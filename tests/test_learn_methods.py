@@ -1,0 +1,234 @@
+"""Every continual method learns through the real way of learning, and what takes part in training does what it says."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mbf_mlx import methods
+from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
+from mbf_mlx.encode import Encoder
+from mbf_mlx.events import Events
+from mbf_mlx.methods import empty_state, make
+from mbf_mlx.tasks import read_task
+from tests.test_learn import arrays, assert_same
+from tests.test_train import rows_of
+
+mx = pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
+
+from mbf_mlx import Stream  # noqa: E402
+from mbf_mlx.batches import make_batch  # noqa: E402
+from mbf_mlx.conclude import conclude, input_grams, squared_gradients, with_extra  # noqa: E402
+from mbf_mlx.learn import load_learner  # noqa: E402
+from mbf_mlx.train import train  # noqa: E402
+from mbf_mlx.tuning import Tuning  # noqa: E402
+
+LORA = LoRAConfig(rank=2)
+QUICK = TrainConfig(iters=2, batch_size=4, learning_rate=5e-3)
+ALL = [(name, {}) for name in methods.names()] + [
+    ("products", {"metric": "inputs"}),
+    ("products", {"rank": 3}),
+    ("slao", {"train": "a", "start_a": "keep", "merged": "a"}),
+    ("nmt-lora", {"modules": "all"}),
+    ("ties", {"memory": "exact"}),
+    ("replay", {"method": "inclora", "bytes": 2000}),
+]
+
+
+@pytest.fixture(scope="module")
+def learner(tiny_llama):
+    """One tiny Llama for all methods; every task writes all of its factors."""
+    return load_learner(tiny_llama, LORA)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    import json
+
+    folder = tmp_path_factory.mktemp("tasks")
+    for number in range(3):
+        for split, count, seed in (("train", 8, number), ("test", 3, 10 + number)):
+            path = folder / f"task{number}" / f"{split}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(count, seed)))
+    return [folder / f"task{number}" for number in range(3)]
+
+
+@pytest.fixture(scope="module")
+def encoded(learner, tasks):
+    task = read_task(tasks[0])
+    return Encoder(learner.tokenizer, DataConfig()).all(task.train, task.path)
+
+
+@pytest.fixture
+def open_stream(tmp_path, tiny_llama, learner, monkeypatch):
+    """`open_stream(name, options)`: a new stream that uses the one loaded model."""
+    import mbf_mlx.learn
+
+    monkeypatch.setattr(mbf_mlx.learn, "load_learner", lambda *_: learner)
+
+    def open_stream(name, options=None, folder="s"):
+        return Stream.open(tmp_path / folder, base=str(tiny_llama), method=name, method_options=options, lora=LORA)
+
+    return open_stream
+
+
+@pytest.mark.parametrize(("name", "options"), ALL, ids=lambda value: str(value))
+def test_every_method_learns_three_tasks_and_keeps_as_much_as_it_says(name, options, open_stream, tasks, tmp_path):
+    stream, sizes = open_stream(name, options), []
+    for task in tasks:
+        (record,) = stream.learn(task, train=QUICK)
+        assert record.steps == 2 and record.scores[-1] is not None
+        sizes.append(stream.status()["kept_bytes"])
+    document = Stream.open(tmp_path / "s").status()
+    assert [len([v for v in row if v is not None]) for row in document["scores"]] == [1, 2, 3]
+    assert document["method"] == name
+    assert (sizes[2] > sizes[1]) == make(name, options).grows, sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("c-lora", {}), ("lorac", {"freeze": 0.3}), ("replay", {"bytes": 4000})],
+    ids=lambda value: str(value),
+)
+def test_a_killed_run_of_a_method_with_hooks_goes_on_to_the_same_bits(name, options, open_stream, tasks):
+    class Killed(Events):
+        def step(self, name, step, peak_memory):
+            if name == "task1" and step.step == 3:
+                raise KeyboardInterrupt
+
+    config = dataclasses.replace(QUICK, iters=4, save_every="1")
+    whole, cut = open_stream(name, options), open_stream(name, options, "cut")
+    whole.learn(*tasks[:2], train=config)
+    with pytest.raises(KeyboardInterrupt):
+        cut.learn(*tasks[:2], train=config, events=Killed())
+    assert cut.folder.interrupted() == {"task": "task1", "step": 2}
+    cut.learn(*tasks[:2], train=config)
+    assert_same(arrays(cut), arrays(whole))
+
+
+def two_tasks(name, options, learner, encoded, config=QUICK):
+    """The state after one task, and the tuning of the second one as training left it."""
+    method, state = make(name, options), empty_state(learner.layers, LORA.rank)
+    for last in (False, True):
+        tuning = Tuning(learner.base.model, method, state)
+        train(tuning, learner.engine, with_extra(method, state, encoded), [], config)
+        if last:
+            return method, state, tuning
+        state = conclude(method, state, tuning, learner.engine, encoded)
+    raise AssertionError
+
+
+def test_a_factor_whose_rate_is_0_stays_to_the_bit_and_half_the_rate_goes_half_as_far(learner, encoded):
+    _, state, tuning = two_tasks("frozen-a", {}, learner, encoded)
+    for layer, pair in tuning.named().items():
+        np.testing.assert_array_equal(pair.a, state.deployed[layer].a)
+        assert not np.array_equal(pair.b, state.deployed[layer].b)
+    config, moved = dataclasses.replace(QUICK, iters=1, max_grad_norm=0.0), {}
+    for rate in (0.5, 0.999999):
+        method, state, tuning = two_tasks("products", {"rate_a": rate}, learner, encoded, config)
+        start = method.start(state)
+        moved[rate] = np.concatenate([(pair.a - start[n].a).ravel() for n, pair in tuning.named().items()])
+    np.testing.assert_allclose(2 * moved[0.5], moved[0.999999], rtol=0.01, atol=1e-6)
+
+
+def test_a_penalty_takes_part_in_every_step(learner, encoded):
+    def distance(strength):
+        _, state, tuning = two_tasks("l2", {"strength": strength}, learner, encoded, config)
+        pairs = tuning.named()
+        return sum(float(np.square(x - y).sum()) for n in pairs for x, y in zip(pairs[n], state.deployed[n]))
+
+    config = dataclasses.replace(QUICK, iters=12, max_grad_norm=0.0)
+    assert distance(1e5) < 0.5 * distance(0.0)
+
+
+def test_the_model_applies_the_effective_pairs_and_gradients_go_through_them(learner, encoded):
+    """Along a random direction the loss changes as its gradient says, for what trains in C-LoRA and LoRAC."""
+    batch = make_batch(encoded, range(4))
+    for name in ("c-lora", "lorac", "inclora"):
+        method, state, tuning = two_tasks(name, {}, learner, encoded)
+        tuned = tuning.named()
+        expected = method.effective(tuned, state)
+        model_pairs = {n: (np.array(la.lora_a).T, np.array(la.lora_b).T) for n, la in tuning._layers.items()}
+        for layer, pair in expected.items():
+            for x, y in zip(pair, model_pairs[layer], strict=True):
+                np.testing.assert_allclose(x, y, atol=1e-6)
+
+        def loss(changed, tuning=tuning):
+            tuning.apply(changed)
+            return learner.engine.loss_sum(batch)
+
+        generator = np.random.default_rng(0)
+        along = {n: mx.array(generator.normal(size=a.shape).astype(np.float32)) for n, a in tuning.arrays.items()}
+        gradient = mx.grad(loss)(tuning.arrays)
+        said = sum(float((gradient[n] * along[n]).sum()) for n in along)
+        step = 2e-3
+        ahead, behind = (
+            float(loss({n: a + sign * step * along[n] for n, a in tuning.arrays.items()})) for sign in (1, -1)
+        )
+        assert said == pytest.approx((ahead - behind) / (2 * step), rel=0.02, abs=2e-2), name
+        tuning.apply(tuning.arrays)
+
+
+def test_squared_gradients_are_the_mean_over_rows(learner, encoded):
+    method, state = make("ewc"), empty_state(learner.layers, LORA.rank)
+    tuning = Tuning(learner.base.model, method, state)
+    seen = []
+    found = squared_gradients(tuning, learner.engine, encoded[:3], lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    layer = next(iter(found))
+    by_hand = 0.0
+    for index in range(3):
+        batch = make_batch(encoded, [index])
+
+        def loss(b, batch=batch):
+            tuning.apply({f"{layer}.b": b})
+            return learner.engine.loss_sum(batch) / len(batch.targets)
+
+        by_hand = by_hand + np.array(mx.grad(loss)(tuning.arrays[f"{layer}.b"])) ** 2 / 3
+    tuning.apply(tuning.arrays)
+    assert by_hand.any()
+    np.testing.assert_allclose(found[layer].b, by_hand, rtol=1e-4, atol=1e-9)
+
+
+def test_input_grams_count_every_read_token_once_and_no_padding(learner, encoded, tolerance):
+    model, generator = learner.base.model, np.random.default_rng(0)
+    Tuning(model, make("slao"), empty_state(learner.layers, LORA.rank))
+    directions = {n: generator.normal(size=(3, inner)).astype(np.float32) for n, (_, inner) in learner.layers.items()}
+    found = input_grams(model, learner.engine, encoded, directions)
+    assert set(found) == set(learner.layers)
+    # The first block's input, by hand: embeddings through the first norm.
+    block = model.layers[0]
+    layer = next(name for name in directions if name.endswith("layers.0.self_attn.q_proj"))
+    total, count = np.zeros((3, 3)), 0
+    for row in encoded:
+        read = row.tokens[: np.flatnonzero(row.supervised)[-1]]
+        x = np.array(block.input_layernorm(model.model.embed_tokens(mx.array(read)))).astype(np.float64)
+        seen = x @ directions[layer].T.astype(np.float64)
+        total, count = total + seen.T @ seen, count + len(read)
+    np.testing.assert_allclose(found[layer], total / count, **tolerance("gradients"))
+    assert all(type(module).__name__ == "LoRALinear" for module in (block.self_attn.q_proj, block.self_attn.v_proj))
+
+
+def test_the_options_of_a_method_come_from_the_command_line():
+    from mbf_mlx.commands.options import options_of
+    from mbf_mlx.errors import InputError
+
+    assert options_of(None) is None
+    assert options_of("start=merged, basis=balanced,exponent=0.7,rate-a=1") == {
+        "start": "merged",
+        "basis": "balanced",
+        "exponent": 0.7,
+        "rate_a": 1,
+    }
+    with pytest.raises(InputError, match=r"--method-options: expected KEY=VALUE,KEY=VALUE, got 'merged'"):
+        options_of("start=merged,merged")
+
+
+@pytest.mark.parametrize(("name", "said"), [("replay", True), ("ewc", False)])
+def test_status_says_where_rows_are_kept(name, said, open_stream, tasks):
+    from mbf_mlx.report import summary
+
+    stream = open_stream(name)
+    stream.learn(tasks[0], train=QUICK)
+    assert any("rows of its tasks are kept" in line for line in summary(stream.status())) == said
