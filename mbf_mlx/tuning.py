@@ -36,7 +36,7 @@ class Tuning:
         hooked = hasattr(self.method, "effective") or hasattr(method, "penalty")
         self._state: Any = state.to(mx) if hooked and state is not None else state
         self._layers = lora_layers(model)
-        shares = getattr(self.method, "rates", lambda _: {})(state)
+        shares: dict[str, float] = getattr(self.method, "rates", lambda _: {})(state)
         self.arrays = _flat(start)
         self.rates = {name: float(shares.get(name.rpartition(".")[2], 1.0)) for name in self.arrays}
         penalty = getattr(self.method, "penalty", lambda *_: None)
