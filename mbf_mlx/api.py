@@ -9,12 +9,13 @@ stream.export("mlx", "assistant-fused")
 import hashlib
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbf_mlx import adapter, backend, metrics
-from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig
+from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig
 from mbf_mlx.encode import Encoder
 from mbf_mlx.errors import InputError
 from mbf_mlx.events import Events
@@ -268,7 +269,7 @@ class Stream:
         backend.setup()
         from mbf_mlx.serving import Speaker
 
-        return Speaker(self.folder, self._base_folder())
+        return Speaker(self.folder, self.base_folder())
 
     def generate(
         self, messages: str | list[dict[str, str]], *, max_tokens: int = 256, **sampling: Any
@@ -281,6 +282,23 @@ class Stream:
             sampling: `temp` and `top_p` as mlx-lm has them, `seed`; greedy without.
         """
         yield from self.speaker().answer(messages, max_tokens=max_tokens, **sampling)
+
+    def serving(
+        self, config: ServeConfig | None = None, *, fused: str | Path | None = None, say: Callable[[str], None] = print
+    ) -> AbstractContextManager[Any]:
+        """Return a block inside which `server.serve_forever()` answers OpenAI clients; see `mbf_mlx.server.serving`.
+
+        Args:
+            config: Where it listens and how much it takes on.
+            fused: An mlx export of this stream, served in place of base and adapter.
+            say: Takes one line for whoever runs the server.
+        """
+        backend.setup()
+        from mbf_mlx.server import serving
+
+        return serving(
+            self.folder, self.base_folder(), config or ServeConfig(), fused=Path(fused) if fused else None, say=say
+        )
 
     def export(self, target: str, out: str | Path, **options: Any) -> dict[str, Any]:
         """Write the deployed model or adapter as `target` to `out`; see `mbf_mlx.export`."""
@@ -308,17 +326,18 @@ class Stream:
                 num_layers=identity.num_layers,
                 dropout=identity.dropout,
             )
-            source = self._base_folder()
+            source = self.base_folder()
             self._learner = load_learner(source.path, lora, self._keep_quantized)
         return self._learner
 
-    def _base_folder(self) -> "BaseFolder":
+    def base_folder(self) -> "BaseFolder":
         """Return where the stream's own base model is.
 
         Raises:
-            InputError: it is not where it was, or another model is.
+            InputError: it is not where it was, another model is, or it has another chat template now.
         """
         from mbf_mlx.fingerprint import fingerprint
+        from mbf_mlx.outline import check_template
 
         own = self.folder.identity.base
         try:
@@ -336,6 +355,7 @@ class Stream:
                 f"{source.path} is not the base model of {self.folder.path}: expected {own.name} with fingerprint"
                 f" {own.fingerprint[:12]}, got {found[:12]}\nhint: --model names the base that the stream was made with"
             )
+        check_template(source.path, self.folder.identity.template_sha256, self.folder.path)
         return source
 
     def _check_fixed(

@@ -115,6 +115,39 @@ class LearnConfig:
             _check(self, name, _is_count(getattr(self, name), 0), "a whole number of at least 0 (all)")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Where a server listens and how much it takes on; names and defaults are mlx_lm.server's where it has them."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080  # 0: any free one
+    max_tokens: int = 512  # of an answer, where a request says nothing
+    temp: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_request_bytes: int = 4_000_000  # mlx-lm reads whatever is sent
+    decode_concurrency: int = 32  # answers written at the same time
+    prompt_concurrency: int = 8  # prompts read at the same time
+    prefill_step_size: int = 2048  # tokens of a prompt read at once
+    prompt_cache_size: int = 10  # conversations remembered
+    prompt_cache_bytes: int | None = None  # most bytes of them
+    allowed_origins: tuple[str, ...] = ()  # web pages that may ask; mlx-lm's default is all of them
+
+    def __post_init__(self) -> None:
+        counts = ["max_tokens", "max_request_bytes", "decode_concurrency", "prompt_concurrency", "prefill_step_size"]
+        for name in [*counts, "prompt_cache_size", "prompt_cache_bytes"]:
+            value = getattr(self, name)
+            unset = value is None and name == "prompt_cache_bytes"
+            _check(self, name, unset or _is_count(value, 1), "a whole number of at least 1")
+        _check(self, "port", _is_count(self.port, 0) and self.port < 1 << 16, "0 to 65535")
+        _check(self, "temp", _is_number(self.temp) and self.temp >= 0, "a number of at least 0")
+        _check(self, "top_k", _is_count(self.top_k, 0), "a whole number of at least 0")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            _check(self, name, _is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
+
+
 def settings_of(config: object) -> dict[str, object]:
     """Return a settings object as plain values that JSON keeps."""
     values = {each.name: getattr(config, each.name) for each in fields(config)}  # type: ignore[arg-type]

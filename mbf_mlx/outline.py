@@ -1,5 +1,6 @@
 """What a model folder says of itself, read from its files alone: layers and their shapes, the chat template. No mlx."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -51,6 +52,39 @@ def chosen_layers(folder: Path, keys: Iterable[str], num_layers: int) -> tuple[L
         available = sorted({key.rpartition(".")[2] for _, key, _ in found})
         raise InputError(f"keys: no layer called {', '.join(unknown)}; expected of {', '.join(available)}")
     return layers, blocks
+
+
+def check_template(folder: Path, sha256: str, stream: Path) -> None:
+    """Refuse a model folder whose chat template is not the one that a stream was taught with.
+
+    Args:
+        folder: A local model folder.
+        sha256: Of the stream's template, "" or that of no text where it was taught without.
+        stream: Where the stream is, for the message.
+
+    Raises:
+        InputError: its template is another one, or gone.
+    """
+    text = template_text(folder)
+    found = _sha256(text or "")
+    if sha256 in ("", _sha256(""), found) or (text is None and _has_several_templates(folder)):
+        return
+    raise InputError(
+        f"{folder}: its chat template is not the one that {stream} was taught with: expected sha256 {sha256[:12]},"
+        f" got {found[:12] if text else 'no template'}"
+        "\nhint: put the tokenizer's files back as they were; --model names another copy of the base"
+    )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _has_several_templates(folder: Path) -> bool:
+    try:
+        return isinstance(json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template"), list)
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def template_text(folder: Path) -> str | None:

@@ -25,7 +25,7 @@ PACKAGE = ROOT / "mbf_mlx"
 LAYERS = [
     ["commands"],
     ["api"],
-    ["learn", "exchange", "export", "report", "serving"],
+    ["learn", "exchange", "export", "report", "serving", "server", "server_handler"],
     ["train", "evaluate"],
     ["model", "engine"],
     ["stream", "backend"],

@@ -1,10 +1,17 @@
+import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from mbf_mlx import commands
 from mbf_mlx.config import LoRAConfig, TrainConfig
+from mbf_mlx.errors import InputError
+from mbf_mlx.methods import make
 from tests.conftest import ROOT
+from tests.streams import record
 from tests.test_train import rows_of
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
@@ -17,8 +24,6 @@ PROMPTS = ["red cold old new", "tell me of the train to the coast"]
 @pytest.fixture(scope="module")
 def taught(tiny_llama, tmp_path_factory):
     """A stream that has learned one small task so well that its answers differ from the base's."""
-    import json
-
     folder = tmp_path_factory.mktemp("taught")
     (folder / "words").mkdir()
     for split, count in (("train", 16), ("test", 4)):
@@ -29,26 +34,28 @@ def taught(tiny_llama, tmp_path_factory):
     return stream
 
 
-def run(*words, **options):
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, **options)
+def mbf(*words, typed=""):
+    """Run a command in this process."""
+    return CliRunner().invoke(commands.app, [str(word) for word in words], input=typed)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_mlx_lm_generate_gives_the_same_text_as_mbf_generate(taught, tiny_llama, prompt):
-    path = taught.folder.path
-    ours = run("cli.py", "generate", path, prompt, "--max-tokens", 20)
-    assert ours.returncode == 0, ours.stderr
+def test_mlx_lm_generate_gives_the_same_text_as_mbf_generate(taught, tiny_llama):
+    path, prompt = taught.folder.path, PROMPTS[1]
+    ours = mbf("generate", path, prompt, "--max-tokens", 20)
+    assert ours.exit_code == 0, ours.stderr
     words = ["--model", tiny_llama, "--adapter-path", path / "adapter", "--prompt", prompt]
-    theirs = run("-m", "mlx_lm", "generate", *words, "--max-tokens", 20, "--temp", 0, "--verbose", False)
+    words += ["--max-tokens", 20, "--temp", 0, "--verbose", False]
+    command = [sys.executable, "-m", "mlx_lm", "generate", *map(str, words)]
+    theirs = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert theirs.returncode == 0, theirs.stderr
     assert ours.stdout.strip() == theirs.stdout.strip() != ""
 
 
 def test_generate_reads_a_prompt_from_stdin(taught):
-    piped = run("cli.py", "generate", taught.folder.path, "-", "--max-tokens", 8, input=PROMPTS[0])
-    assert piped.stdout == run("cli.py", "generate", taught.folder.path, PROMPTS[0], "--max-tokens", 8).stdout
-    empty = run("cli.py", "generate", taught.folder.path, "-", input=" \n")
-    assert empty.returncode == 1 and "error: prompt: expected some text, got none" in empty.stderr
+    piped = mbf("generate", taught.folder.path, "-", "--max-tokens", 8, typed=PROMPTS[0])
+    assert piped.stdout == mbf("generate", taught.folder.path, PROMPTS[0], "--max-tokens", 8).stdout
+    empty = mbf("generate", taught.folder.path, "-", typed=" \n")
+    assert empty.exit_code == 1 and "error: prompt: expected some text, got none" in empty.stderr
 
 
 def test_a_conversation_answers_as_if_it_were_read_anew_each_time(taught):
@@ -72,16 +79,35 @@ def test_sampling_follows_its_seed(taught):
 
 
 def test_chat_talks_until_the_input_ends(taught):
-    done = run(
-        "cli.py", "chat", taught.folder.path, "--max-tokens", 8, input="red cold old new\n/new\n\nred cold old new\n"
-    )
-    assert done.returncode == 0, done.stderr
+    typed = "red cold old new\n/new\n\nred cold old new\n"
+    done = mbf("chat", taught.folder.path, "--max-tokens", 8, typed=typed)
+    assert done.exit_code == 0, done.stderr
     answers = [line.replace("> ", "") for line in done.stdout.splitlines() if line.replace("> ", "").strip()]
     assert len(answers) == 2 and answers[0] == answers[1]
-    assert "with the adapter of 1 task" in done.stderr
 
 
 def test_a_prompt_or_setting_that_does_not_fit_is_one_clear_error(taught):
-    done = run("cli.py", "generate", taught.folder.path, "hi", "--temp", "-1")
-    assert done.returncode == 1
+    done = mbf("generate", taught.folder.path, "hi", "--temp", "-1")
+    assert done.exit_code == 1
     assert done.stderr == "error: expected --max-tokens of at least 1, --temp of at least 0, --top-p in [0, 1]\n"
+
+
+def test_an_adapter_that_changes_nothing_is_noticed_before_the_first_answer(tiny_llama, tmp_path):
+    stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LoRAConfig(rank=4))
+    assert "as it is: nothing was learned yet" in stream.speaker().proof
+    method = make("slao")
+    with stream.folder.writer():
+        state = stream.folder.state()
+        stream.folder.commit(method.finish(state, method.start(state)), record(1), str(tiny_llama), {})
+    with pytest.raises(InputError, match="the adapter changes no logits of .*: it would answer as the base does"):
+        stream.speaker()
+
+
+def test_a_base_whose_chat_template_was_changed_is_refused(tiny_llama, tmp_path):
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    stream = Stream.open(tmp_path / "s", base=str(base), lora=LoRAConfig(rank=4))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "chat_template.jinja").write_text(settings["chat_template"].replace("assistant", "model"))
+    for use in (stream.speaker, stream.serving, stream.base_folder):
+        with pytest.raises(InputError, match="its chat template is not the one that .* was taught with"):
+            use()

@@ -78,20 +78,12 @@ def run(job: Job, target: str) -> dict[str, Any]:
 
 
 def _job(stream: Any, out: Path, *, calibration: Path | None, **options: Any) -> Job:
-    from mbf_mlx import fingerprint, sources
     from mbf_mlx.export.card import About, read_base_card
 
     identity, state = stream.folder.identity, stream.folder.state()
     if not state.t:
         raise InputError(f"{stream.folder.path}: nothing to export: it has learned no task")
-    base = sources.resolve_base(stream.base_path)
-    found = fingerprint.fingerprint(base.path)
-    if found != identity.base.fingerprint:
-        raise InputError(
-            f"{base.path} is not the base model of {stream.folder.path}: expected fingerprint "
-            f"{identity.base.fingerprint[:12]}, got {found[:12]}"
-            "\nhint: --model names the base that the stream was made with"
-        )
+    base = stream.base_folder()
     licence, original = read_base_card(base.path)
 
     def read_rows() -> ExportRows:
