@@ -74,10 +74,6 @@ class Tuning:
             layer: kind(*(found[f"{layer}.{field}"] for field in kind._fields)) for layer, kind in self.kinds.items()
         }
 
-    def load(self, tuned: dict[str, Any]) -> None:
-        """Take what another training of the same start has left."""
-        self.update(_flat(tuned))
-
     def _named(self, arrays: Arrays | None = None) -> Factors:
         values = self.arrays | (arrays or {})
         return {

@@ -25,6 +25,7 @@ PACKAGE = ROOT / "mbf_mlx"
 LAYERS = [
     ["commands"],
     ["api"],
+    ["experiment"],
     ["learn", "exchange", "export", "report", "serving", "server", "server_handler"],
     ["train", "evaluate"],
     ["model", "engine"],
@@ -38,7 +39,7 @@ LAYERS = [
 WITHOUT_MLX = [
     "errors", "config", "reference", "metrics", "storage", "records", "machine", "blas", "methods", "tasks", "encode",
     "batches", "adapter", "stream", "working", "backend", "events", "exchange", "export.peft", "export.gguf_adapter",
-    "commands",
+    "results", "experiment_file", "suites", "commands",
 ]  # fmt: skip
 
 

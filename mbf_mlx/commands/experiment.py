@@ -1,0 +1,111 @@
+"""`mbf experiment`: methods, orders and seeds on sequences of tasks, from one file into one table."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mbf_mlx.commands import console
+from mbf_mlx.commands.options import Json
+
+if TYPE_CHECKING:
+    from mbf_mlx.results import Row
+
+
+def experiment(
+    file: Annotated[Path, typer.Argument(help="TOML: base, tasks, orders, methods, seeds, settings.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the results. [default: NAME-results for NAME.toml]")
+    ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option("--tasks", help="Folder of the tasks, in place of the file's own.")
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Run nothing: the table of the cells that are finished.")
+    ] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    json: Json = False,
+) -> None:
+    """Run methods x task orders x seeds (x settings) and compare them in one table.
+
+    Cells run one after another; a finished one is never run again, and a killed run goes on where it was.
+
+    Example: mbf experiment benchmarks/experiments/first.toml --markdown
+    """
+    from mbf_mlx.experiment_file import read_plan
+
+    plan = read_plan(file, tasks)
+    folder = out if out is not None else Path(f"{plan.name}-results")
+    for name, task in plan.tasks.items():
+        for warning in task.warnings:
+            console.warn(f"{name}: {warning}")
+    if show:
+        from mbf_mlx.results import read_results
+
+        rows = read_results(folder)
+    else:
+        rows = _run(plan, folder)
+    _print(plan.name, rows, json, markdown)
+
+
+def _run(plan: Any, folder: Path) -> "list[Row]":
+    from filelock import FileLock, Timeout
+
+    from mbf_mlx.errors import InputError
+    from mbf_mlx.experiment import Experiment, Watch
+
+    class Shown(Watch):
+        """One bar over all cells; its unit is a task learned in a cell."""
+
+        def __init__(self, update: Any, total: int) -> None:
+            self.update, self.total, self.done, self.begun, self.what = update, total, 0, 0, ""
+
+        def cell(self, number: int, cell: Any, task: int) -> None:
+            setting = f" [{cell.setting}]" if cell.setting else ""
+            self.what = f"{cell.label}{setting}, {cell.order}, seed {cell.seed}, {cell.tasks[task]}"
+            self.done = self.begun
+            self.begun += 1
+            self.update(self.done, now=self.what)
+
+        def step(self, name: str, step: Any, peak_memory: int) -> None:
+            self.update(self.done, now=self.what, step=f"{step.step}/{step.steps}", loss=step.loss)
+
+        def measuring(self, name: str, done: int, total: int) -> None:
+            self.update(self.done, now=self.what, measuring=f"{done}/{total}")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", blocking=False):
+            experiment = Experiment(plan, folder, Watch())
+            missing = experiment.missing()
+            total = sum(len(cell.tasks) for cell in missing)
+            console.err.print(f"{len(plan.cells)} cells, {len(plan.cells) - len(missing)} of them finished: {folder}")
+            if not missing:
+                return experiment.rows()
+            with console.progress("experiment", total, "tasks") as update:
+                experiment.watch = Shown(update, total)
+                rows = experiment.run()
+                update(total)
+            return rows
+    except Timeout:
+        raise InputError(f"{folder}: another mbf experiment is writing here\nhint: wait for it, or --out") from None
+
+
+def _print(name: str, rows: "list[Row]", json: bool, markdown: bool) -> None:
+    from mbf_mlx import results
+
+    if json:
+        console.print_json(results.document(name, rows))
+        return
+    lines = results.table(rows)
+    if markdown:
+        console.out.print(results.markdown(lines, console.size, console.duration))
+        return
+    from rich.table import Table
+
+    shown = Table(title=f"{name}: points of percent, mean ± deviation over seeds", title_justify="left")
+    for number, head in enumerate(results.heads()):
+        shown.add_column(head, justify="left" if number < 2 else "right", no_wrap=True)
+    for line in lines:
+        shown.add_row(*results.cells_of(line, console.size, console.duration))
+    console.out.print(shown)

@@ -1,0 +1,257 @@
+"""An experiment's file: methods x orders x seeds x settings, checked whole before anything runs.
+
+    base = "smollm2-135m-instruct"
+    tasks = "tasks"                      # the folder that the names in an order stand in; from this file's folder
+    seeds = [0, 1, 2]
+    train_rows = 320                     # of each task, drawn once for all cells; 0 is all
+    [orders]
+    first = ["mail", "notes", "diary"]
+    [train]                              # and [lora], [data]: as the flags of mbf learn
+    epochs = 1
+    [[methods]]
+    method = "products"
+    options = {exponent = 0.7}
+    [settings.slow]                      # every method also with these in place of the ones above
+    train = {learning_rate = 1e-4}
+
+`preset` names a published suite (suites.py), which gives orders, files, prompts and training; what the file says wins.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
+from mbf_mlx.errors import InputError
+from mbf_mlx.methods import make
+from mbf_mlx.suites import SUITES, Suite
+from mbf_mlx.tasks import Task, check_name, read_task
+
+Settings = TypeVar("Settings", LoRAConfig, TrainConfig, DataConfig)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodEntry(_Part):
+    """One line of the comparison."""
+
+    method: str
+    label: str = ""  # what the table calls it; by default the method and its options
+    options: dict[str, Any] = Field(default_factory=dict)
+    orders: list[str] | None = None  # those it is run on, of the file's; all by default
+    seeds: list[int] | None = None
+
+
+class Variant(_Part):
+    """Settings in place of the file's own."""
+
+    lora: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = Field(default_factory=dict)
+
+
+class ExperimentFile(_Part):
+    """What stands in the file."""
+
+    base: str
+    preset: str | None = None
+    tasks: str = "."
+    paths: dict[str, str] = Field(default_factory=dict)  # a task's name -> its file or folder below `tasks`
+    orders: dict[str, list[str]] = Field(default_factory=dict)
+    methods: list[MethodEntry] = Field(min_length=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
+    train_rows: int = Field(default=0, ge=0)
+    valid_rows: int | None = Field(default=0, ge=0)  # to choose the best step by; 0 is none
+    test_rows: int = Field(default=0, ge=0)
+    score_on: Literal["test", "valid"] = "test"  # "valid" to choose settings without looking at test rows
+    metric: Literal["auto", "exact_match", "rouge_l", "loss"] | None = None
+    forward_transfer: bool = True  # score the base model, and each task just before it is learned
+    lora: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Variant] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run: one method with one seed through one order."""
+
+    label: str
+    method: str
+    options: dict[str, Any]
+    setting: str  # "" where the file has one setting alone
+    order: str
+    tasks: tuple[str, ...]
+    seed: int
+    lora: LoRAConfig
+    train: TrainConfig
+    data: DataConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked experiment: every task read, every method made."""
+
+    name: str
+    file: ExperimentFile
+    tasks: dict[str, Task]
+    cells: tuple[Cell, ...]  # those that can share a training stand together
+
+
+def read_plan(path: Path, tasks: Path | None = None) -> Plan:
+    """Return what an experiment's file asks for.
+
+    Args:
+        path: The TOML file.
+        tasks: The folder of the tasks, in place of the file's own.
+
+    Raises:
+        InputError: with everything that does not fit: unknown keys, tasks that are missing or wrong, settings that
+            cannot be, methods and presets that do not exist.
+    """
+    file, suite = _read(path)
+    orders: dict[str, tuple[str, ...]] = {**suite.orders, **{n: tuple(o) for n, o in file.orders.items()}}
+    wanted = {name for entry in file.methods for name in entry.orders or orders}
+    problems = _order_problems(file, orders)
+    cells: list[Cell] = []
+    for number, entry in enumerate(file.methods):
+        try:
+            made = make(entry.method, entry.options)
+        except InputError as error:
+            problems.append(f"methods[{number}]: {error}")
+            continue
+        for setting, variant in (file.settings or {"": Variant()}).items():
+            try:
+                lora = _settings(LoRAConfig, "lora", {}, file.lora, variant.lora)
+                train = _settings(TrainConfig, "train", suite.train, file.train, variant.train)
+                data = _settings(DataConfig, "data", suite.data, file.data, variant.data)
+            except InputError as error:
+                if str(error) not in problems:
+                    problems.append(str(error))
+                continue
+            cells += [
+                Cell(
+                    label=entry.label or _label(entry),
+                    method=made.name,
+                    options=made.options,
+                    setting=setting,
+                    order=order,
+                    tasks=orders[order],
+                    seed=seed,
+                    lora=lora,
+                    train=replace(train, seed=seed),
+                    data=data,
+                )
+                for order in entry.orders or orders
+                if order in orders
+                for seed in entry.seeds or file.seeds
+            ]
+    problems += _repeated(cells)
+    root = tasks if tasks is not None else path.parent / file.tasks
+    names = dict.fromkeys(name for order in orders if order in wanted for name in orders[order])
+    read = _read_tasks(names, {**suite.paths, **file.paths}, root, problems, file.score_on)
+    if problems:
+        raise InputError("\n".join(f"{path}: {problem}" for problem in problems))
+    file = file.model_copy(update={"metric": file.metric or suite.metric})
+    cells.sort(key=lambda cell: (cell.setting, cell.order, cell.seed))
+    return Plan(name=path.stem, file=file, tasks=read, cells=tuple(cells))
+
+
+def _read(path: Path) -> tuple[ExperimentFile, Suite]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file\nhint: docs/experiments.md shows what an experiment's file holds"
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{path}: not readable as TOML: {error}") from error
+    try:
+        file = ExperimentFile.model_validate(document)
+    except ValidationError as error:
+        raise InputError("\n".join(f"{path}: {_said(each)}" for each in error.errors())) from error
+    if file.preset is not None and file.preset not in SUITES:
+        raise InputError(f"{path}: preset: expected one of {', '.join(SUITES)}, got {file.preset!r}")
+    return file, SUITES[file.preset] if file.preset else Suite(paths={}, orders={})
+
+
+def _said(error: Any) -> str:
+    """Return pydantic's error in our words: where, what is wrong, what was probably meant."""
+    *above, last = [str(part) for part in error["loc"]] or ["file"]
+    if error["type"] == "extra_forbidden":
+        kind: type[_Part] = ExperimentFile
+        if above:
+            kind = MethodEntry if above[0] == "methods" else Variant
+        return f"{'.'.join([*above, last])}: unknown setting{_near(last, kind.model_fields)}"
+    return f"{'.'.join([*above, last])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(known)}"
+
+
+def _settings(kind: type[Settings], part: str, *layers: dict[str, Any]) -> Settings:
+    """Return a settings object from dictionaries, later ones first in rank."""
+    values: dict[str, Any] = {name.replace("-", "_"): value for layer in layers for name, value in layer.items()}
+    known = [each.name for each in fields(kind)]
+    if part == "train" and "seed" in values:
+        raise InputError("train.seed: unknown setting; seeds stand in `seeds`")
+    for name in values:
+        if name not in known:
+            raise InputError(f"{part}.{name}: unknown setting{_near(name, known)}")
+    return kind(**values)
+
+
+def _order_problems(file: ExperimentFile, orders: dict[str, tuple[str, ...]]) -> list[str]:
+    problems = [] if orders else ["orders: expected at least one order of tasks, or a preset that has them"]
+    for name, tasks in orders.items():
+        if not tasks:
+            problems.append(f"orders.{name}: expected at least one task")
+        twice = sorted({task for task in tasks if tasks.count(task) > 1})
+        problems += [f"orders.{name}: {task} stands in it twice" for task in twice]
+    for number, entry in enumerate(file.methods):
+        for name in entry.orders or ():
+            if name not in orders:
+                problems.append(f"methods[{number}].orders: no order called {name}{_near(name, orders)}")
+    return problems
+
+
+def _label(entry: MethodEntry) -> str:
+    return " ".join([entry.method, *(f"{name}={value}" for name, value in entry.options.items())])
+
+
+def _repeated(cells: list[Cell]) -> list[str]:
+    seen: set[tuple[str, str, str, int]] = set()
+    twice = set()
+    for cell in cells:
+        place = (cell.label, cell.setting, cell.order, cell.seed)
+        if place in seen:
+            twice.add(cell.label)
+        seen.add(place)
+    return [f"methods: two of them, or two equal seeds, are called {label!r}; give each a label" for label in twice]
+
+
+def _read_tasks(
+    names: Iterable[str], paths: dict[str, str], root: Path, problems: list[str], score_on: str
+) -> dict[str, Task]:
+    found = {}
+    for name in names:
+        place = root / paths.get(name, name)
+        if not place.exists():
+            files = [place.with_name(place.name + suffix) for suffix in (".jsonl", ".csv", ".tsv", ".json")]
+            place = next((file for file in files if file.exists()), place)
+        try:
+            found[name] = read_task(place, name=check_name(name))
+            if score_on == "valid" and not found[name].valid:
+                problems.append(f"{place}: score_on is 'valid', and this task has no valid rows")
+        except InputError as error:
+            problems.append(str(error))
+    return found

@@ -1,0 +1,194 @@
+"""An experiment's results: one JSON line a cell, and the table that they make.
+
+A line that a killed run left half written is not read, and the next one starts anew behind it. Scores are in [0, 1],
+seconds are of training alone. Means over orders are taken seed by seed, then over seeds, with the sample standard
+deviation between seeds.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mbf_mlx import metrics
+from mbf_mlx.errors import InputError
+from mbf_mlx.metrics import Spread
+from mbf_mlx.storage import refusal
+
+RESULTS = "results.jsonl"
+Row = dict[str, Any]
+
+MEASURES = {
+    "average_accuracy": "AA",
+    "backward_transfer": "BWT",
+    "forgetting": "forgetting",
+    "forward_transfer": "FWT",
+    "newest": "newest",
+    "largest_disparity": "MOPD",
+    "average_disparity": "AOPD",
+}
+
+
+class Log:
+    """A JSONL file that is only ever added to; each line is on the disk when `add` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Row]:
+        """Return every whole line."""
+        rows = []
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue  # a killed run's last line
+        return [row for row in rows if isinstance(row, dict)]
+
+    def add(self, row: Row) -> None:
+        """Add one line.
+
+        Raises:
+            InputError: the disk is full, or the file cannot be written.
+        """
+        try:
+            with open(self.path, "a+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - 1))
+                torn = end and file.read(1) != b"\n"
+                file.write((b"\n" if torn else b"") + json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise refusal(error, self.path) from error
+
+
+def read_results(path: Path) -> list[Row]:
+    """Return the rows of a results folder or file, the newest of each cell.
+
+    Raises:
+        InputError: no results there.
+    """
+    file = path / RESULTS if path.is_dir() else path
+    rows = {(r["hash"], r["label"], r["order"]): r for r in Log(file).read() if "hash" in r and "scores" in r}
+    if not rows:
+        raise InputError(f"{path}: expected the results of an experiment ({RESULTS}), got none")
+    return list(rows.values())
+
+
+def measured(
+    scores: Sequence[Sequence[float | None]], before: Sequence[float | None] | None
+) -> dict[str, float | None]:
+    """Return a cell's own measures from its matrix and the base model's scores."""
+    square = [list(row[: t + 1]) for t, row in enumerate(scores)]
+    return {
+        "average_accuracy": metrics.average_accuracy(square).value,
+        "backward_transfer": metrics.backward_transfer(square).value,
+        "forgetting": metrics.forgetting(square).value,
+        "forward_transfer": metrics.forward_transfer(scores, before).value if before else None,
+        "newest": metrics.newest_score(square),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of the table: a method with a setting, on one order or over all of its orders."""
+
+    label: str
+    setting: str
+    order: str  # "all" over several
+    orders: int
+    seeds: int
+    cells: int
+    measures: dict[str, Spread]  # of MEASURES; disparities over orders alone
+    kept_bytes: int  # between tasks, at the end
+    grows: bool  # with the number of tasks
+    seconds: float  # of training, mean of a cell
+
+    @property
+    def name(self) -> str:
+        """What the line is called."""
+        return f"{self.label} [{self.setting}]" if self.setting else self.label
+
+
+def table(rows: Iterable[Row]) -> list[Line]:
+    """Return the table's lines: each method's orders, and behind several their mean."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["label"], row["setting"]), []).append(row)
+    lines = []
+    for (label, setting), group in groups.items():
+        orders = list(dict.fromkeys(row["order"] for row in group))
+        lines += [_line(label, setting, name, [row for row in group if row["order"] == name]) for name in orders]
+        if len(orders) > 1:
+            lines.append(_line(label, setting, "all", group))
+    return lines
+
+
+def _line(label: str, setting: str, order: str, group: list[Row]) -> Line:
+    seeds = sorted({row["seed"] for row in group})
+    by_seed = [[row for row in group if row["seed"] == seed] for seed in seeds]
+    orders = len({row["order"] for row in group})
+    complete = [rows for rows in by_seed if len(rows) == orders]  # a seed that lacks an order would shift the mean
+    spreads = {name: metrics.spread(_mean(rows, name) for rows in complete) for name in MEASURES if name in group[0]}
+    for name, pick in (("largest_disparity", 0), ("average_disparity", 1)):
+        values = [metrics.order_disparity([_finals(row) for row in rows])[pick] for rows in complete if orders > 1]
+        spreads[name] = metrics.spread(value for value in values if isinstance(value, float))
+    return Line(
+        label=label,
+        setting=setting,
+        order=order,
+        orders=orders,
+        seeds=len(complete),
+        cells=len(group),
+        measures=spreads,
+        kept_bytes=max(row["kept_bytes"][-1] for row in group),
+        grows=group[0]["grows"],
+        seconds=sum(sum(row["train_seconds"]) for row in group) / len(group),
+    )
+
+
+def _mean(rows: list[Row], name: str) -> float | None:
+    values = [row[name] for row in rows if row[name] is not None]
+    return sum(values) / len(values) if len(values) == len(rows) else None
+
+
+def _finals(row: Row) -> dict[str, float | None]:
+    return dict(zip(row["tasks"], row["scores"][-1], strict=False))
+
+
+def cells_of(line: Line, size: Callable[[float], str], duration: Callable[[float], str]) -> list[str]:
+    """Return a line as text, cell by cell, under `heads`: points of percent, mean ± deviation over seeds."""
+    numbers = [points(line.measures.get(name)) for name in MEASURES]
+    kept = size(line.kept_bytes) + (" and growing" if line.grows else "")
+    return [line.name, line.order, str(line.seeds), *numbers, kept, duration(line.seconds)]
+
+
+def heads() -> list[str]:
+    """Return the heads of the table's columns."""
+    return ["method", "order", "seeds", *MEASURES.values(), "kept between tasks", "training"]
+
+
+def points(spread: Spread | None) -> str:
+    """Return a spread in points of percent: "61.2 ± 1.3", without a deviation where there is one seed alone."""
+    if spread is None or spread.mean is None:
+        return "-"
+    return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.deviation:.1f}" if spread.deviation is not None else "")
+
+
+def markdown(lines: Sequence[Line], size: Callable[[float], str], duration: Callable[[float], str]) -> str:
+    """Return the table in Markdown."""
+    rows = [heads(), ["---"] * 3 + ["---:"] * (len(heads()) - 3), *(cells_of(line, size, duration) for line in lines)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def document(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return what `mbf experiment --json` prints: the table's lines and every cell."""
+    lines = [asdict(line) for line in table(rows)]
+    for line in lines:
+        line["measures"] = {
+            key: {"mean": s[0], "deviation": s[1], "seeds": s[2]} for key, s in line["measures"].items()
+        }
+    return {"name": name, "table": lines, "cells": list(rows)}

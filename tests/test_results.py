@@ -1,0 +1,76 @@
+"""The table of an experiment, from rows worked by hand."""
+
+import pytest
+
+from mbf_mlx.commands.console import duration, size
+from mbf_mlx.errors import InputError
+from mbf_mlx.results import Log, cells_of, markdown, measured, points, read_results, table
+
+
+def row(seed=0, order="ab", tasks=("a", "b"), scores=((0.8,), (0.6, 0.9)), label="slao", **changes):
+    fields = {
+        "hash": f"{label}{order}{seed}",
+        "label": label,
+        "setting": "",
+        "order": order,
+        "tasks": list(tasks),
+        "seed": seed,
+        "grows": False,
+        "scores": [list(r) for r in scores],
+        "kept_bytes": [1000, 2000],
+        "train_seconds": [30.0, 40.0],
+        **measured([list(r) for r in scores], None),
+    }
+    return {**fields, **changes}
+
+
+def test_a_cell_is_measured_from_its_matrix_and_the_base():
+    found = measured([[0.8, 0.5], [0.6, 0.9]], [0.1, 0.3])
+    assert found["average_accuracy"] == pytest.approx(0.75)
+    assert found["backward_transfer"] == pytest.approx(-0.2)
+    assert found["forgetting"] == pytest.approx(0.2)
+    assert found["forward_transfer"] == pytest.approx(0.2)
+    assert found["newest"] == 0.9
+
+
+def test_means_over_orders_are_taken_seed_by_seed_and_then_over_seeds():
+    rows = [
+        row(0, scores=((0.8,), (0.6, 0.8))),  # average 0.7
+        row(0, "ba", ("b", "a"), ((0.9,), (0.5, 0.7))),  # 0.6: the seed's mean 0.65; a 0.6 and 0.7, b 0.8 and 0.5
+        row(1, scores=((0.8,), (0.7, 0.9))),  # 0.8
+        row(1, "ba", ("b", "a"), ((0.9,), (0.6, 0.8))),  # 0.7: 0.75; a 0.7 and 0.8, b 0.9 and 0.6
+        row(2, scores=((0.0,), (0.0, 0.0))),  # no second order yet: not counted over orders
+    ]
+    ab, ba, both = table(rows)
+    assert (ab.order, ba.order, both.order, both.seeds, ab.seeds) == ("ab", "ba", "all", 2, 3)
+    spread = both.measures["average_accuracy"]
+    assert spread.mean == pytest.approx(0.7) and spread.deviation == pytest.approx(0.0707107, rel=1e-5)
+    assert both.measures["largest_disparity"].mean == pytest.approx(0.3)
+    assert both.measures["average_disparity"].mean == pytest.approx(0.2)
+    assert ab.measures["largest_disparity"].mean is None
+    assert ba.measures["newest"].mean == pytest.approx(0.75)
+    assert ab.seconds == 70 and ab.kept_bytes == 2000
+
+
+def test_a_line_reads_as_points_with_the_deviation_between_seeds():
+    (line,) = table([row(0), row(1, scores=((0.8,), (0.4, 0.9)))])
+    cells = cells_of(line, size, duration)
+    assert cells[:7] == ["slao", "ab", "2", "70.0 ± 7.1", "-30.0 ± 14.1", "30.0 ± 14.1", "-"]
+    assert cells[7:] == ["90.0 ± 0.0", "-", "-", "2.0 kB", "1 min 10 s"]
+    assert points(None) == "-"
+    (one,) = table([row(setting="low", grows=True)])
+    assert cells_of(one, size, duration)[:4] == ["slao [low]", "ab", "1", "75.0"]
+    assert cells_of(one, size, duration)[-2] == "2.0 kB and growing"
+    assert markdown([one], size, duration).splitlines()[2].startswith("| slao [low] | ab | 1 | 75.0 | -20.0 |")
+
+
+def test_a_half_written_line_is_left_out_and_the_next_begins_behind_it(tmp_path):
+    log = Log(tmp_path / "results.jsonl")
+    log.add(row(0))
+    with open(log.path, "ab") as file:
+        file.write(b'{"hash": "x", "sco')
+    log.add(row(1))
+    assert [r["seed"] for r in log.read()] == [0, 1]
+    assert [r["seed"] for r in read_results(tmp_path)] == [0, 1]
+    with pytest.raises(InputError, match=r"expected the results of an experiment"):
+        read_results(tmp_path / "nothing")
