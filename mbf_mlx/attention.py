@@ -15,8 +15,7 @@ import numpy as np
 
 from mbf_mlx.batches import Batch
 from mbf_mlx.cpu_ops import blank, for_each, view
-
-WEIGHTS_BYTES = 32 * 2**20  # a block's weights are kept for the way back up to this, and larger ones computed again
+from mbf_mlx.memory import KEPT_WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,7 @@ def attend(
         if len(weights) > 1:
             out = out + (_flat_weights(weights[1]).swapaxes(-1, -2) @ saved.v[1][:, 0]).reshape(out.shape)
         to_tokens(out, rows, mixed)
-        saved.weights.append(weights if sum(each.nbytes for each in weights) <= WEIGHTS_BYTES else None)
+        saved.weights.append(weights if sum(each.nbytes for each in weights) <= KEPT_WEIGHTS else None)
     return mixed, saved
 
 

@@ -170,6 +170,15 @@ def free_memory() -> int:
     return left if _device.kind == "cuda" else min(left, free + int(mx.get_cache_memory()))
 
 
+def held_memory() -> int:
+    """Return how many bytes this process holds on its device now."""
+    if setup().kind == "cpu":
+        return machine.resident_memory()
+    import mlx.core as mx
+
+    return int(mx.get_active_memory())
+
+
 def peak_memory() -> int:
     """Return the most bytes held since `reset_peak_memory`.
 

@@ -109,10 +109,12 @@ class LearnConfig:
     again: bool = False  # learn a task once more that the stream has
     restart: bool = False  # drop what an interrupted run has done
     guard: bool = True  # stop a run whose loss has exploded
+    memory_limit: int = 0  # bytes that the process may hold; 0 is four fifths of what is available
 
     def __post_init__(self) -> None:
         for name in ("score_tasks", "score_rows"):
             _check(self, name, _is_count(getattr(self, name), 0), "a whole number of at least 0 (all)")
+        _check(self, "memory_limit", _is_count(self.memory_limit, 0), "bytes, or 0")
 
 
 @dataclass(frozen=True, kw_only=True)

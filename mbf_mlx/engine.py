@@ -8,7 +8,8 @@ Two ways lead to the hidden states: mlx-lm's own forward pass (forward.py), for 
 a Llama on a CPU a pass of our own (llama.py), with its gradients by hand. `prepare` chooses, and is the only switch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -19,9 +20,7 @@ from mlx.utils import tree_flatten
 from mbf_mlx import cpu_ops, llama
 from mbf_mlx.batches import Batch
 from mbf_mlx.forward import Forward
-
-LOGITS_BYTES = 256 * 2**20  # what all arrays of the size of the logits may hold together
-LOGITS_COPIES = 3  # of them at a time: logits, their exponentials, their gradient; all in float32
+from mbf_mlx.memory import LOGITS_BYTES, LOGITS_COPIES
 
 
 def prepare(
@@ -32,7 +31,7 @@ def prepare(
     Args:
         model: A model as mlx-lm loads it.
         checkpoint: Recompute a block's activations in the backward pass instead of keeping them.
-        logits_bytes: The budget of `LOGITS_BYTES`.
+        logits_bytes: The budget of `memory.LOGITS_BYTES`.
         by_hand: Whether llama.py computes the pass; None is wherever it fits and the device is a CPU.
     """
     if by_hand is None:
@@ -45,12 +44,19 @@ class Engine:
 
     def __init__(self, model: nn.Module, *, checkpoint: bool, logits_bytes: int, by_hand: bool):
         self.model = model
-        self.checkpoint = checkpoint
         self.logits_bytes = logits_bytes
+        self.checkpoint = checkpoint  # may be set anew between two batches
+        self.before: Callable[[Batch, bool], None] = lambda batch, training: None  # called before each batch
         self.by_hand = by_hand
-        self.forward = Forward(model, checkpoint=checkpoint)
+        self.head = llama.Head(model) if by_hand else self.forward.head
+        self.vocabulary = llama.Head(model).vocabulary if by_hand else self.forward.vocabulary
         # Where more than the blocks is trained, the head's own gradient is needed as well.
         self._head_is_trained = _count_trained(model) > sum(_count_trained(block) for block in model.layers)
+
+    @cached_property
+    def forward(self) -> Forward:
+        """mlx-lm's pass; it is tried on a few tokens when it is first asked for."""
+        return Forward(self.model)
 
     @property
     def shares_prefix(self) -> bool:
@@ -70,12 +76,13 @@ class Engine:
         """
         if not len(batch.targets):
             return mx.array(0.0)
+        self.before(batch, True)
         if self.by_hand:
             return self._loss_by_hand(batch)
         targets = mx.array(batch.targets)
         if not self.picks_positions:
-            return _cross_entropy(self.forward.logits(batch), targets)[0].sum()
-        return self._chunked_loss(self.forward.hidden(batch), targets)
+            return _cross_entropy(self.forward.logits(batch, self.checkpoint), targets)[0].sum()
+        return self._chunked_loss(self.forward.hidden(batch, self.checkpoint), targets)
 
     def score(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return what the model says at each supervised position.
@@ -86,6 +93,7 @@ class Engine:
         """
         if not len(batch.targets):
             return np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, np.float32)
+        self.before(batch, False)
         targets = mx.array(batch.targets)
         if self.by_hand:
             states = llama.Pass(self.model, {}, batch, keep=False).forward()
@@ -93,7 +101,7 @@ class Engine:
             states = self.forward.hidden(batch) if self.picks_positions else self.forward.logits(batch)
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for start, stop in self._chunks(len(batch.targets)):
-            logits = self.forward.head(states[start:stop]) if self.picks_positions else states[start:stop]
+            logits = self.head(states[start:stop]) if self.picks_positions else states[start:stop]
             losses, logits = _cross_entropy(logits, targets[start:stop])
             best = mx.argmax(logits, axis=-1, keepdims=True)
             second = mx.where(mx.arange(logits.shape[-1]) == best, -mx.inf, logits).max(axis=-1)
@@ -126,19 +134,19 @@ class Engine:
 
     def _loss_and_gradient(self, hidden: mx.array, targets: np.ndarray) -> tuple[np.ndarray, mx.array]:
         """Return the losses (N,) of hidden states (N, D) and their sum's gradient, chunk by chunk of logits."""
-        losses, gradients = [], []
+        losses, gradients, head = [], [], llama.Head(self.model)
         for start, stop in self._chunks(len(targets)):
             part = hidden[start:stop]
-            logits = self.forward.head(part)
+            logits = head(part)
             mx.eval(logits)
             losses.append(cpu_ops.cross_entropy_(logits, targets[start:stop]))
-            _, (gradient,) = mx.vjp(self.forward.head, [part], [logits])
+            gradient = head.backward(part, logits)
             mx.eval(gradient)
             gradients.append(gradient)
         return np.concatenate(losses), mx.concatenate(gradients)
 
     def _chunks(self, count: int) -> Iterator[tuple[int, int]]:
-        rows = max(1, self.logits_bytes // (4 * LOGITS_COPIES * self.forward.vocabulary))
+        rows = max(1, self.logits_bytes // (4 * LOGITS_COPIES * self.vocabulary))
         for start in range(0, count, rows):
             yield start, min(start + rows, count)
 
@@ -149,7 +157,7 @@ class Engine:
         kept for the backward pass, and never more than one chunk of them is alive.
         """
         if self._head_is_trained:  # its own gradient is needed as well: leave it to mlx, in recomputed chunks
-            chunk = nn.utils.checkpoint(self.model, lambda h, t: _cross_entropy(self.forward.head(h), t)[0].sum())
+            chunk = nn.utils.checkpoint(self.model, lambda h, t: _cross_entropy(self.head(h), t)[0].sum())
             losses = [chunk(hidden[a:b], targets[a:b]) for a, b in self._chunks(len(targets))]
             return mx.stack(losses).sum()
 
@@ -161,10 +169,7 @@ class Engine:
                 if losses:  # the next chunk waits for this one's gradient, or mlx would be free to mix them
                     part = mx.depends([part], [gradients[-1]])[0]
 
-                def loss(h: mx.array, right: mx.array = right) -> mx.array:
-                    return _cross_entropy(self.forward.head(h), right)[0].sum()
-
-                value, gradient = mx.value_and_grad(loss)(part)
+                value, gradient = self._loss_and_d_hidden(part, right)
                 losses.append(value)
                 gradients.append(gradient)
             return mx.stack(losses).sum(), mx.concatenate(gradients)
@@ -177,6 +182,16 @@ class Engine:
 
         loss_of_all: mx.array = loss_and_gradient(hidden)[0]  # type: ignore[index]
         return loss_of_all
+
+    def _loss_and_d_hidden(self, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the summed loss of one chunk, and its gradient with respect to the hidden states (N, D)."""
+        raw = self.head(hidden)
+        losses, logits = _cross_entropy(raw, targets)
+        # Written out: mlx's own gradient would hold seven arrays of this size instead of LOGITS_COPIES.
+        right = mx.arange(logits.shape[-1]) == targets[:, None]
+        d_logits = (mx.softmax(logits, axis=-1) - right).astype(raw.dtype)
+        (gradient,) = mx.vjp(self.head, [hidden], [d_logits])[1]
+        return losses.sum(), gradient
 
 
 def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:

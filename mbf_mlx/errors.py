@@ -9,5 +9,9 @@ class InputError(ValueError):
     """
 
 
+class MemoryLimitError(InputError):
+    """What comes next would take more memory than the run may have; the message names the flags that would fit."""
+
+
 class MissingPackageError(InputError):
     """A command needs a package that this installation lacks; the message names the extra that brings it."""

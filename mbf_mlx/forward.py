@@ -27,13 +27,11 @@ PROBE_TOLERANCE = (1e-3, 3e-2)  # relative, between two ways to the same logits,
 class Forward:
     """mlx-lm's way from a batch to hidden states and logits, on one model.
 
-    Args:
-        checkpoint: Recompute a block's activations in the backward pass instead of keeping them.
+    With `checkpoint` a block's activations are computed again in the backward pass instead of kept.
     """
 
-    def __init__(self, model: nn.Module, *, checkpoint: bool):
+    def __init__(self, model: nn.Module):
         self.model = model
-        self.checkpoint = checkpoint
         self.picks_positions = False  # else logits are computed everywhere
         self.shares_prefix = False  # else every row computes it again
         self._text = getattr(model, "language_model", model)  # the part of a multimodal model that we train
@@ -51,24 +49,24 @@ class Forward:
         except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):
             return  # an architecture with another interface: what was not shown to agree stays off
 
-    def hidden(self, batch: Batch) -> mx.array:
+    def hidden(self, batch: Batch, checkpoint: bool = False) -> mx.array:
         """Return the hidden states at the supervised positions, (N, D)."""
         if not self.shares_prefix:
             batch = without_prefix(batch)
         prefix = mx.array(batch.prefix) if len(batch.prefix) else None
-        return self._flat_hidden(mx.array(batch.tokens), prefix)[mx.array(batch.positions)]
+        return self._flat_hidden(mx.array(batch.tokens), prefix, checkpoint)[mx.array(batch.positions)]
 
-    def logits(self, batch: Batch) -> mx.array:
+    def logits(self, batch: Batch, checkpoint: bool = False) -> mx.array:
         """Return the logits at the supervised positions, (N, V), by way of all of them."""
         batch = without_prefix(batch)
-        with _checkpointed(self.model.layers if self.checkpoint else []):
+        with _checkpointed(self.model.layers if checkpoint else []):
             logits = self.model(mx.array(batch.tokens))
         return logits.reshape(-1, logits.shape[-1])[mx.array(batch.positions)]
 
-    def _hidden(self, tokens: mx.array, prefix: mx.array | None = None) -> mx.array:
+    def _hidden(self, tokens: mx.array, prefix: mx.array | None, checkpoint: bool) -> mx.array:
         """Return what the backbone gives for `tokens` (R, L) behind `prefix` (P,): (R, L, D)."""
         backbone = getattr(self._text, self._backbone or "")
-        with _checkpointed(self.model.layers if self.checkpoint else []):
+        with _checkpointed(self.model.layers if checkpoint else []):
             if prefix is None:
                 return backbone(tokens)
             caches = [SharedPrefix() for _ in self.model.layers]
@@ -77,8 +75,8 @@ class Forward:
                 cache.offset = prefix.shape[0]
             return backbone(tokens, caches)
 
-    def _flat_hidden(self, tokens: mx.array, prefix: mx.array | None = None) -> mx.array:
-        hidden = self._hidden(tokens, prefix)
+    def _flat_hidden(self, tokens: mx.array, prefix: mx.array | None = None, checkpoint: bool = False) -> mx.array:
+        hidden = self._hidden(tokens, prefix, checkpoint)
         return hidden.reshape(-1, hidden.shape[-1])
 
     def head(self, hidden: mx.array) -> mx.array:

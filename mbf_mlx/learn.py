@@ -23,6 +23,7 @@ from mbf_mlx.engine import Engine, prepare
 from mbf_mlx.errors import InputError
 from mbf_mlx.evaluate import Score, metric_of, score
 from mbf_mlx.events import Events
+from mbf_mlx.limit import limit_of
 from mbf_mlx.methods import Factors, Layers, Method, State
 from mbf_mlx.model import Base, attach, load_base, write_factors
 from mbf_mlx.records import SCORE_DIGITS, TaskRecord
@@ -41,11 +42,20 @@ class Learner:
     base: Base
     layers: Layers
     engine: Engine
+    lora: LoRAConfig
+    packed: bool  # quantized weights stay packed
 
     @property
     def tokenizer(self) -> Any:
         """The base's, as mlx-lm wraps it."""
         return self.base.tokenizer
+
+    def bound(self, settings: LearnConfig) -> None:
+        """Let the engine keep to the settings' memory: what it computes again, and where it stops."""
+        checkpoint, by_hand = settings.train.grad_checkpoint, self.engine.by_hand
+        limit = limit_of(self.base.path, self.lora, by_hand, self.packed, checkpoint, settings.memory_limit)
+        self.engine.checkpoint = checkpoint
+        self.engine.before = limit or (lambda batch, training: None)
 
 
 def load_learner(folder: Path, lora: LoRAConfig, keep_quantized: bool = False) -> Learner:
@@ -60,7 +70,7 @@ def load_learner(folder: Path, lora: LoRAConfig, keep_quantized: bool = False) -
     packed = keep_quantized or backend.keep_quantized(unpacked_bytes(folder))
     base = load_base(folder, dequantize=not packed, dtype=device.dtype)
     layers = attach(base.model, lora)
-    return Learner(base, layers, prepare(base.model))
+    return Learner(base, layers, prepare(base.model), lora, packed)
 
 
 class TestRows:
@@ -148,6 +158,7 @@ def learn_task(
     everything = with_extra(method, state, rows)
     if extra := len(everything) - len(rows):
         events.note(f"{task.name}: trains on {extra} kept rows of earlier tasks, too")
+    learner.bound(settings)
     backend.reset_peak_memory()
     tuning = Tuning(model, method, state)
     trained = train(
@@ -246,7 +257,7 @@ def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _run_of(task: Task, generation: int, settings: LearnConfig) -> dict[str, Any]:
     """Return all that decides the result of training a task."""
     chosen = settings_of(settings.train) | settings_of(settings.data)
-    del chosen["save_every"]
+    del chosen["save_every"], chosen["grad_checkpoint"]  # with or without, the numbers are the same
     return {"task": task.name, "sha256": task.sha256, "generation": generation, **chosen}
 
 

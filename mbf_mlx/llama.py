@@ -26,7 +26,7 @@ from mbf_mlx import attention, cpu_ops
 from mbf_mlx.attention import Layout
 from mbf_mlx.batches import Batch
 from mbf_mlx.cpu_ops import blank, view
-from mbf_mlx.unpack import UnpackingLinear
+from mbf_mlx.unpack import UnpackingEmbedding, UnpackingLinear, product, product_back
 
 ROPES = (nn.RoPE, rope_utils.Llama3RoPE)  # those whose angles depend on nothing but the position
 LINEAR = (nn.Linear, nn.QuantizedLinear, UnpackingLinear)
@@ -112,6 +112,33 @@ class Pass:
         return gradients
 
 
+class Head:
+    """What follows the last norm: the embedding once more, or a linear layer of its own."""
+
+    def __init__(self, model: nn.Module):
+        tied = model.args.tie_word_embeddings
+        self.module = model.model.embed_tokens if tied else model.lm_head
+        self.call = self.module.as_linear if tied else self.module
+        self.unpacks = type(self.module) in (UnpackingEmbedding, UnpackingLinear)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are, V."""
+        return int(self.module.weight.shape[0])
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """Return the logits (N, V) of hidden states (N, D)."""
+        return product(self.module, hidden) if self.unpacks else self.call(hidden)
+
+    def backward(self, hidden: mx.array, d_logits: mx.array) -> mx.array:
+        """Return the gradient of the hidden states (N, D)."""
+        if self.unpacks:
+            return product_back(self.module, d_logits)
+        if type(self.module) in (nn.Embedding, nn.Linear):
+            return d_logits @ self.module.weight.astype(mx.float32)
+        return mx.vjp(self.call, [hidden], [d_logits])[1][0]
+
+
 class _Linear:
     """One linear layer: a frozen weight, and its factors where it is trained."""
 
@@ -133,6 +160,9 @@ class _Linear:
             weight = self.base.weight.astype(mx.float32).T
             y = x @ weight if onto is None else mx.addmm(onto, x, weight)
             y = y + self.base.bias if "bias" in self.base else y
+        elif type(self.base) is UnpackingLinear:
+            y = product(self.base, x) if onto is None else onto + product(self.base, x)
+            y = y + self.base.bias if "bias" in self.base else y
         else:
             y = self.base(x) if onto is None else onto + self.base(x)
         return mx.addmm(y, x @ self.a, self.b) if self.has_factors else y
@@ -142,6 +172,9 @@ class _Linear:
         if type(self.base) is nn.Linear:
             weight = self.base.weight.astype(mx.float32)
             d_x = d_y @ weight if onto is None else mx.addmm(onto, d_y, weight)
+        elif type(self.base) is UnpackingLinear:
+            # By mlx's own gradients, inside of which this runs, the unpacked weights would stay until the pass ends.
+            d_x = product_back(self.base, d_y) if onto is None else onto + product_back(self.base, d_y)
         else:
             anywhere = mx.zeros((len(d_y), self.in_dims))  # a linear layer's gradient is the same for every input
             (d_x,) = mx.vjp(self.base, [anywhere], [d_y])[1]

@@ -42,6 +42,21 @@ class TriedLoRA(_Table):
     learning_rate: float
 
 
+class ModelShape(_Table):
+    """What a model's memory depends on, so that it can be planned for before it is fetched."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    blocks: int
+    vocabulary: int
+    tied: bool  # the embedding is also the head
+    bits: int
+    group: int
+
+
 class Recipe(_Table):
     """One base model."""
 
@@ -54,6 +69,7 @@ class Recipe(_Table):
     download_bytes: int  # about
     run_by_us: bool  # or only believed to work
     source: PackageSource | HubSource
+    shape: ModelShape | None = None
     lora: TriedLoRA | None = None
 
 

@@ -20,7 +20,7 @@ from mbf_mlx.batches import Batch, make_batch, plan_batches
 from mbf_mlx.config import TrainConfig
 from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Engine
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.events import Step
 from mbf_mlx.tuning import Arrays, Tuning
 
@@ -95,6 +95,7 @@ def train(
 
     Raises:
         InputError: a loss or gradient that is not finite, or a loss that exploded; the step and its rows are named.
+        MemoryLimitError: a batch would not fit; what was done until then is saved.
     """
     tuning.model.train()
     run = _Run(tuning, engine, rows, config)
@@ -104,7 +105,12 @@ def train(
         if progress.stopped:
             break
         started = time.perf_counter()
-        progress = run.step(progress, number, group, guard)
+        try:
+            progress = run.step(progress, number, group, guard)
+        except MemoryLimitError:
+            if save and progress.step:
+                save(progress, run.tensors())
+            raise
         progress = replace(progress, seconds=progress.seconds + time.perf_counter() - started)
         valid_loss = None
         if valid and (number % run.val_every == 0 or number == run.steps):

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-PIECE_BYTES = 64 << 20  # of a weight unpacked at a time by the layers that stay packed
+from mbf_mlx.memory import PIECE_BYTES
 
 
 def plain(module: Any) -> nn.Module:
@@ -83,6 +83,25 @@ def _product(module: Any, x: mx.array) -> mx.array:
     product: Any = mx.custom_function(forward)
     product.vjp(backward)
     return product(x)
+
+
+def product(module: Any, x: mx.array) -> mx.array:
+    """Return x W^T of a layer that unpacks itself, evaluated piece by piece, so that one piece is alive at a time."""
+    parts = [_evaluated(x @ rows.T) for _, _, rows in _pieces(module)]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+
+
+def product_back(module: Any, d_y: mx.array) -> mx.array:
+    """Return the gradient of x, d_y W, in the same way."""
+    d_x = mx.array(0.0)
+    for first, last, rows in _pieces(module):
+        d_x = _evaluated(d_x + d_y[..., first:last] @ rows)
+    return d_x
+
+
+def _evaluated(array: mx.array) -> mx.array:
+    mx.eval(array)
+    return array
 
 
 def _pieces(module: Any) -> Iterator[tuple[int, int, mx.array]]:

@@ -248,7 +248,7 @@ def test_any_supervised_tokens_of_a_row_may_ask_in_the_last_block():
 
 
 def test_attention_weights_too_large_to_keep_are_computed_again(monkeypatch):
-    monkeypatch.setattr(attention, "WEIGHTS_BYTES", 0)
+    monkeypatch.setattr(attention, "KEPT_WEIGHTS", 0)
     assert_same_as_plain(build(LLAMA), rows_with(5, [9, 3, 14, 7]))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Base, Config, Json, Quantize, lora_of, options_of
+from mbf_mlx.commands.options import Base, Config, Json, Quantize, bytes_of, lora_of, options_of
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 
@@ -81,6 +81,10 @@ def learn(
     ] = _TRAIN.save_every,
     score_tasks: Annotated[int, _option("--score-tasks", "Score the newest N tasks; 0 all.", _SCORE)] = 0,
     score_rows: Annotated[int, _option("--score-rows", "Score N rows of each; 0 all.", _SCORE)] = 0,
+    memory_limit: Annotated[
+        str | None,
+        _option("--memory-limit", "Stop before taking more, as 6GB; else 80 % of what is available.", _SCORE),
+    ] = None,
     again: Annotated[bool, typer.Option("--again", help="Learn a task once more that the stream has.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Drop what an interrupted run has done.")] = False,
     keep_quantized: Annotated[
@@ -118,6 +122,7 @@ def learn(
         again=again,
         restart=restart,
         guard=guard,
+        memory_limit=bytes_of(memory_limit, "--memory-limit") if memory_limit else 0,
     )
     read = read_all(tasks, name)
     opened = Stream.open(

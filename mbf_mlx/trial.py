@@ -1,0 +1,75 @@
+"""A model's first blocks with random weights, to see how fast this machine trains them."""
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from mbf_mlx import unpack
+from mbf_mlx.batches import Batch
+from mbf_mlx.config import LoRAConfig
+from mbf_mlx.engine import prepare
+from mbf_mlx.memory import Run
+from mbf_mlx.model import attach
+
+REPEATS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """Seconds that one batch took."""
+
+    step: float  # forward and back
+    forward: float  # forward alone
+
+
+def seconds(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch, blocks: int, vocabulary: int) -> Taken:
+    """Return how long a batch takes in the first blocks of a model.
+
+    Args:
+        config: The model's config.json.
+        lora: Which layers get factors.
+        run: How it is trained.
+        batch: What is computed; its tokens do not matter.
+        blocks, vocabulary: The trial's own, smaller than the model's.
+    """
+    small = {**config, "num_hidden_layers": blocks, "vocab_size": vocabulary, "quantization": None}
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(small))
+    if run.packed or not run.by_hand:
+        quantization = config.get("quantization") or {}
+        if "bits" in quantization:
+            nn.quantize(model, group_size=quantization["group_size"], bits=quantization["bits"])
+    if run.by_hand and run.packed:
+        for _, each in model.named_modules():
+            if type(each) in (nn.QuantizedLinear, nn.QuantizedEmbedding):
+                unpack.keep_packed(each)
+    mx.eval(model.parameters())
+    attach(model, replace(lora, num_layers=-1))
+    engine = prepare(model, checkpoint=run.checkpoint, by_hand=None if run.by_hand else False)
+    known = replace(batch, tokens=batch.tokens % vocabulary, prefix=batch.prefix % vocabulary,
+                    targets=batch.targets % vocabulary)  # fmt: skip
+    loss_and_grad = nn.value_and_grad(model, engine.loss_sum)
+    step = _fastest(lambda: mx.eval(loss_and_grad(known)))
+    return Taken(step=step, forward=_fastest(lambda: engine.score(known)))
+
+
+def product_seconds(rows: int, inner: int, out: int) -> float:
+    """Return how long a product of (rows, inner) and (inner, out) takes."""
+    x, weight = mx.ones((rows, inner)), mx.ones((out, inner))
+    mx.eval(x, weight)
+    return _fastest(lambda: mx.eval(x @ weight.T))
+
+
+def _fastest(work: Callable[[], Any]) -> float:
+    work()  # the first is slower: threads start, memory is taken
+    taken = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return min(taken)  # what else the machine does only adds
