@@ -51,6 +51,9 @@ def experiment(
 def _run(plan: Any, folder: Path) -> "list[Row]":
     from filelock import FileLock, Timeout
 
+    from mbf_mlx import backend
+
+    backend.setup()  # loads the fast BLAS, which mlx takes only where it is there first
     from mbf_mlx.errors import InputError
     from mbf_mlx.experiment import Experiment, Watch
 
