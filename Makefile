@@ -5,7 +5,7 @@
 #   make test-all       the same with the slow tests: the full quickstart, and what needs torch, peft or npm
 #   make bench          the benchmarks
 #   make format         format the code and mend what the linter can
-#   make release-check  build the wheel, install it into an empty environment, run it there
+#   make release-check  build wheel and sdist into dist/, install each into empty environments, run the quickstart there
 #
 # PYTHON=python3.12 says which Python; EXTRA=cpu, cuda12, cuda13 or none says which mlx.
 
@@ -57,7 +57,7 @@ test-all: install-all
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy mbf_mlx
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not release"
 
 bench: install-dev
 	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
@@ -69,7 +69,7 @@ format: install-dev
 release-check: install-dev
 	rm -rf dist
 	$(BIN)/python -m build
-	$(BIN)/python -m pytest tests/test_package.py
+	MBF_DIST=dist $(BIN)/python -m pytest -m release -rA tests/test_release.py
 
 # A changed pyproject.toml installs again.
 install: $(READY)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from mbf_mlx import __version__, commands
 from mbf_mlx.commands import console
@@ -109,13 +112,53 @@ def test_help_is_instant():
     pytest.fail(f"`mbf --help` took {ours:.2f} s, where Python takes {bare:.2f} s to start")
 
 
+def command(name):
+    """The command as the parser has it."""
+    return typer.main.get_command(commands.app).get_command(None, name)
+
+
 @pytest.mark.parametrize("name", commands.available())
-def test_every_command_has_its_module_its_function_and_its_help(name):
-    done = mbf(name, "--help")
+def test_every_command_says_what_it_does_and_what_it_takes(name):
+    shown = CliRunner().invoke(commands.app, [name, "--help"], prog_name="mbf")
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.startswith(f"Usage: mbf {name} ")
+    assert shown.output.split("\n\n")[1].strip(), "the function's docstring is what the help says first"
+    silent = [each.name for each in command(name).params if not each.help]
+    assert silent == [], "arguments and options without a word of help"
+
+
+@pytest.mark.parametrize("name", commands.available())
+def test_every_command_has_an_example_that_its_parser_takes(name):
+    example = re.search(r"^Example: mbf (.+)$", command(name).help, re.MULTILINE)
+    assert example, f"the docstring of `{name}` has no line 'Example: mbf {name} ...'"
+    first, *arguments = shlex.split(example[1])
+    assert first == name
+    command(name).make_context(name, arguments)  # exits with 2 where the usage is wrong
+
+
+def test_the_help_names_the_environment_and_the_exit_codes():
+    shown = " ".join(CliRunner().invoke(commands.app, ["--help"], prog_name="mbf").output.split())
+    for name, words in (commands.ENVIRONMENT | commands.EXIT_CODES).items():
+        assert f"{name} {words}" in shown
+    sources = "".join(file.read_text("utf-8") for file in (ROOT / "mbf_mlx").rglob("*.py") if file.stem != "__init__")
+    assert set(re.findall(r"environ(?:\.get\(|\[)\"(MBF_\w+)\"", sources)) <= set(commands.ENVIRONMENT)
+
+
+@pytest.mark.parametrize(
+    ("shell", "typed", "expected"),
+    [
+        ("bash", "mbf stat", "status"),
+        ("zsh", "mbf stat", "status"),
+        ("fish", "mbf stat", "status"),
+        ("bash", "mbf learn --batch", "--batch-size"),
+    ],
+)
+def test_the_shell_completes_commands_and_options(shell, typed, expected):
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))} if shell == "bash" else {}
+    environment = {"_MBF_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": typed, **words}
+    done = mbf(env={**os.environ, **environment, "_TYPER_COMPLETE_FISH_ACTION": "get-args"})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"Usage: mbf {name} ")
-    summary = done.stdout.split("\n\n")[1]
-    assert summary.strip(), "the function's docstring is what the help says first"
+    assert expected in done.stdout and "learn" not in done.stdout.replace(typed, "")
 
 
 def test_every_module_with_a_function_of_its_name_is_a_command():

@@ -9,8 +9,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import venv
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -241,50 +239,3 @@ def test_make_says_in_one_line_which_python_it_cannot_use(answers, message, tmp_
     said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     assert done.returncode == 2 and len(said) == 1 and said[0].startswith(message.format(python)), done.stderr
     assert not (tmp_path / ".venv").exists()
-
-
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory):
-    """The wheel, built from the sdist as `python -m build` does it."""
-    folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode and "No module named build" in done.stderr:
-        pytest.skip("the package `build` is not installed: pip install build")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return next(folder.glob("*.whl"))
-
-
-@pytest.mark.slow
-def test_the_wheel_holds_the_package_and_the_recipes_alone(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-    metadata = {name for name in names if name.split("/")[0].endswith(".dist-info")}
-    assert {name.split("/")[0] for name in names - metadata} == {"mbf_mlx"}
-    assert any(name.endswith("licenses/LICENSE") for name in metadata)
-    checkout = {str(file.relative_to(ROOT)) for file in modules().values()} | {"mbf_mlx/__init__.py"}
-    assert checkout <= names
-    recipes = {f"mbf_mlx/recipes/{file.name}" for file in (ROOT / "models").glob("*.toml")}
-    assert {name for name in names if name.startswith("mbf_mlx/recipes/")} == recipes
-    assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 3_000_000
-
-
-@pytest.mark.slow
-def test_a_clean_install_runs(wheel, tmp_path):
-    venv.create(tmp_path / "venv", with_pip=True)
-    python, mbf = (str(tmp_path / "venv" / "bin" / name) for name in ("python", "mbf"))
-    settings = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 600}
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run([python, "-m", "pip", "install", "--quiet", str(wheel)], env=environment, **settings)
-    assert done.returncode == 0, done.stderr
-    for arguments, expected in (
-        (["--version"], f"mbf {mbf_mlx.__version__}"),
-        (["--help"], "Commands:"),
-        (["doctor"], "processor"),
-    ):
-        done = subprocess.run([mbf, *arguments], env=environment, **settings)
-        assert done.returncode == 0 and expected in done.stdout, done.stderr
-    code = f"import mbf_mlx, importlib\nfor name in {[n for n in modules() if n in WITHOUT_MLX]}:"
-    code += " importlib.import_module('mbf_mlx.' + name)\nprint(mbf_mlx.__file__)"
-    done = subprocess.run([python, "-c", code], env=environment, **settings)
-    assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stderr

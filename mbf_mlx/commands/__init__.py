@@ -41,6 +41,18 @@ COMMANDS = {
     "report": "Write a stream or an experiment's results as one HTML page.",
     "doctor": "Show what this machine has, what would run where, and what is missing.",
 }
+ENVIRONMENT = {
+    "MBF_MODELS": "Where recipes' models are put and looked for; models/ of the working folder without it.",
+    "MBF_DEVICE": "Where to compute: auto, cpu, gpu, metal or cuda.",
+    "OPENBLAS_NUM_THREADS": "Threads of a CPU's matrix products; with another number the last bits differ.",
+    "HF_HUB_OFFLINE": "1: ask no hub for anything.",
+}
+EXIT_CODES = {
+    "0": "Done.",
+    "1": "What was given does not fit; one message says what and where. A traceback is a fault of ours.",
+    "2": "Wrong usage.",
+    "130": "Stopped by Ctrl-C, SIGTERM or SIGHUP; what was saved is kept.",
+}
 
 
 class Stopped(KeyboardInterrupt):
@@ -70,6 +82,12 @@ class _Commands(TyperGroup):
         if rows:
             with formatter.section("Commands"):
                 formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the tables at the end of `mbf --help`."""
+        for title, rows in (("Environment", ENVIRONMENT), ("Exit codes", EXIT_CODES)):
+            with formatter.section(title):
+                formatter.write_dl(list(rows.items()))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; the exceptions that are no bug leave with their exit code and without a traceback."""
@@ -112,7 +130,13 @@ def mbf(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Teach one quantized Llama task after task on your own machine, in constant memory."""
+    """Teach one quantized Llama task after task on your own machine, in constant memory.
+
+    Example: mbf learn assistant mail.jsonl --model smollm2-135m-instruct
+
+    mbf COMMAND --help says what a command takes, with an example. The shell completes commands and options after
+    mbf --install-completion.
+    """
 
 
 def available() -> list[str]:

@@ -28,7 +28,10 @@ MATMUL_SECONDS = 0.5
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show what this machine has, what would run where, and what is missing."""
+    """Show what this machine has, what would run where, and what is missing; made to be pasted into an issue.
+
+    Example: mbf doctor
+    """
     report = examine()
     if json:
         console.print_json(report)

@@ -12,7 +12,10 @@ def fetch(
     offline: Annotated[bool, typer.Option("--offline", help="Use what this machine has; download nothing.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Put a base model from a recipe into models/ (or $MBF_MODELS); without a name: list the recipes."""
+    """Put a base model from a recipe into models/ (or $MBF_MODELS); without a name: list the recipes.
+
+    Example: mbf fetch smollm2-135m-instruct
+    """
     from mbf_mlx import sources
     from mbf_mlx.errors import InputError
     from mbf_mlx.recipe import recipes
