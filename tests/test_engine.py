@@ -4,16 +4,20 @@ import copy
 import importlib
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 import pytest
+
+from mbf_mlx.batches import make_batch
+
+pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
+
+import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model
 
 from mbf_mlx import attention, cpu_ops, engine, llama
-from mbf_mlx.batches import make_batch
 from mbf_mlx.unpack import keep_packed
 
 VOCABULARY = 61
