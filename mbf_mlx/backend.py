@@ -19,8 +19,11 @@ from mbf_mlx.errors import InputError, MissingPackageError
 
 KINDS = ("auto", "cpu", "gpu", "metal", "cuda")
 # mlx's own limit is 1.5 times what a Mac recommends; past the recommended, machines froze or panicked. The wired limit,
-# which makes that worse, stays as it is.
+# which makes that worse, stays at mlx's own: nothing is wired.
 MEMORY_SHARE = 0.8
+# Freed buffers that mlx keeps for the next batch. Without a limit of their own they grow, batch length by batch length,
+# to the limit above, and a Mac's other programs pay for it.
+CACHE_SHARE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,8 @@ def setup(device: str | None = None) -> Device:
     mx.set_default_device(mx.cpu if kind == "cpu" else mx.gpu)
     memory = _memory(mx, kind)
     mx.set_memory_limit(int(MEMORY_SHARE * memory))
+    if kind == "metal":
+        mx.set_cache_limit(int(CACHE_SHARE * memory))
     _device = Device(
         kind=kind,
         name=str(mx.device_info().get("device_name", "GPU")) if kind == "cuda" else machine.processor_name(),

@@ -48,6 +48,17 @@ def test_the_device_can_be_asked_for_by_argument_and_by_environment(mx):
     assert python(code, MBF_DEVICE="cpu") == "cpu CPU: it was asked for"
 
 
+def test_a_macs_gpu_has_limits_below_what_the_mac_recommends(mx):
+    if backend.setup().kind != "metal":
+        pytest.skip("not run: this machine has no Metal")
+    recommended = mx.device_info()["max_recommended_working_set_size"]
+    cache, limit = mx.set_cache_limit(0), mx.get_memory_limit()
+    mx.set_cache_limit(cache)
+    assert 0 < cache < limit < recommended
+    wired = mx.set_wired_limit(0)
+    assert wired == 0, "wired memory cannot be taken back by whom else needs it"
+
+
 def test_setup_names_a_device_that_nobody_knows():
     with pytest.raises(InputError, match=r"device: expected one of auto, cpu, gpu, metal, cuda, got 'tpu'"):
         backend.setup("tpu")

@@ -90,6 +90,9 @@ def learn(
     keep_quantized: Annotated[
         bool, typer.Option("--keep-quantized", help="On a CPU: keep quantized weights; less memory, much slower.")
     ] = False,
+    keep_awake: Annotated[
+        bool, typer.Option("--keep-awake/--no-keep-awake", help="On a Mac: no idle sleep while it learns.")
+    ] = True,
     config: Config = None,
     json: Json = False,
 ) -> None:
@@ -98,6 +101,7 @@ def learn(
     Example: mbf learn assistant mail.jsonl notes/ --model smollm2-135m-instruct
     """
     from mbf_mlx.api import Stream
+    from mbf_mlx.awake import kept_awake
 
     train = TrainConfig(
         epochs=epochs,
@@ -137,7 +141,7 @@ def learn(
         quantize=quantize,
         report=console.err.print,
     )
-    with shown() as events:
+    with kept_awake(keep_awake), shown() as events:
         opened.learn(*read, config=settings, events=events)
     document = opened.status()
     if json:
