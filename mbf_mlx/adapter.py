@@ -16,9 +16,11 @@ import safetensors.numpy
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import Factors, Layers, Pair
+from mbf_mlx.storage import read_file
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # what torch.save and pickle begin with
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _COUNTS = {"I64": "<i8", "I32": "<i4", "I8": "|i1", "U8": "|u1"}  # what some methods keep besides factors
 
@@ -108,9 +110,11 @@ def read(folder: Path) -> Adapter:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_file(path))
     except FileNotFoundError:
         raise InputError(f"{path}: missing; expected an adapter folder with {CONFIG} and {WEIGHTS}") from None
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(config, dict):
@@ -167,15 +171,20 @@ def read_tensors(path: Path, *, integers: bool = False) -> dict[str, np.ndarray]
         InputError: no such file, not safetensors, or tensors of another kind.
     """
     try:
-        entries = safetensors.deserialize(path.read_bytes())
+        return decode_tensors(read_file(path), path, integers=integers)
     except FileNotFoundError:
         raise InputError(f"{path}: missing") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: expected a safetensors file, got a folder") from None
+
+
+def decode_tensors(data: bytes, where: Path, *, integers: bool = False) -> dict[str, np.ndarray]:
+    """Return the tensors of a safetensors file's bytes; `where` names it in errors. See `read_tensors`."""
+    try:
+        entries = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from error
+        kind = "a zip or pickle file, which may hold code and is never read" if data[:2] in _PICKLES else str(error)
+        raise InputError(f"{where}: not a readable safetensors file: {kind}") from error
     kinds = _DTYPES | _COUNTS if integers else _DTYPES
-    return {name: _to_array(name, entry, path, kinds) for name, entry in entries}
+    return {name: _to_array(name, entry, where, kinds) for name, entry in entries}
 
 
 def _to_array(name: str, entry: Any, path: Path, kinds: dict[str, str]) -> np.ndarray:

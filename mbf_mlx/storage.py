@@ -12,19 +12,24 @@ from pathlib import Path
 
 from mbf_mlx.errors import InputError
 
+_SPACE = "free some space and run the command again; nothing was lost"
+_RIGHTS = "change the permissions of the folder, or copy it to a place you can write to"
+_PATH = "choose another path"
+# errno -> (what it means, what to do); every other one is a bug of ours
 _REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission is missing",
-    errno.EPERM: "permission is missing",
-}
-_REMEDIES = {
-    errno.ENOSPC: "free some space and run the command again; nothing was lost",
-    errno.EDQUOT: "free some space and run the command again; nothing was lost",
-    errno.EROFS: "copy the folder to a place you can write to",
-    errno.EACCES: "change the permissions of the folder, or copy it to a place you can write to",
-    errno.EPERM: "change the permissions of the folder, or copy it to a place you can write to",
+    errno.ENOSPC: ("the disk is full", _SPACE),
+    errno.EDQUOT: ("the disk quota is used up", _SPACE),
+    errno.EFBIG: ("the file would be larger than is allowed here", "raise the limit (ulimit -f), or use another disk"),
+    errno.EROFS: ("the file system is read-only", "copy the folder to a place you can write to"),
+    errno.EACCES: ("permission is missing", _RIGHTS),
+    errno.EPERM: ("permission is missing", _RIGHTS),
+    errno.EIO: ("the disk reports an error", "copy what can still be read to another disk"),
+    errno.ELOOP: ("its links lead in a circle", _PATH),
+    errno.ENAMETOOLONG: ("the name is too long", _PATH),
+    errno.ENOTDIR: ("a part of the path is a file", _PATH),
+    errno.EISDIR: ("a folder is there", _PATH),
+    errno.EEXIST: ("something else is there", _PATH),
+    errno.ENOENT: ("no such file or folder", _PATH),
 }
 
 
@@ -45,6 +50,14 @@ class Files:
         """Create a folder and those above it; one that is there is kept."""
         try:
             path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise refusal(error, path) from error
+
+    def sync_file(self, path: Path) -> None:
+        """Flush to the disk what somebody else wrote into a file."""
+        try:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         except OSError as error:
             raise refusal(error, path) from error
 
@@ -90,20 +103,36 @@ class Files:
             raise refusal(error, path) from error
 
 
-def refusal(error: OSError, path: Path, needed: int = 0) -> InputError | OSError:
+def refusal(error: OSError, path: Path, needed: int = 0, verb: str = "write") -> InputError | OSError:
     """Return the InputError that says what an OSError means for the user, or the error itself where it means a bug."""
     if error.errno not in _REASONS:
         return error
-    what = f"{path}: cannot write: {_REASONS[error.errno]}"
+    reason, remedy = _REASONS[error.errno]
+    what = f"{path}: cannot {verb}: {reason}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         what += f" ({needed:,} bytes needed, {free_bytes(path):,} free)"
-    return InputError(f"{what}\nhint: {_REMEDIES[error.errno]}")
+    return InputError(f"{what}\nhint: {remedy}")
+
+
+def read_file(path: Path) -> bytes:
+    """Return a file's bytes.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        InputError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise refusal(error, path, verb="read") from error
 
 
 def free_bytes(path: Path) -> int:
     """Return the bytes that this user can still write where `path` is or would be."""
     place = path.absolute()
-    while not place.exists() and place != place.parent:
+    while not os.path.exists(place) and place != place.parent:
         place = place.parent
     return shutil.disk_usage(place).free
 

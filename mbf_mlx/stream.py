@@ -3,7 +3,7 @@
     STREAM/stream.json            what never changes
     STREAM/current                link to the generation that counts; its replacement is the only commit
     STREAM/adapter                link to current/adapter, the deployed adapter
-    STREAM/generations/000007/    manifest.json, history.jsonl, state.safetensors, adapter/
+    STREAM/generations/000007/    manifest.json, stream.json again, history.jsonl, state.safetensors, adapter/
     STREAM/working/               a task in training
 
 The current and the previous generation are kept. A crash leaves either the old or the new one as the current one, and
@@ -15,11 +15,11 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -27,10 +27,10 @@ from mbf_mlx import __version__, adapter
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import State, empty_state
 from mbf_mlx.records import FORMAT_VERSION, FileRecord, Identity, Manifest, NewerFormatError, TaskRecord, parse
-from mbf_mlx.storage import Files, refusal, require_space, sha256_file
+from mbf_mlx.storage import Files, read_file, refusal, require_space, sha256_file
 from mbf_mlx.working import Working
 
-MANIFEST, HISTORY, STATE = "manifest.json", "history.jsonl", "state.safetensors"
+IDENTITY, MANIFEST, HISTORY, STATE = "stream.json", "manifest.json", "history.jsonl", "state.safetensors"
 SMALL_FILE = 1 << 20  # bytes; smaller files are hashed at every opening, larger ones on request
 # What a run that was killed while making a stream leaves behind.
 _BEFORE_IDENTITY = {"lock", "lock.json", "lock.json.new", "generations", "adapter", "adapter.new", "current"} | {
@@ -38,6 +38,9 @@ _BEFORE_IDENTITY = {"lock", "lock.json", "lock.json.new", "generations", "adapte
     "stream.json.new",
 }
 _RETRIES = 20  # a reader's, when generations are pruned under it
+_SURE = 2  # looks after which what is wrong is no writer's passing state
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,15 @@ class StreamFolder:
             InputError: `path` holds something else, or cannot be written.
         """
         files = files or Files()
-        stream = cls(path, identity, files)
-        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - _BEFORE_IDENTITY):
-            raise InputError(f"{path}: expected a new or empty folder for a stream, got something else")
+        stream, there = cls(path, identity, files), os.path.lexists(path)
+        try:
+            if there and {entry.name for entry in path.iterdir()} - _BEFORE_IDENTITY:
+                raise InputError(f"{path}: expected a new or empty folder for a stream, got something else")
+        except OSError as error:
+            raise refusal(error, path) from error
         files.make_folder(path)
         with stream.writer():
-            if (path / "stream.json").exists():
+            if (path / IDENTITY).exists():
                 raise InputError(f"{path}: another process has just made this stream\nhint: run the command again")
             try:
                 state = empty_state(dict(identity.layers), identity.rank, seed)
@@ -83,10 +89,11 @@ class StreamFolder:
                 stream._write_generation(0, state, b"", base_path, {})
                 stream._link("adapter", "current/adapter")
                 stream._link("current", "generations/000000")
-                stream._replace("stream.json", identity.to_json())
+                stream._replace(IDENTITY, identity.to_json())
             except BaseException:
-                for name in ("stream.json", "current", "adapter", "generations"):
-                    stream._discard(path / name)
+                made = (IDENTITY, "current", "adapter", "generations")
+                for place in [path / name for name in made] if there else [path]:
+                    stream._discard(place)
                 raise
         return stream
 
@@ -97,39 +104,92 @@ class StreamFolder:
         Raises:
             InputError: no stream there, a newer format, or damage; the message names the file.
         """
-        if not path.exists():
-            raise InputError(f"{path}: no such stream\nhint: mbf learn {path} TASK --model BASE makes one")
         stream = cls(path, cls._read_identity(path), files or Files())
         stream.current()
-        if not (path / "current").is_symlink() or not (path / "adapter").is_symlink():
+        if not stream._links_lead():
             stream._repair_links()
         return stream
 
     @staticmethod
     def _read_identity(path: Path) -> Identity:
-        where = path / "stream.json"
+        where = path / IDENTITY
         try:
-            return parse(Identity, where.read_bytes(), where)
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"{path}: not a stream: stream.json is missing") from None
+            data = read_file(where)
+        except FileNotFoundError:
+            if not os.path.lexists(path):
+                raise InputError(
+                    f"{path}: no such stream\nhint: mbf learn {path} TASK --model BASE makes one"
+                ) from None
+            hint = ""
+            if (path / "generations").is_dir():
+                hint = f"\nhint: mbf status {path} --repair makes it again from a generation that is whole"
+            raise InputError(f"{path}: not a stream: {IDENTITY} is missing{hint}") from None
+        try:
+            identity = parse(Identity, data, where)
+        except NewerFormatError:
+            raise
+        except InputError as error:
+            raise _identity_damage(where, str(error).partition("damaged: ")[2]) from error
+        if identity.to_json() != data:
+            raise _identity_damage(where)
+        return identity
 
     @classmethod
     def repair(cls, path: Path, files: Files | None = None) -> str:
-        """Make the newest whole generation the current one; return what was done, in one line.
+        """Make the newest whole generation the current one, and stream.json again from it; return what was done.
 
         Raises:
-            InputError: nothing whole is left, or stream.json itself is damaged.
+            InputError: nothing whole is left.
         """
-        stream = cls(path, cls._read_identity(path), files or Files())
-        with stream.writer(clean=False):
-            newest = stream._newest_whole()
-            if newest == stream._current_folder():
-                return f"{path}: nothing to repair: its current generation is whole"
-            lost = stream._current_folder().name
-            stream._link("current", f"generations/{newest.name}")
-            stream._clean()
-        t = stream.current().manifest.t
-        return f"{path}: went back from generation {lost}, which is damaged, to {newest.name}: it has learned {t} tasks"
+        files, problem = files or Files(), None
+        for identity in cls._identities(path):
+            if isinstance(identity, InputError):
+                problem = problem or identity
+                continue
+            stream = cls(path, identity, files)
+            with stream.writer(clean=False):
+                try:
+                    return stream._repair()
+                except InputError as error:
+                    problem = problem or error
+        raise problem or InputError(f"{path}: damaged: no whole generation is left in generations/")
+
+    @classmethod
+    def _identities(cls, path: Path) -> Iterator[Identity | InputError]:
+        """Yield what stream.json says, or why it cannot be read; then what its copies in the generations say."""
+        try:
+            yield cls._read_identity(path)
+        except NewerFormatError:
+            raise
+        except InputError as error:
+            yield error
+        for copy in sorted((path / "generations").glob(f"[0-9]*/{IDENTITY}"), reverse=True):
+            try:
+                yield parse(Identity, read_file(copy), copy)
+            except (InputError, FileNotFoundError):
+                continue
+
+    def _repair(self) -> str:
+        done, before = [], self._current_folder()
+        try:
+            self.verify(self._open_generation(before))
+            found = before
+        except InputError:
+            found = self._newest_whole()
+        try:
+            same = self._read_identity(self.path) == self.identity
+        except InputError:
+            same = False
+        if not same:
+            self._replace(IDENTITY, self.identity.to_json())
+            done.append(f"made {IDENTITY} again from generation {found.name}")
+        if found != before:
+            self._link("current", f"generations/{found.name}")
+            done.append(f"went back from generation {before.name}, which is damaged, to {found.name}")
+        self._clean()
+        if not done:
+            return f"{self.path}: nothing to repair: its current generation is whole"
+        return f"{self.path}: {', and '.join(done)}: it has learned {self.current().manifest.t} tasks"
 
     # Reading
 
@@ -139,29 +199,37 @@ class StreamFolder:
         Raises:
             InputError: it is damaged; the message names the file and what repairs it.
         """
+        return self._read(lambda generation: generation)
+
+    def _read(self, action: Callable[[Generation], T]) -> T:
+        """Return what `action` makes of the current generation, looking again where a writer changed it meanwhile."""
         for attempt in range(_RETRIES):
             folder = self._current_folder()
             try:
-                return self._open_generation(folder)
+                return action(self._open_generation(folder))
             except InputError:
-                # A writer may have committed twice and pruned this one between our two looks.
-                if self._current_folder() == folder and folder.exists():
+                # A writer may have pruned this one, or made it anew, between our two looks.
+                if self._current_folder() == folder and attempt >= _SURE:
                     raise
                 time.sleep(0.01 * attempt)
         raise InputError(f"{self.path}: its generations change faster than they can be read; try again")
 
     def state(self) -> State:
         """Return the state of the current generation, every byte of it checked."""
-        generation = self.current()
-        self.verify(generation)
-        manifest, folder = generation.manifest, generation.folder
-        identity = self.identity
+        return self._read(self._state_of)
+
+    def _state_of(self, generation: Generation) -> State:
+        manifest, identity = generation.manifest, self.identity
         state = empty_state(dict(identity.layers), identity.rank, manifest.seed)
         if manifest.t == 0:
             return state
-        factors = adapter.read(folder / "adapter").factors
+        tensors = [
+            adapter.decode_tensors(self._content(generation, name), generation.folder / name, integers=name == STATE)
+            for name in (f"adapter/{adapter.WEIGHTS}", STATE)
+        ]
+        factors = adapter.pair_up(tensors[0], generation.folder / "adapter" / adapter.WEIGHTS)
         kept: dict[str, dict[str, Any]] = {}
-        for key, tensor in adapter.read_tensors(folder / STATE, integers=True).items():
+        for key, tensor in tensors[1].items():
             layer, _, name = key.rpartition(".")
             kept.setdefault(name, {})[layer] = tensor
         deployed = {name: factors[name] for name in identity.layers}
@@ -169,9 +237,22 @@ class StreamFolder:
 
     def history(self) -> list[TaskRecord]:
         """Return one record a learned task, in order."""
-        generation = self.current()
+        return self._read(self._history_of)
+
+    def _history_of(self, generation: Generation) -> list[TaskRecord]:
         where = generation.folder / HISTORY
-        return [parse(TaskRecord, line, where) for line in where.read_bytes().splitlines()]
+        return [parse(TaskRecord, line, where) for line in self._content(generation, HISTORY).splitlines()]
+
+    def _content(self, generation: Generation, name: str) -> bytes:
+        """Return one file of a generation, just as it was committed."""
+        path, record = generation.folder / name, generation.manifest.files.get(name)
+        try:
+            data = read_file(path)
+        except FileNotFoundError:
+            raise self._damage(path, "missing") from None
+        if record is None or hashlib.sha256(data).hexdigest() != record.sha256:
+            raise self._damage(path, "its content is not what was committed")
+        return data
 
     def verify(self, generation: Generation | None = None) -> None:
         """Check every byte of a generation, the current one by default.
@@ -186,14 +267,21 @@ class StreamFolder:
                 raise self._damage(path, "its content is not what was committed")
 
     def verify_all(self) -> None:
-        """Check every byte of the generations that are kept.
+        """Check every byte of the generations that are kept and of a task in training.
 
         Raises:
-            InputError: a file does not hold what was committed.
+            InputError: a file does not hold what was written; all such generations are named.
         """
-        for generation in (self.current(), self.previous()):
-            if generation is not None:
-                self.verify(generation)
+        problems = []
+        for read in (self.current, self.previous):
+            try:
+                if (generation := read()) is not None:
+                    self.verify(generation)
+            except InputError as error:
+                problems.append(str(error))
+        problems += Working(self.working, self.files).problems()
+        if problems:
+            raise InputError("\n".join(problems))
 
     def previous(self) -> Generation | None:
         """Return the generation before the current one, where it is kept."""
@@ -203,7 +291,16 @@ class StreamFolder:
     def interrupted(self) -> dict[str, Any] | None:
         """Return the task and step of a run that was interrupted and can go on, or None."""
         saved = Working(self.working, self.files).load()
-        return {"task": saved.run.get("task"), "step": saved.progress.get("step")} if saved else None
+        if saved is None or self._is_committed(saved.run):
+            return None
+        return {"task": saved.run.get("task"), "step": saved.progress.get("step")}
+
+    def _is_committed(self, run: dict[str, Any]) -> bool:
+        """Return whether a saved run's task is what was committed last: it was killed before it could tidy up."""
+        if run.get("generation") != self.current().number - 1:
+            return False
+        last = self.history()[-1]
+        return (last.name, last.sha256) == (run.get("task"), run.get("sha256"))
 
     # Writing
 
@@ -227,12 +324,15 @@ class StreamFolder:
             raise refusal(error, self.path / "lock") from error
         try:
             owner = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            self._replace("lock.json", json.dumps(owner).encode())
-            if clean and (self.path / "stream.json").exists():
+            try:
+                self._replace("lock.json", json.dumps(owner).encode())
+            except (InputError, OSError):
+                pass  # it only tells others who we are; on a full disk an undo may be what is needed
+            if clean and (self.path / IDENTITY).exists():
                 self._clean()
             yield self
         finally:
-            holder.unlink(missing_ok=True)
+            self._discard(holder)
             lock.release()
 
     def commit(self, state: State, record: TaskRecord, base_path: str, settings: dict[str, Any]) -> Generation:
@@ -264,11 +364,13 @@ class StreamFolder:
         if current.number == 0:
             raise InputError(f"{self.path}: nothing to undo: it has learned no task")
         undone = self.history()[-1]
-        if self.previous() is None:
+        previous = self.previous()
+        if previous is None:
             raise InputError(
                 f"{self.path}: cannot undo task {undone.t} ({undone.name!r}): one step back is kept, and it was taken"
                 "\nhint: a copy of the folder made before is the only way further back"
             )
+        self.verify(previous)
         self.files.remove(self.working)
         self._link("current", f"generations/{current.number - 1:06d}")
         self._clean()
@@ -281,7 +383,9 @@ class StreamFolder:
             InputError: less is free than two saves of training and one generation take.
         """
         pairs = sum(4 * self.identity.rank * (out + inner) for out, inner in self.identity.layers.values())
-        require_space(self.path, 12 * pairs + (1 << 20), "learning a task")
+        now = sum(record.bytes for record in self.current().manifest.files.values())
+        # A save holds the factors, the best ones and two moments of each; a first generation is three pairs at most.
+        require_space(self.path, 8 * pairs + max(3 * pairs, now) + (1 << 20), "learning a task")
 
     # How it is done
 
@@ -289,7 +393,7 @@ class StreamFolder:
         self, number: int, state: State, history: bytes, base_path: str, settings: dict[str, Any]
     ) -> None:
         identity = self.identity
-        contents = {HISTORY: history, STATE: adapter.encode_tensors(_flatten(state))}
+        contents = {IDENTITY: identity.to_json(), HISTORY: history, STATE: adapter.encode_tensors(_flatten(state))}
         if state.t:
             named = adapter.encode(
                 state.deployed,
@@ -356,6 +460,9 @@ class StreamFolder:
 
     def _clean(self) -> None:
         """Remove what is neither the current generation nor the one before; a folder loses its name first."""
+        saved = Working(self.working, self.files).load() if self.working.exists() else None
+        if saved and self._is_committed(saved.run):
+            self.files.remove(self.working)
         current = self.current().number
         keep = {self._folder(current).name, self._folder(current - 1).name}
         for folder in sorted((self.path / "generations").iterdir()):
@@ -374,16 +481,21 @@ class StreamFolder:
 
     def _current_folder(self) -> Path:
         """Return where `current` leads: a link, the text that a copy made of it, or the newest whole generation."""
+        number = self._linked_number()
+        return self._newest_whole() if number is None else self._folder(number)
+
+    def _linked_number(self) -> int | None:
         link = self.path / "current"
         target = ""
-        if link.is_symlink():
-            target = os.readlink(link)
-        elif link.is_file() and link.stat().st_size < 100:
-            target = link.read_text(errors="replace").strip()
+        try:
+            if link.is_symlink():
+                target = os.readlink(link)
+            elif link.is_file() and link.stat().st_size < 100:
+                target = link.read_text(errors="replace").strip()
+        except FileNotFoundError:
+            pass  # a text file that was replaced just now: the caller looks for the newest
         number = target.removeprefix("generations/")
-        if number.isascii() and number.isdigit():
-            return self._folder(int(number))
-        return self._newest_whole()
+        return int(number) if number.isascii() and number.isdigit() and len(number) < 10 else None
 
     def _newest_whole(self) -> Path:
         numbers = [int(f.name) for f in (self.path / "generations").glob("*") if f.name.isascii() and f.name.isdigit()]
@@ -394,6 +506,14 @@ class StreamFolder:
                 continue
             return self._folder(number)
         raise InputError(f"{self.path}: damaged: no whole generation is left in generations/")
+
+    def _links_lead(self) -> bool:
+        """Return whether `current` and `adapter` are links that lead where they have to."""
+        try:
+            current, leads = os.readlink(self.path / "current"), os.readlink(self.path / "adapter")
+        except OSError:
+            return False
+        return current == f"generations/{self._current_folder().name}" and leads == "current/adapter"
 
     def _repair_links(self) -> None:
         try:
@@ -412,8 +532,8 @@ class StreamFolder:
     def _open_generation(self, folder: Path) -> Generation:
         where = folder / MANIFEST
         try:
-            data = where.read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+            data = read_file(where)
+        except FileNotFoundError:
             raise self._damage(where, "missing") from None
         try:
             manifest = parse(Manifest, data, where)
@@ -427,6 +547,8 @@ class StreamFolder:
             raise self._damage(folder, "it belongs to another stream")
         if f"{manifest.generation:06d}" != folder.name:
             raise self._damage(folder, f"it holds generation {manifest.generation}")
+        if IDENTITY in manifest.files and manifest.files[IDENTITY] != _record(self.identity.to_json()):
+            raise _identity_damage(self.path / IDENTITY)
         for name, record in manifest.files.items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else None
@@ -434,15 +556,28 @@ class StreamFolder:
                 raise self._damage(path, "missing")
             if size != record.bytes:
                 raise self._damage(path, f"expected {record.bytes:,} bytes, got {size:,}")
-            if size < SMALL_FILE and sha256_file(path) != record.sha256:
-                raise self._damage(path, "its content is not what was committed")
+            if size < SMALL_FILE:
+                try:
+                    whole = sha256_file(path) == record.sha256
+                except OSError as error:
+                    raise refusal(error, path, verb="read") from error
+                if not whole:
+                    raise self._damage(path, "its content is not what was committed")
         return Generation(folder, manifest)
 
     def _damage(self, path: Path, what: str) -> InputError:
-        return InputError(
-            f"{path}: damaged: {what}\nhint: mbf status {self.path} --repair goes back to the generation before, where"
-            " that is whole"
-        )
+        hint = f"mbf status {self.path} --repair goes back to the generation before, where that is whole"
+        before = self._folder((self._linked_number() or 0) - 1)
+        if path.is_relative_to(before):
+            hint = f"mbf undo cannot go back to generation {before.name}; the current one is not affected"
+        return InputError(f"{path}: damaged: {what}\nhint: {hint}")
+
+
+def _identity_damage(path: Path, what: str = "its content is not what was committed") -> InputError:
+    return InputError(
+        f"{path}: damaged: {what}"
+        f"\nhint: mbf status {path.parent} --repair makes it again from a generation that is whole"
+    )
 
 
 def _flatten(state: State) -> dict[str, Any]:

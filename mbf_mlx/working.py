@@ -14,7 +14,7 @@ import numpy as np
 
 from mbf_mlx import adapter
 from mbf_mlx.errors import InputError
-from mbf_mlx.storage import Files
+from mbf_mlx.storage import Files, read_file
 
 PROGRESS, TENSORS = "progress.json", "tensors.safetensors"
 
@@ -46,6 +46,7 @@ class Working:
             "progress": progress,
             "tensors_sha256": hashlib.sha256(data).hexdigest(),
         }
+        document["checksum"] = _checksum(document)
         building, final = self.folder / "building", self.folder / f"step-{step:08d}"
         self.files.make_folder(self.folder)
         self.files.remove(building)
@@ -67,20 +68,20 @@ class Working:
         """Return the newest save that is whole, or None."""
         for folder in reversed(self._saves()):
             try:
-                document = json.loads((folder / PROGRESS).read_bytes())
-                data = (folder / TENSORS).read_bytes()
-                if hashlib.sha256(data).hexdigest() != document["tensors_sha256"]:
-                    continue
-                tensors = adapter.read_tensors(folder / TENSORS)
-                return Saved(
-                    run=document["run"],
-                    machine=document["machine"],
-                    progress=document["progress"],
-                    tensors=tensors,
-                )
-            except (OSError, ValueError, KeyError, TypeError):
+                return _read(folder)
+            except InputError:
                 continue
         return None
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with saves that claim to be complete."""
+        found = []
+        for folder in self._saves():
+            try:
+                _read(folder)
+            except InputError as error:
+                found.append(f"{error}\nhint: the same mbf learn starts this task from its beginning")
+        return found
 
     def drop(self) -> None:
         """Forget the run."""
@@ -88,6 +89,38 @@ class Working:
 
     def _saves(self) -> list[Path]:
         return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+
+
+def _read(folder: Path) -> Saved:
+    """Return a save, every byte of it checked.
+
+    Raises:
+        InputError: it does not hold what was saved.
+    """
+    try:
+        text, data = read_file(folder / PROGRESS), read_file(folder / TENSORS)
+        document = json.loads(text)
+        canonical = json.dumps(document).encode() == text
+        if document.pop("checksum") != _checksum(document) or not canonical:
+            raise InputError(f"{folder / PROGRESS}: damaged: its content is not what was saved")
+        if hashlib.sha256(data).hexdigest() != document["tensors_sha256"]:
+            raise InputError(f"{folder / TENSORS}: damaged: its content is not what was saved")
+        return Saved(
+            run=document["run"],
+            machine=document["machine"],
+            progress=document["progress"],
+            tensors=adapter.decode_tensors(data, folder / TENSORS),
+        )
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: damaged: missing") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{folder / PROGRESS}: damaged: {error}") from error
+
+
+def _checksum(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def check_same_run(saved: Saved, run: dict[str, Any], working: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # Before anything imports mlx: no TF32 in matrix products, or float32 would have 10 bits.
@@ -122,6 +123,17 @@ def task_data():
     if not (folder / "tasks").is_dir():
         pytest.skip(f"no text tasks in {folder}; MBF_TASK_DATA names their folder")
     return folder
+
+
+@pytest.fixture
+def quick_path(tmp_path):
+    """A new folder in memory where the system has one: hundreds of flushes take seconds on a disk."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory, prefix="mbf-test-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

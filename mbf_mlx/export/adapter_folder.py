@@ -6,6 +6,7 @@ from pathlib import Path
 from mbf_mlx import adapter
 from mbf_mlx.export.place import fresh_folder
 from mbf_mlx.methods import Factors
+from mbf_mlx.storage import Files
 
 
 def write_files(
@@ -28,7 +29,7 @@ def write_files(
     needs = sum(len(data) for data in files.values())
     with fresh_folder(out, force=force, needs=needs, forbidden=forbidden) as folder:
         for name, data in files.items():
-            (folder / name).write_bytes(data)
+            Files().write(folder / name, data)
         if finish:
             finish(folder)
     return needs

@@ -1,23 +1,24 @@
 """Where an export goes: never over something without --force, never over files we did not write, all of it or nothing.
 
-An export is written into a neighbour of its place and renamed when it is complete. A folder that we wrote holds
-`mbf_export.json`, which lists its files; only a folder that holds nothing else is ever replaced.
+An export is written into a neighbour of its place, flushed to the disk and renamed when it is complete. A folder that
+we wrote holds `mbf_export.json`, which lists its files; only a folder that holds nothing else is ever replaced.
 """
 
 import glob
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.storage import refusal, require_space
+from mbf_mlx.storage import Files, read_file, refusal, require_space
 
 LISTING = "mbf_export.json"
 SPARE_BYTES = 16 << 20  # of disk that an export leaves free
+_FILES = Files()
+_OLD = "-old"  # ends the name of an earlier export while the new one takes its place
 
 
 @contextmanager
@@ -34,17 +35,21 @@ def fresh_folder(out: Path, *, force: bool = False, needs: int = 0, forbidden: t
         InputError: `out` exists (without force, or with files that no export of ours wrote), lies in the wrong place,
             or does not fit on the disk.
     """
+    _recover(out)
     check_folder_place(out, force=force, needs=needs, forbidden=forbidden)
     partial = _partial(out)
     try:
-        partial.mkdir()
+        _FILES.make_folder(partial)
         yield partial
         _write_listing(partial)
+        for path in sorted(partial.rglob("*")):
+            _FILES.sync_folder(path) if path.is_dir() else _FILES.sync_file(path)
+        _FILES.sync_folder(partial)
         _replace(partial, out)
     except OSError as error:
         raise refusal(error, out, needs) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _discard(partial)
 
 
 @contextmanager
@@ -60,15 +65,17 @@ def fresh_file(
 
     Arguments and errors are those of `fresh_folder`; `is_ours` tells whether an existing file is an export of ours.
     """
+    _recover(out)
     check_place(out, force=force, needs=needs, forbidden=forbidden, is_ours=is_ours)
     partial = _partial(out)
     try:
         yield partial
+        _FILES.sync_file(partial)
         _replace(partial, out)
     except OSError as error:
         raise refusal(error, out, needs) from error
     finally:
-        partial.unlink(missing_ok=True)
+        _discard(partial)
 
 
 def check_folder_place(out: Path, *, force: bool = False, needs: int = 0, forbidden: tuple[Path, ...] = ()) -> None:
@@ -99,20 +106,30 @@ def check_place(
 
 def _folder_is_ours(folder: Path) -> bool:
     try:
-        listed = set(json.loads((folder / LISTING).read_text(encoding="utf-8"))["files"])
+        listed = set(json.loads(read_file(folder / LISTING))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return all(path.relative_to(folder).as_posix() in listed for path in folder.rglob("*") if not path.is_dir())
 
 
 def _partial(out: Path) -> Path:
-    """Return the neighbour that is written first, after removing what killed runs of ours left of theirs."""
+    """Return the neighbour that is written first."""
     place = out.absolute()
-    for stale in place.parent.glob(f".{glob.escape(place.name)}.mbf-*"):
-        digits = stale.name.rpartition("-")[2]
-        if digits.isdigit() and (int(digits) == os.getpid() or not _is_running(int(digits))):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     return place.parent / f".{place.name}.mbf-{os.getpid()}"
+
+
+def _recover(out: Path) -> None:
+    """Put in order what killed runs of ours left beside `out`: an earlier export gets its name back, the rest goes."""
+    place = out.absolute()
+    for stale in sorted(place.parent.glob(f".{glob.escape(place.name)}.mbf-*")):
+        name = stale.name.removesuffix(_OLD)
+        digits = name.rpartition("-")[2]
+        if not digits.isdigit() or (int(digits) != os.getpid() and _is_running(int(digits))):
+            continue
+        if name != stale.name and not os.path.lexists(place):
+            _FILES.rename(stale, place)
+        else:
+            _FILES.remove(stale)
 
 
 def _is_running(process: int) -> bool:
@@ -129,7 +146,8 @@ def _write_listing(folder: Path) -> None:
     document = read_listing(folder)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     document["files"] = sorted(files | {LISTING})
-    (folder / LISTING).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    _FILES.remove(folder / LISTING)
+    _FILES.write(folder / LISTING, (json.dumps(document, indent=2) + "\n").encode())
 
 
 def read_listing(folder: Path) -> dict[str, Any]:
@@ -141,9 +159,22 @@ def read_listing(folder: Path) -> dict[str, Any]:
 def _replace(partial: Path, out: Path) -> None:
     place = out.absolute()
     if place.is_dir():  # a folder cannot be renamed over one that holds files
-        old = partial.with_name(f"{partial.name}-old")
-        place.rename(old)
-        partial.rename(place)
-        shutil.rmtree(old)
+        old = partial.with_name(f"{partial.name}{_OLD}")
+        _FILES.rename(place, old)
+        try:
+            _FILES.rename(partial, place)
+        except (InputError, OSError):
+            _FILES.rename(old, place)
+            raise
+        _FILES.sync_folder(place.parent)
+        _FILES.remove(old)
     else:
-        partial.replace(place)
+        _FILES.rename(partial, place)
+        _FILES.sync_folder(place.parent)
+
+
+def _discard(path: Path) -> None:
+    try:
+        _FILES.remove(path)
+    except (InputError, OSError):
+        pass  # the next export to this place tries again
