@@ -4,6 +4,7 @@
 #   make test           formatting, lint, types and tests; at most 10 minutes on two cores
 #   make test-all       the same with the slow tests: the full quickstart, and what needs torch, peft or npm
 #   make bench          the benchmarks
+#   make soak           200 kills of a run at random moments; the result goes into benchmarks/ (about 10 minutes)
 #   make format         format the code and mend what the linter can
 #   make release-check  build wheel and sdist into dist/, install each into empty environments, run the quickstart there
 #
@@ -33,12 +34,13 @@ ifndef EXTRA
 EXTRA := $(shell $(find_extra))
 endif
 WORKERS ?= 2
+KILLS ?= 200
 
 # Stamps inside the environment say what is installed in it; one that has lost its Python has to be made again.
 READY := $(VENV)/.installed-$(EXTRA)
 $(shell $(call fits,$(BIN)/python) >/dev/null || rm -f $(READY)*)
 
-.PHONY: help quickstart test test-all bench format release-check install install-dev install-all venv clean
+.PHONY: help quickstart test test-all bench soak format release-check install install-dev install-all venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -60,7 +62,10 @@ test-all: install-all
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not release"
 
 bench: install-dev
-	@for file in benchmarks/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+	@for file in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/*.py)); do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+
+soak: install-dev
+	$(BIN)/python benchmarks/soak.py --kills $(KILLS) --out benchmarks/soak.json
 
 format: install-dev
 	$(BIN)/ruff format .

@@ -1,6 +1,9 @@
 """Every file operation made to fail in turn, in every way: what is there afterwards is the old or the new, whole."""
 
+import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +13,7 @@ from mbf_mlx.export.adapter_folder import write_files
 from mbf_mlx.export.place import LISTING, fresh_file
 from mbf_mlx.stream import StreamFolder
 from mbf_mlx.working import Working
+from tests.conftest import ROOT
 from tests.failing import WAYS, Crash, failing
 from tests.streams import contents, learn, new_stream
 from tests.test_exchange import trained
@@ -196,3 +200,14 @@ def test_a_run_killed_between_its_commit_and_the_end_of_its_saves_counts_as_fini
         assert stream.interrupted() == {"task": last.name, "step": 4}
     stream.files.remove(stream.working)
     assert contents(quick_path / "s") == before
+
+
+def test_a_run_killed_at_random_moments_ends_equal_to_the_bit(tmp_path):
+    """A small sample of `make soak`: one kill in each part of the run."""
+    pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
+    command = [sys.executable, ROOT / "benchmarks/soak.py", "--kills", "7", "--seed", "1", "--out", tmp_path / "r.json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert document["kills"] == 7 and document["problems"] == [] and document["runs_finished"] >= 1
+    assert "Problems: none" in (tmp_path / "r.md").read_text()
