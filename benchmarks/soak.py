@@ -1,11 +1,11 @@
-"""Kills `mbf learn` on three tasks by SIGKILL at random moments, again and again, and holds the end to a run never killed.
+"""Kills `mbf learn` on three tasks by SIGKILL at random moments, and holds its end to a run that was never killed.
 
-The model is the tests' two-layer Llama; the run uses what has to survive: accumulation, dropout, validation with the best
-step kept, a save after every step. Each kill aims at a part of the run (loading, training, saving, merging, scoring,
-committing, pruning) and comes after a random share of that part's time; where it really fell is what the table counts.
-After each kill the stream has to open with every byte as it was committed, and the same command has to go on. Every run
-that gets to its end is compared with the one that was never killed: adapter, state and history (its timings aside), bit
-for bit; then the next one starts.
+The model is the tests' two-layer Llama; the run uses what has to survive: accumulation, dropout, validation with the
+best step kept, a save after every step. Each kill aims at a part of the run (loading, training, saving, merging,
+scoring, committing, pruning) and comes after a random share of that part's time; where it really fell is what the
+table counts. After each kill the stream has to open with every byte as it was committed, and the same command has to
+go on. Every run that gets to its end is compared with the one that was never killed: adapter, state and history (its
+timings aside), bit for bit; then the next one starts.
 
     python benchmarks/soak.py [--kills 200] [--seed 0] [--out benchmarks/soak.json]
 
@@ -107,9 +107,9 @@ def soak(kills: int, seed: int, place: Path) -> dict[str, Any]:
     backend.setup()
     import mbf_mlx.api
     import mbf_mlx.commands.learn
-    import mbf_mlx.report
     import mbf_mlx.learn
     import mbf_mlx.model  # a forked child has imported all of it
+    import mbf_mlx.report
     from tests.tiny_llama import write_tiny_llama
 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
