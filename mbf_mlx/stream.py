@@ -371,7 +371,7 @@ class StreamFolder:
                 "\nhint: a copy of the folder made before is the only way further back"
             )
         self.verify(previous)
-        self.files.remove(self.working)
+        Working(self.working, self.files).drop()
         self._link("current", f"generations/{current.number - 1:06d}")
         self._clean()
         return undone
@@ -460,9 +460,11 @@ class StreamFolder:
 
     def _clean(self) -> None:
         """Remove what is neither the current generation nor the one before; a folder loses its name first."""
-        saved = Working(self.working, self.files).load() if self.working.exists() else None
-        if saved and self._is_committed(saved.run):
-            self.files.remove(self.working)
+        if self.working.exists():
+            working = Working(self.working, self.files)
+            saved = working.load()
+            if saved is None or self._is_committed(saved.run):
+                working.drop()
         current = self.current().number
         keep = {self._folder(current).name, self._folder(current - 1).name}
         for folder in sorted((self.path / "generations").iterdir()):

@@ -55,14 +55,15 @@ class Working:
             self.files.write(building / TENSORS, data)
             self.files.write(building / PROGRESS, json.dumps(document).encode())
             self.files.sync_folder(building)
-            self.files.remove(final)
+            self._remove(final)
             self.files.rename(building, final)
             self.files.sync_folder(self.folder)
         except BaseException:
             self.files.remove(building)
             raise
-        for old in self._saves()[:-1]:
-            self.files.remove(old)
+        for old in self._saves():
+            if old != final:
+                self._remove(old)
 
     def load(self) -> Saved | None:
         """Return the newest save that is whole, or None."""
@@ -85,7 +86,17 @@ class Working:
 
     def drop(self) -> None:
         """Forget the run."""
+        for save in self._saves():
+            self._remove(save)
         self.files.remove(self.folder)
+
+    def _remove(self, save: Path) -> None:
+        """Remove a save; it loses its name first, so that what has the name is whole."""
+        doomed = self.folder / "removing"
+        self.files.remove(doomed)
+        if save.exists():
+            self.files.rename(save, doomed)
+            self.files.remove(doomed)
 
     def _saves(self) -> list[Path]:
         return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []

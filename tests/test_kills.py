@@ -198,7 +198,13 @@ def test_a_run_killed_between_its_commit_and_the_end_of_its_saves_counts_as_fini
     Working(stream.working, files()).save(4, run | {"generation": 1}, {}, {"step": 4}, {})
     with stream.writer():
         assert stream.interrupted() == {"task": last.name, "step": 4}
-    stream.files.remove(stream.working)
+    # Killed in the middle of removing them, too.
+    (stream.working / "step-00000004/tensors.safetensors").unlink()
+    Working(stream.working, files()).save(2, run, {}, {"step": 2}, {})
+    assert Working(stream.working, files()).load().progress == {"step": 2}
+    (stream.working / "step-00000002/progress.json").unlink()
+    with stream.writer():
+        assert not stream.working.exists()
     assert contents(quick_path / "s") == before
 
 
