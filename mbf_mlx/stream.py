@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from filelock import FileLock, Timeout
 
 from mbf_mlx import __version__, adapter
@@ -272,16 +273,23 @@ class StreamFolder:
         Raises:
             InputError: a file does not hold what was written; all such generations are named.
         """
-        problems = []
+        for attempt in range(_RETRIES):
+            folder = self._current_folder()
+            problems = self._problems()
+            if not problems or (self._current_folder() == folder and attempt >= _SURE):
+                break  # else a writer may have changed it meanwhile
+        if problems:
+            raise InputError("\n".join(problems))
+
+    def _problems(self) -> list[str]:
+        found = []
         for read in (self.current, self.previous):
             try:
                 if (generation := read()) is not None:
                     self.verify(generation)
             except InputError as error:
-                problems.append(str(error))
-        problems += Working(self.working, self.files).problems()
-        if problems:
-            raise InputError("\n".join(problems))
+                found.append(str(error))
+        return found + Working(self.working, self.files).problems()
 
     def previous(self) -> Generation | None:
         """Return the generation before the current one, where it is kept."""
@@ -593,6 +601,16 @@ def _record(data: bytes) -> FileRecord:
 def _describe(holder: Path) -> str:
     try:
         owner = json.loads(holder.read_bytes())
-        return f"process {owner['process']} on {owner['host']} since {owner['since']}"
+        process, host, since = owner["process"], owner["host"], owner["since"]
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+    if host == socket.gethostname() and not _is_running(process):
+        return "another process"  # the note is a dead holder's: the new one has not written its own yet
+    return f"process {process} on {host} since {since}"
+
+
+def _is_running(process: Any) -> bool:
+    try:
+        return isinstance(process, int) and psutil.pid_exists(process)
+    except (OverflowError, ValueError):
+        return False
