@@ -264,8 +264,8 @@ class StreamFolder:
         generation = generation or self.current()
         for name, record in generation.manifest.files.items():
             path = generation.folder / name
-            if record.bytes >= SMALL_FILE and sha256_file(path) != record.sha256:
-                raise self._damage(path, "its content is not what was committed")
+            if record.bytes >= SMALL_FILE:
+                self._check_content(path, record)
 
     def verify_all(self) -> None:
         """Check every byte of the generations that are kept and of a task in training.
@@ -561,19 +561,27 @@ class StreamFolder:
             raise _identity_damage(self.path / IDENTITY)
         for name, record in manifest.files.items():
             path = folder / name
-            size = path.stat().st_size if path.is_file() else None
+            try:
+                size = path.stat().st_size if path.is_file() else None
+            except FileNotFoundError:
+                size = None
             if size is None:
                 raise self._damage(path, "missing")
             if size != record.bytes:
                 raise self._damage(path, f"expected {record.bytes:,} bytes, got {size:,}")
             if size < SMALL_FILE:
-                try:
-                    whole = sha256_file(path) == record.sha256
-                except OSError as error:
-                    raise refusal(error, path, verb="read") from error
-                if not whole:
-                    raise self._damage(path, "its content is not what was committed")
+                self._check_content(path, record)
         return Generation(folder, manifest)
+
+    def _check_content(self, path: Path, record: FileRecord) -> None:
+        try:
+            whole = sha256_file(path) == record.sha256
+        except FileNotFoundError:
+            raise self._damage(path, "missing") from None
+        except OSError as error:
+            raise refusal(error, path, verb="read") from error
+        if not whole:
+            raise self._damage(path, "its content is not what was committed")
 
     def _damage(self, path: Path, what: str) -> InputError:
         hint = f"mbf status {self.path} --repair goes back to the generation before, where that is whole"
