@@ -1,0 +1,48 @@
+"""`mbf report`: a stream or an experiment's results as one HTML file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mbf_mlx.commands import console
+from mbf_mlx.commands.options import Json
+
+
+def report(
+    source: Annotated[Path, typer.Argument(help="A stream, or the results of an experiment (folder or .jsonl).")],
+    out: Annotated[Path | None, typer.Option("--out", help="The file. [default: NAME.html here]")] = None,
+    json: Json = False,
+) -> None:
+    """Write a stream or an experiment's results as one self-contained HTML page.
+
+    Example: mbf report assistant --out assistant.html
+    """
+    from mbf_mlx import results
+    from mbf_mlx.errors import InputError
+    from mbf_mlx.report_results import results_page
+    from mbf_mlx.report_stream import stream_page
+    from mbf_mlx.storage import refusal
+
+    if (source / "stream.json").exists():
+        from mbf_mlx.api import status_document
+        from mbf_mlx.stream import StreamFolder
+
+        kind, page = "stream", stream_page(status_document(StreamFolder.open(source)), console.size, console.duration)
+    elif (source / results.RESULTS).exists() or source.is_file():
+        kind, rows = "experiment", results.read_results(source)
+        name = (source.parent if source.is_file() else source).resolve().name.removesuffix("-results")
+        page = results_page(name, rows, console.size, console.duration)
+    else:
+        raise InputError(f"{source}: expected a stream or the results of mbf experiment, got neither")
+    file = out if out is not None else Path(f"{source.resolve().name}.html")
+    if not file.resolve().parent.is_dir():
+        raise InputError(f"{file}: no such folder as {file.parent}")
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise refusal(error, file) from error
+    if json:
+        console.print_json({"kind": kind, "file": str(file), "bytes": len(page.encode())})
+    else:
+        console.out.print(f"{file}: {console.size(len(page.encode()))}")

@@ -1,0 +1,160 @@
+"""The report's plots as SVG, drawn by matplotlib, in colours that the page decides.
+
+What is drawn has stand-in colours, and they become the page's CSS variables: so one picture is right in the light, in
+the dark and on paper. Text stays text. Scores come in [0, 1] and are shown in percent.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+INK, SOFT, HEAT = "#0a0b01", "#0a0b02", "#0a0b03"
+SERIES = tuple(f"#0a0c0{i}" for i in range(8))
+MARKERS = "osD^vPX*"
+_VARIABLES = {INK: "--ink", SOFT: "--soft", HEAT: "--heat", **{c: f"--c{i}" for i, c in enumerate(SERIES)}}
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a task may be called "$x"
+    "text.color": INK,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "grid.color": SOFT,
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 10,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+}
+
+
+class Curve(NamedTuple):
+    """One line of a plot."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+
+
+class Bar(NamedTuple):
+    """One value of a comparison."""
+
+    name: str
+    value: float
+    deviation: float | None
+
+
+def heat_map(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], title: str) -> str:
+    """Return a matrix of scores; where there is none the cell stays empty."""
+    cell = 0.62
+    width = cell * len(columns) + 0.085 * max(len(name) for name in rows) + 0.4
+    with _drawing(width, cell * 0.8 * len(rows) + 0.085 * max(map(len, columns)) + 0.3) as (figure, axes):
+        from matplotlib.patches import Rectangle
+
+        for i, line in enumerate(values):
+            for j, value in enumerate(line):
+                if value is None:
+                    continue
+                share = min(1.0, max(0.0, value))
+                axes.add_patch(Rectangle((j, i), 0.96, 0.94, facecolor=HEAT, alpha=0.06 + 0.94 * share, linewidth=0))
+                axes.text(j + 0.48, i + 0.47, f"{100 * value:.0f}", ha="center", va="center")
+        axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+        axes.set_xticks([j + 0.48 for j in range(len(columns))], list(columns), rotation=45, ha="left")
+        axes.set_yticks([i + 0.47 for i in range(len(rows))], list(rows))
+        axes.xaxis.tick_top()
+        for side in axes.spines.values():
+            side.set_visible(False)
+        return _svg(figure, title)
+
+
+def lines(curves: Sequence[Curve], xlabel: str, ylabel: str, title: str, *, percent: bool = False) -> str:
+    """Return curves over a number that counts up, each with its own colour and marker."""
+    share = 100 if percent else 1
+    many = max(len(curve.x) for curve in curves) > 12
+    with _drawing(5.6, 3.0 + 0.2 * ((len(curves) + 1) // 2)) as (figure, axes):
+        for number, curve in enumerate(curves):
+            color, marker = SERIES[number % len(SERIES)], "" if many else MARKERS[number % len(MARKERS)]
+            style = "-" if number < len(SERIES) else "--"
+            y = [float("nan") if v is None else share * v for v in curve.y]
+            axes.plot(curve.x, y, style, color=color, marker=marker, label=curve.name)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        if percent:
+            axes.set_ylim(-2, 102)
+        elif all(v is None or v >= 0 for curve in curves for v in curve.y):
+            axes.set_ylim(0, 1.08 * max(v for curve in curves for v in curve.y if v is not None) or 1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside lower left", ncols=2, fontsize=9)
+        return _svg(figure, title)
+
+
+def comparison(panels: Sequence[tuple[str, Sequence[Bar]]], title: str) -> str:
+    """Return one panel a measure, one dot a method with its deviation; all panels name the same methods in order."""
+    names = [bar.name for bar in panels[0][1]]
+    with _drawing(6.4, 0.3 * len(names) + 0.9, columns=len(panels)) as (figure, all_axes):
+        for number, (axes, (measure, bars)) in enumerate(zip(all_axes, panels, strict=True)):
+            for place, bar in enumerate(bars):
+                spread = 100 * (bar.deviation or 0)
+                axes.errorbar(
+                    100 * bar.value, place, xerr=spread, fmt="o", color=SERIES[number], capsize=3 if spread else 0
+                )
+            axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_xlabel(measure)
+            axes.grid(axis="both")
+            axes.set_axisbelow(True)
+        return _svg(figure, title)
+
+
+class _drawing:
+    """A figure and its axes, with our style, closed at the end."""
+
+    def __init__(self, width: float, height: float, columns: int = 1) -> None:
+        self.size, self.columns = (width, height), columns
+
+    def __enter__(self) -> tuple[Any, Any]:
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        self.style = matplotlib.rc_context(_STYLE)
+        self.style.__enter__()
+        figure = Figure(figsize=self.size, layout="constrained")
+        axes = figure.subplots(1, self.columns, squeeze=False)[0]
+        return figure, axes if self.columns > 1 else axes[0]
+
+    def __exit__(self, *error: Any) -> None:
+        self.style.__exit__(*error)
+
+
+def _svg(figure: Any, title: str) -> str:
+    """Return the figure for the inside of a page: named, without a size of its own, in the page's colours."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": title}):  # the same report has the same bytes; no two plots share ids
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])  # type: ignore[index]
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    # Points of 1/72 inch: at 1.25 pixels each the text has the size of the page's small print.
+    wide = 1.25 * width
+    style = f'style="width:{wide:.0f}px;min-width:{0.7 * wide:.0f}px" role="img" aria-label="{_escaped(title)}"'
+    text = text.replace("<svg ", f"<svg {style} ", 1)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, f"var({variable})")
+    return re.sub(r"(font: [\d.]+px) [^;\"]+", r"\1 system-ui, sans-serif", text)
+
+
+def _escaped(text: str) -> str:
+    from html import escape
+
+    return escape(text)

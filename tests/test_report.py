@@ -1,0 +1,147 @@
+"""Reports as HTML: nothing is fetched, every number stands in a table, every text is escaped."""
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from typer.testing import CliRunner
+
+from mbf_mlx.api import status_document
+from mbf_mlx.commands import app
+from mbf_mlx.commands.console import duration, size
+from mbf_mlx.methods import make
+from mbf_mlx.report_results import results_page
+from mbf_mlx.report_stream import stream_page
+from tests.conftest import ROOT
+from tests.streams import new_stream, record, tune
+from tests.test_results import row
+
+
+class Page(HTMLParser):
+    """What a page holds: cells of tables, plots, tags, and whatever could be fetched."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.cells, self.tags, self.fetched, self.open = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "srcset", "action") and not value.startswith("#"):
+                self.fetched.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th", "code"):
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """A stream of three tasks, one with a name that must be escaped and that mathtext would choke on."""
+    made, method = new_stream(tmp_path_factory.mktemp("report") / "assistant"), make("slao")
+    for t, name in enumerate(["mail", "a <b>& $x", "diary"], 1):
+        with made.writer():
+            state = made.state()
+            tuned = tune(state, method.start(state))
+            made.commit(method.finish(state, tuned), record(t, name), "models/tiny", {"train": {"epochs": 3}})
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(stream):
+    return stream_page(status_document(stream), size, duration)
+
+
+def cells():
+    fields = {
+        "curves": [[[1, 2.0], [4, 1.0]], [[1, 2.5], [4, 0.75]]],
+        "steps": [4, 4],
+        "trainings": ["x", "y"],
+        "settings": {"train": {"epochs": 1, "seed": 0}, "lora": {"rank": 8}},
+        "rows": {"train": 320, "valid": 0, "test": 200},
+        "scored_on": "test",
+        "task_hashes": ["aa", "bb"],
+        "base": {"name": "tiny", "fingerprint": "ff"},
+        "machine": {"device": "cpu"},
+        "method": "slao",
+        "options": {"weight": "1/t"},
+    }
+    other = {**fields, "trainings": ["x", "z"]}
+    return [row(seed, label=label, **use) for label, use in (("slao", fields), ("<i>", other)) for seed in (0, 1)]
+
+
+def test_a_page_is_whole_and_fetches_nothing(page):
+    for text in (page, results_page("five", cells(), size, duration)):
+        found = Page(text)
+        assert found.open == [] and found.fetched == []
+        assert "script" not in found.tags and "link" not in found.tags and "img" not in found.tags
+        assert "default-src 'none'" in text and "@import" not in text
+        assert "url(http" not in text and text.count("<title>") == 1
+
+
+def test_a_streams_page_has_its_plots_and_every_number_in_a_table(stream, page):
+    found, document = Page(page), status_document(stream)
+    assert found.tags.count("svg") == 4  # matrix, score over time, training, memory
+    for scores in document["scores"]:
+        for value in scores:
+            if value is not None:
+                assert f"{100 * value:.1f}" in found.cells
+    for task in document["tasks"]:
+        assert task["sha256"] in found.cells
+        for step, loss in task["curve"]:
+            assert f"{step:g}" in found.cells and f"{loss:.3f}" in found.cells
+    assert f"{document['kept_bytes']:,}" in found.cells and document["id"] in found.cells
+    assert "<h1>assistant</h1>" in page and str(stream.path) not in page
+
+
+def test_names_are_escaped_in_tables_and_plots(page):
+    assert "<b>&" not in page and "a &lt;b&gt;&amp; $x" in page
+    assert "<i>" not in results_page("five", cells(), size, duration)
+
+
+def test_an_experiments_page_compares_methods_and_shares_curves(page):
+    text = results_page("five", cells(), size, duration)
+    found = Page(text)
+    # comparison, score over time, two matrices, training, memory
+    assert found.tags.count("svg") == 6
+    assert "70.0 ± 0.0" not in found.cells and "75.0 ± 0.0" in found.cells
+    assert {"80.0", "60.0", "90.0"} <= set(found.cells)
+    assert "slaoab0" in found.cells and "0.750" in found.cells
+    assert "1/t" in found.cells and "1 method" not in text
+
+
+def test_the_same_report_has_the_same_bytes_and_its_colours_are_the_pages(stream, page):
+    assert stream_page(status_document(stream), size, duration) == page
+    assert "var(--c0)" in page and "#0a0" not in page and "var(--heat)" in page
+
+
+def test_the_command_writes_a_file_and_says_where(stream, tmp_path):
+    out = tmp_path / "x.html"
+    done = CliRunner().invoke(app, ["report", str(stream.path), "--out", str(out), "--json"])
+    assert json.loads(done.stdout) == {"kind": "stream", "file": str(out), "bytes": out.stat().st_size}
+    (tmp_path / "five-results").mkdir()
+    (tmp_path / "five-results" / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in cells()))
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "five-results"), "--out", str(out)])
+    assert done.exit_code == 0 and "<h1>five</h1>" in out.read_text()
+    done = CliRunner().invoke(app, ["report", str(tmp_path), "--out", str(out)])
+    assert done.exit_code == 1
+    assert "expected a stream or the results of mbf experiment" in done.output
+    done = CliRunner().invoke(app, ["report", str(stream.path), "--out", str(tmp_path / "no" / "x.html")])
+    assert done.exit_code == 1 and "no such folder" in done.output
+
+
+def test_matplotlib_is_loaded_for_a_plot_alone():
+    code = "import sys, mbf_mlx.report_stream, mbf_mlx.report_results; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr
