@@ -1,7 +1,7 @@
 """safetensors files read and written one tensor at a time, a few rows at a time: exporting never holds a whole model.
 
 NumPy has no bfloat16: such a tensor is held as uint16 and turned to float32 and back by `to_float32` and
-`from_float32`. What a tensor means (quantized or not, which layer) is left to quantized.py.
+`from_float32`. Headers are read and checked by safetensors_file.py; what a tensor means is left to checkpoint.py.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mbf_mlx.errors import InputError
+from mbf_mlx.safetensors_file import read_header
 
 DTYPES: dict[str, np.dtype[Any]] = {  # safetensors' names -> what NumPy holds
     "F64": np.dtype("<f8"),
@@ -33,7 +34,6 @@ DTYPES: dict[str, np.dtype[Any]] = {  # safetensors' names -> what NumPy holds
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 COPY_BYTES = 1 << 24  # of an untouched tensor at a time
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -79,34 +79,14 @@ def read_headers(files: list[Path]) -> tuple[dict[str, Stored], dict[Path, dict[
     tensors: dict[str, Stored] = {}
     metadata: dict[Path, dict[str, str]] = {}
     for path in files:
-        header, start = _read_header(path)
-        metadata[path] = header.pop("__metadata__", {})
-        size = path.stat().st_size
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in DTYPES:
-                raise InputError(f"{path}: {name}: expected one of {', '.join(DTYPES)}, got {entry['dtype']!r}")
+        entries, metadata[path] = read_header(path)
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+            if entry.dtype not in DTYPES:
+                raise InputError(f"{path}: {name}: expected one of {', '.join(DTYPES)}, got {entry.dtype!r}")
             if name in tensors:
                 raise InputError(f"{path}: {name}: stands in {tensors[name].file.name}, too")
-            first, last = entry["data_offsets"]
-            tensors[name] = Stored(entry["dtype"], tuple(entry["shape"]), path, start + first)
-            if last - first != tensors[name].nbytes or start + last > size:
-                raise InputError(f"{path}: {name}: the file is cut off or damaged; fetch it again")
+            tensors[name] = Stored(entry.dtype, entry.shape, path, entry.begin)
     return tensors, metadata
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= MAX_HEADER_BYTES:
-            raise InputError(f"{path}: expected a safetensors file, got something else or one that is cut off")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-    except ValueError as error:
-        raise InputError(f"{path}: expected a safetensors file, got a damaged header: {error}") from error
-    if not isinstance(header, dict):
-        raise InputError(f"{path}: expected a safetensors file, got a header that is no table")
-    return header, 8 + length
 
 
 class Writer:
