@@ -14,6 +14,8 @@ import mlx.nn as nn
 
 from mbf_mlx.memory import PIECE_BYTES
 
+AT_ONCE = 4  # into so many a piece is cut where it is not evaluated at once: mlx then works on several at a time
+
 
 def plain(module: Any) -> nn.Module:
     """Return the linear layer or embedding whose weight a quantized one holds."""
@@ -72,11 +74,11 @@ def keep_packed(module: nn.Module) -> None:
 
 def _product(module: Any, x: mx.array) -> mx.array:
     def forward(x: mx.array) -> mx.array:
-        parts = [x @ rows.T for _, _, rows in _pieces(module)]
+        parts = [x @ rows.T for _, _, rows in _pieces(module, AT_ONCE)]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
     def backward(inputs: Any, gradient: mx.array, output: mx.array) -> mx.array:
-        parts = [gradient[..., first:last] @ rows for first, last, rows in _pieces(module)]
+        parts = [gradient[..., first:last] @ rows for first, last, rows in _pieces(module, AT_ONCE)]
         return parts[0] if len(parts) == 1 else mx.stack(parts).sum(axis=0)
 
     # Differentiated automatically, the product would keep every weight of the model until its backward pass.
@@ -104,9 +106,9 @@ def _evaluated(array: mx.array) -> mx.array:
     return array
 
 
-def _pieces(module: Any) -> Iterator[tuple[int, int, mx.array]]:
+def _pieces(module: Any, at_once: int = 1) -> Iterator[tuple[int, int, mx.array]]:
     out, words = module.weight.shape
-    step = max(1, PIECE_BYTES // (words * 32 // module.bits * 4))
+    step = max(1, PIECE_BYTES // at_once // (words * 32 // module.bits * 4))
     for first in range(0, out, step):
         last = min(first + step, out)
         yield first, last, _rows(module, first, last)

@@ -1,5 +1,7 @@
 """The live model of an export, the base with its adapter: it answers first, exports are compared with its answers."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from mbf_mlx.export.moments import moments
 from mbf_mlx.export.quality import Reference
 from mbf_mlx.export.rounding import Rounder
 
+CACHE_BYTES = 64 << 20  # of freed memory that mlx keeps for later
+
 
 class Live:
     """Runs the live model once, on the rows that the job may look at, and keeps its answers.
@@ -27,12 +31,17 @@ class Live:
     """
 
     def __init__(self, job: Job) -> None:
-        self._job, self._reference = job, None
+        self._job = job
+        self._reference: Reference | None = None
         self._moments: dict[str, np.ndarray] = {}  # layers with the same inputs share one
         self._last: tuple[int, Rounder] | None = None
         rows, fit = job.rows.compare, job.rows.fit if _keeps_few_bits(job) else []
         if not rows and not fit:
             return
+        with _little_spare_memory():
+            self._ask(job, rows, fit)
+
+    def _ask(self, job: Job, rows: Sequence[Any], fit: Sequence[Any]) -> None:
         base = model.load_base(job.base, dtype=_dtype())
         rank = next(iter(job.factors.values())).a.shape[0]
         model.attach(
@@ -46,8 +55,6 @@ class Live:
             with job.show("watching inputs", None, "rows") as update:
                 for names, matrix in moments(base.model, model.lora_layers(base.model), fit, _counter(update)):
                     self._moments.update(dict.fromkeys(names, matrix))
-        del base
-        mx.clear_cache()
 
     def rounder(self, layer: str) -> Rounder | None:
         """Return what rounds a layer for the inputs that it has; None where there were no rows to see them on."""
@@ -64,6 +71,10 @@ class Live:
         Raises:
             InputError: it loads, but its logits are not finite.
         """
+        with _little_spare_memory():
+            return self._compare(folder)
+
+    def _compare(self, folder: Path) -> dict[str, Any] | None:
         exported = model.load_base(folder, dtype=_dtype()).model
         if not np.isfinite(np.array(exported(mx.array([[1, 2, 3]])).astype(mx.float32))).all():
             raise InputError(f"{self._job.out} was not written: its logits are not finite; try --bits 32")
@@ -72,6 +83,17 @@ class Live:
         with self._job.show("asking the export", len(self._job.rows.compare), "rows") as update:
             quality = self._reference.compare(exported, _counter(update))
         return {**asdict(quality), "source": self._job.rows.source}
+
+
+@contextmanager
+def _little_spare_memory() -> Iterator[None]:
+    """Let mlx keep little of the memory that it has done with, and nothing of it afterwards."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.clear_cache()
+        mx.set_cache_limit(before)
 
 
 def _keeps_few_bits(job: Job) -> bool:

@@ -2,7 +2,8 @@
 
 Both are asked for the tokens that a row supervises, teacher-forced. P is the live model's distribution over the
 vocabulary at such a position and Q the exported one's; KL is the mean of sum P log(P / Q), in nats. The live model runs
-first and its answers are kept, so that the two are never in memory together.
+first and its answers are kept, so that the two are never in memory together. Logits are computed at those positions
+alone, where the architecture allows it: those of a whole row take more memory than a small model's weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +13,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mbf_mlx.batches import Batch, make_batch
 from mbf_mlx.errors import InputError
+from mbf_mlx.forward import Forward
 
 POSITIONS = 16  # of a row; of a longer answer the first
 KEPT_BYTES = 128 << 20  # of the live model's distributions
-FORWARD_BYTES = 192 << 20  # of the logits of one forward pass
+TOKENS = 1024  # of one forward pass
+LOGITS_BYTES = 64 << 20  # of one forward pass of an architecture that computes them everywhere
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,11 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    tokens: np.ndarray  # (rows, length) int32
-    at: np.ndarray  # flat positions whose logits predict a supervised token
-    targets: np.ndarray
-    row_of: np.ndarray
+class _Row:
+    """What is looked at of a row."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
 
 
 class Reference:
@@ -52,20 +56,21 @@ class Reference:
     """
 
     def __init__(self, model: Any, rows: Sequence[Any], advance: Callable[[int], None] = lambda rows: None) -> None:
-        vocabulary = model(mx.array([[0]])).shape[-1]
-        self._batches = list(_batches(rows, vocabulary))
+        forward = Forward(model, checkpoint=False)
+        self._batches = list(_batches(rows, forward.vocabulary, forward.picks_positions))
         self._kept = []
         for batch in self._batches:
-            self._kept.append(_log_probabilities(model, batch))
+            self._kept.append(_log_probabilities(forward, batch))
             advance(len(batch.tokens))
         if any(not np.isfinite(kept).all() for kept in self._kept):
             raise InputError("the live model's logits are not finite; its adapter is broken")
 
     def compare(self, model: Any, advance: Callable[[int], None] = lambda rows: None) -> Quality:
         """Return how far another model is from the live one on the same rows."""
+        forward = Forward(model, checkpoint=False)
         total = same = count = rows = live = exported = 0.0
         for batch, ours in zip(self._batches, self._kept, strict=True):
-            theirs = _log_probabilities(model, batch)
+            theirs = _log_probabilities(forward, batch)
             total += float((np.exp(ours) * (ours - theirs)).sum(dtype=np.float64))
             mine, other = ours.argmax(-1), theirs.argmax(-1)
             same += float((mine == other).sum())
@@ -77,38 +82,39 @@ class Reference:
         return Quality(int(rows), int(count), total / count, same / count, live / rows, exported / rows)
 
 
-def _right(batch: _Batch, best: np.ndarray) -> int:
+def _right(batch: Batch, best: np.ndarray) -> int:
     """Return how many rows of the batch are right at every position."""
     return len(batch.tokens) - len(np.unique(batch.row_of[best != batch.targets]))
 
 
-def _batches(rows: Sequence[Any], vocabulary: int) -> Iterator[_Batch]:
-    """Yield the rows, shortest first, in batches whose logits fit the budget."""
+def _batches(rows: Sequence[Any], vocabulary: int, picked: bool) -> Iterator[Batch]:
+    """Yield the rows, shortest first, in batches that fit the budgets.
+
+    Args:
+        rows: As `Reference` takes them.
+        vocabulary: Logits of a position.
+        picked: Whether logits are computed at supervised positions alone.
+    """
     budget = KEPT_BYTES // (4 * vocabulary)  # positions
     chosen = []
     for row in rows:
         positions = np.flatnonzero(row.supervised)[:POSITIONS]
         if len(positions) and budget >= len(positions):
             budget -= len(positions)
-            chosen.append((np.asarray(row.tokens), positions))
-    chosen.sort(key=lambda item: len(item[0]))
+            end = positions[-1] + 1
+            chosen.append(_Row(np.asarray(row.tokens)[:end], np.asarray(row.supervised)[:end]))
+    chosen.sort(key=lambda row: len(row.tokens))
+    most = TOKENS if picked else min(TOKENS, LOGITS_BYTES // (4 * vocabulary))
     while chosen:
         count = 1
-        while count < len(chosen) and 4 * vocabulary * (count + 1) * len(chosen[count][0]) <= FORWARD_BYTES:
+        while count < len(chosen) and (count + 1) * len(chosen[count].tokens) <= most:
             count += 1
         part, chosen = chosen[:count], chosen[count:]
-        length = max(int(positions[-1]) for _, positions in part)
-        tokens = np.zeros((count, length), np.int32)
-        for place, (row_tokens, _) in enumerate(part):
-            tokens[place, : len(row_tokens[:length])] = row_tokens[:length]
-        at = [place * length + positions - 1 for place, (_, positions) in enumerate(part)]
-        targets = [row_tokens[positions] for row_tokens, positions in part]
-        row_of = np.repeat(np.arange(count), [len(positions) for _, positions in part])
-        yield _Batch(tokens, np.concatenate(at), np.concatenate(targets), row_of)
+        yield make_batch(part, range(count))
 
 
-def _log_probabilities(model: Any, batch: _Batch) -> np.ndarray:
+def _log_probabilities(forward: Forward, batch: Batch) -> np.ndarray:
     """Return log P at the batch's positions, (positions, vocabulary) float32."""
-    logits = model(mx.array(batch.tokens))
-    picked = logits.reshape(-1, logits.shape[-1])[mx.array(batch.at)].astype(mx.float32)
+    picked = forward.head(forward.hidden(batch)) if forward.picks_positions else forward.logits(batch)
+    picked = picked.astype(mx.float32)
     return np.array(picked - mx.logsumexp(picked, axis=-1, keepdims=True))
