@@ -56,7 +56,7 @@ class Reference:
     """
 
     def __init__(self, model: Any, rows: Sequence[Any], advance: Callable[[int], None] = lambda rows: None) -> None:
-        forward = Forward(model, checkpoint=False)
+        forward = Forward(model)
         self._batches = list(_batches(rows, forward.vocabulary, forward.picks_positions))
         self._kept = []
         for batch in self._batches:
@@ -67,7 +67,7 @@ class Reference:
 
     def compare(self, model: Any, advance: Callable[[int], None] = lambda rows: None) -> Quality:
         """Return how far another model is from the live one on the same rows."""
-        forward = Forward(model, checkpoint=False)
+        forward = Forward(model)
         total = same = count = rows = live = exported = 0.0
         for batch, ours in zip(self._batches, self._kept, strict=True):
             theirs = _log_probabilities(forward, batch)
