@@ -22,6 +22,9 @@ EXAMPLES = {
 }
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True)  # made once: a large file has ten million rows
+
+
 class BadRow(ValueError):
     """A row that cannot be learned: the reason in one line and, where it can be told, the row put right."""
 
@@ -53,7 +56,7 @@ class Row:
 
     def __post_init__(self) -> None:
         said = (self.kind, self.prompt, self.completion, self.answers, self.messages, self.tools, self.text)
-        digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(_ENCODER.encode(said).encode(), digest_size=16).digest()
         object.__setattr__(self, "digest", digest)
 
     @property

@@ -1,11 +1,12 @@
 """One split of a task: a file gone through once, its rows remembered by their places, read again when asked for.
 
-A row costs 20 bytes of memory, whatever its length: where it stands, and the first half of its digest, by which rows
-that say the same are found. Of ten million different rows two meet by chance in one file of 400,000.
+A row costs 16 bytes of memory, whatever its length: where it stands, the first half of its digest, by which rows that
+say the same are found, and its number. Of ten million different rows two meet by chance in one file of 400,000.
 """
 
 import hashlib
 from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from mbf_mlx.rows import EXAMPLES, NAMES, BadRow, Row, Skipped, reference_text
 
 SHOWN = 20  # bad rows of a file that are printed; the rest is counted
 REPORT_ROWS = 5000  # between two reports of how far reading is
+_PART = 1 << 20  # rows that are compared at a time: what is made of them on the way stays small
 MAX_LABELS = 64  # distinct completions that are remembered one by one
 
 
@@ -30,10 +32,10 @@ class Rows(Sequence[Row]):
         InputError: on reading, a row no longer says what it said when the task was checked.
     """
 
-    def __init__(self, reader: Reader, places: np.ndarray, columns: tuple[np.ndarray, np.ndarray, np.ndarray]):
+    def __init__(self, reader: Reader, places: np.ndarray, stand: "Places", digests: np.ndarray):
         self.reader = reader
-        self.places = places  # uint32 (rows,): which of the file's rows these are; the columns are all its rows'
-        self._offsets, self._lines, self._digests = columns  # uint64 in bytes, uint32, uint64
+        self.places = places  # uint32 (rows,): which of the file's rows these are
+        self._stand, self._digests = stand, digests  # of all the file's rows; uint64 (all rows,)
 
     @property
     def file(self) -> Path:
@@ -61,21 +63,51 @@ class Rows(Sequence[Row]):
     @property
     def digests(self) -> np.ndarray:
         """Half the digest of each row, uint64 (rows,)."""
-        return self._digests[self.places]
+        ascending = len(self.places) == len(self._digests) and bool((self.places[1:] > self.places[:-1]).all())
+        return self._digests if ascending else self._digests[self.places]
 
     def take(self, which: np.ndarray | slice) -> "Rows":
         """Return the rows that indices, a mask or a slice name, and no others."""
-        return Rows(self.reader, self.places[which], (self._offsets, self._lines, self._digests))
+        return Rows(self.reader, self.places[which], self._stand, self._digests)
 
     def _read(self, handle: BinaryIO, place: int) -> Row:
-        line = int(self._lines[place])
+        offset, line = self._stand[place]
         try:
-            row = self.reader.read(handle, int(self._offsets[place]), line)
+            row = self.reader.read(handle, offset, line)
             if _half(row.digest) == self._digests[place]:
                 return row
         except BadRow:
             pass
         raise InputError(f"{self.file}:{line}: the row changed after it was checked: start again")
+
+
+class Places:
+    """The offset and line of each row of a file, in 4 bytes a row where every line holds one.
+
+    A run is rows whose lines follow each other. What is kept of a row is its distance in bytes from the run's first.
+    """
+
+    def __init__(self) -> None:
+        self._runs = array("I"), array("Q"), array("I")  # number, offset and line of each run's first row
+        self._distances = array("I")
+
+    def append(self, offset: int, line: int) -> None:
+        """Note the next row."""
+        firsts, offsets, lines = self._runs
+        number = len(self._distances)
+        if not firsts or line - lines[-1] != number - firsts[-1] or offset - offsets[-1] >= 1 << 32:
+            firsts.append(number)
+            offsets.append(offset)
+            lines.append(line)
+        self._distances.append(offset - offsets[-1])
+
+    def __len__(self) -> int:
+        return len(self._distances)
+
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        firsts, offsets, lines = self._runs
+        run = bisect_right(firsts, number) - 1
+        return offsets[run] + self._distances[number], lines[run] + number - firsts[run]
 
 
 class Problems:
@@ -119,9 +151,10 @@ class Scan:
         self.reader = reader
         self.labels: set[str] = set()  # distinct completions, one more than MAX_LABELS at most
         self.all_labels = 0  # a hash over all completions, whatever their order
+        self._numbers: dict[str, int] = {}  # the hashes of the first of them, most files' only ones
         self.skipped = Counter[str]()  # reason -> rows
         self.unread = Counter[str]()  # key beside "text" that looks like an answer -> rows
-        self._offsets, self._lines, self._digests = array("Q"), array("I"), array("Q")
+        self._stand, self._digests = Places(), array("Q")
         found = 0
         for place, (offset, line, row) in enumerate(reader.scan()):
             found += not isinstance(row, Skipped)
@@ -138,9 +171,8 @@ class Scan:
 
     def rows(self) -> Rows:
         """Return the rows that fit."""
-        offsets, digests = np.frombuffer(self._offsets, np.uint64), np.frombuffer(self._digests, np.uint64)
-        places = np.arange(len(offsets), dtype=np.uint32)
-        return Rows(self.reader, places, (offsets, np.frombuffer(self._lines, np.uint32), digests))
+        places = np.arange(len(self._stand), dtype=np.uint32)
+        return Rows(self.reader, places, self._stand, np.frombuffer(self._digests, np.uint64))
 
     def _note(self, offset: int, row: Row, problems: Problems) -> None:
         if not problems.kind:
@@ -150,16 +182,18 @@ class Scan:
             reason = f"expected a {expected} row as in {problems.first}, got a {got} row (a task has rows of one kind)"
             problems.add(row.file, row.line, reason, example=EXAMPLES[problems.kind])
             return
-        self._offsets.append(offset)
-        self._lines.append(row.line)
+        self._stand.append(offset, row.line)
         self._digests.append(_half(row.digest))
         if row.unread:
             self.unread[row.unread] += 1
         if label := reference_text(row):
             if len(self.labels) <= MAX_LABELS:
                 self.labels.add(label)
-            digest = hashlib.blake2b(label.encode(), digest_size=16).digest()
-            self.all_labels = (self.all_labels + int.from_bytes(digest)) % 2**128
+            if (number := self._numbers.get(label)) is None:
+                number = int.from_bytes(hashlib.blake2b(label.encode(), digest_size=16).digest())
+                if len(self._numbers) <= MAX_LABELS:
+                    self._numbers[label] = number
+            self.all_labels = (self.all_labels + number) % 2**128
 
 
 def _half(digest: bytes) -> int:
@@ -178,16 +212,23 @@ def lowest(rows: Rows, share: int) -> np.ndarray:
     Rows that say the same are all in it, or none.
     """
     digests = np.sort(rows.digests)
-    first = np.flatnonzero(np.concatenate(([True], digests[1:] != digests[:-1])))
-    return rows.digests <= digests[first[max(1, len(first) // share) - 1]]
+    differ = digests[1:] != digests[:-1]  # from the one before
+    wanted = max(1, (1 + int(np.count_nonzero(differ))) // share) - 1  # how many of these come before the last one held
+    for start in range(0, len(differ), _PART):
+        count = int(np.count_nonzero(differ[start : start + _PART]))
+        if wanted <= count:
+            place = start + 1 + int(np.flatnonzero(differ[start : start + _PART])[wanted - 1]) if wanted else 0
+            return rows.digests <= digests[place]
+        wanted -= count
+    return rows.digests <= digests[0]
 
 
 def standing_in(rows: Rows, others: Rows) -> np.ndarray:
     """Return for each row whether it is also among the others, bool (rows,)."""
     found = np.zeros(len(rows), bool)
     digests, known = rows.digests, np.sort(others.digests)
-    for start in range(0, len(rows), 1 << 20):
-        part = digests[start : start + (1 << 20)]
+    for start in range(0, len(rows), _PART):
+        part = digests[start : start + _PART]
         places = np.minimum(np.searchsorted(known, part), len(known) - 1)
         found[start : start + len(part)] = known[places] == part
     return found

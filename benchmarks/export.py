@@ -1,0 +1,52 @@
+"""Case g: seconds and peak memory of each export target, each in a process of its own.
+
+python benchmarks/export.py [--targets mlx peft gguf gguf-adapter adapter] [--model FOLDER] [--out FILE]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import common
+import flatness
+
+WORK = """
+import json, sys, time
+sys.path.insert(0, {root!r})
+from mbf_mlx import machine
+from mbf_mlx.api import Stream
+started = time.perf_counter()
+document = Stream.open({stream!r}).export({target!r}, {out!r}, allow_loss=True)
+print(json.dumps({{"seconds": time.perf_counter() - started, "peak_bytes": machine.resident_peak()}}))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=["adapter", "peft", "gguf-adapter", "mlx", "gguf"])
+    parser.add_argument("--model", type=Path, default=common.SMOLLM2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    results, lines = {}, ["| target | seconds | peak |", "|---|---|---|"]
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        task = flatness.write_task(folder, 0)
+        command = common.mbf("learn", folder / "s", task, "--iters", 4, "--model", options.model)
+        common.command_seconds(command)
+        for target in options.targets:
+            out = folder / (f"{target}.gguf" if target.startswith("gguf") else target)
+            code = WORK.format(root=str(common.ROOT), stream=str(folder / "s"), target=target, out=str(out))
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            results[target] = found = json.loads(done.stdout.splitlines()[-1])
+            lines.append(f"| {target} | {found['seconds']:.1f} | {found['peak_bytes'] / 1e6:.0f} MB |")
+            print(lines[-1], file=sys.stderr)
+    common.finish(common.document("export", results), lines, options.out)
+
+
+if __name__ == "__main__":
+    main()

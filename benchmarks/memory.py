@@ -1,0 +1,158 @@
+"""The memory formula of `mbf plan` against the measured peak, and case h: peak training memory against mlx_lm.lora.
+
+Every configuration is a process of its own that learns as `mbf learn` does; its peak is the largest resident set, from
+its start. `--peer` adds the same batches in mlx_lm.lora (minutes on a CPU).
+
+    python benchmarks/memory.py [--peer] [--only NAME...] [--out benchmarks/results/memory.json]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import common
+import numpy as np
+import synthetic
+
+TOLERANCE = 0.15
+# name -> model, rows, tokens of a row, supervised, checkpoint, quantized weights kept
+CONFIGURATIONS = {
+    "small, 8 x 64, last 8": ("small", 8, 65, 8, False, False),
+    "small, 4 x 256, all": ("small", 4, 257, 256, False, False),
+    "small, 4 x 256, all, checkpoint": ("small", 4, 257, 256, True, False),
+    "small, 4 x 256, all, kept quantized": ("small", 4, 257, 256, False, True),
+    "SmolLM2-135M, 8 x 64, last 8": ("smollm2", 8, 65, 8, False, False),
+    "SmolLM2-135M, 8 x 64, last 8, checkpoint, kept quantized": ("smollm2", 8, 65, 8, True, True),
+    "vocabulary 128k, 4 x 256, all": ("large-vocabulary", 4, 257, 256, False, False),
+}
+CASE_H = {
+    "vocabulary 128k, 4 x 512, all": ("large-vocabulary", 4, 513, 512, False, False),
+    "vocabulary 128k, 4 x 512, all, checkpoint": ("large-vocabulary", 4, 513, 512, True, False),
+}
+
+
+def rows_of(rows: int, length: int, answer: int, vocabulary: int) -> list[SimpleNamespace]:
+    tokens = np.random.default_rng(0).integers(1, vocabulary, (rows, length)).astype(np.int32)
+    supervised = np.arange(length) >= length - answer
+    return [SimpleNamespace(tokens=line, supervised=supervised) for line in tokens]
+
+
+def ours(
+    model: Path, rows: int, length: int, answer: int, checkpoint: bool, packed: bool, steps: int
+) -> dict[str, int]:
+    """Train a few steps and return the measured and the predicted peak."""
+    from mbf_mlx import backend, machine, memory, plan
+
+    backend.setup("cpu" if sys.platform == "linux" else None)
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    from mlx import nn
+
+    from mbf_mlx.batches import make_batch
+    from mbf_mlx.config import LoRAConfig
+    from mbf_mlx.learn import load_learner
+
+    lora = LoRAConfig()
+    learner = load_learner(model, lora, packed)
+    learner.engine.checkpoint = checkpoint
+    network, optimizer = learner.base.model, optim.AdamW(learning_rate=1e-4)
+    loss_and_grad = nn.value_and_grad(network, learner.engine.loss_sum)
+    shape = plan.shape_of_folder(model)
+    batch = make_batch(rows_of(rows, length, answer, shape.vocabulary), range(rows))
+    for _ in range(steps):
+        loss, gradients = loss_and_grad(batch)
+        optimizer.update(network, gradients)
+        mx.eval(loss, network.trainable_parameters(), optimizer.state)
+    run = plan.run_of(shape, lora, by_hand=learner.engine.by_hand, packed=learner.packed, checkpoint=checkpoint)
+    predicted = memory.predict(shape, run, memory.Load.of(batch)).peak
+    return {"measured": machine.resident_peak(), "predicted": predicted}
+
+
+def mlx_lm_lora(
+    model: Path, rows: int, length: int, answer: int, checkpoint: bool, packed: bool, steps: int
+) -> dict[str, int]:
+    """The same in mlx-lm's own loss, in the dtype that is fastest here; `--packed` does not apply."""
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    import step
+    from mlx import nn
+    from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load_model
+
+    from mbf_mlx import machine
+
+    network, config = load_model(model)
+    network.set_dtype(step._fastest_dtype(mx, network))
+    network.freeze()
+    keys = {"rank": 8, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}
+    linear_to_lora_layers(network, len(network.layers), keys)
+    if checkpoint:
+        grad_checkpoint(network.layers[0])
+    found = rows_of(rows, length, answer, config["vocab_size"])
+    tokens = mx.array(np.stack([row.tokens for row in found]))
+    spans = mx.array([[length - answer, length - 1]] * rows)
+    optimizer, loss_and_grad = optim.AdamW(learning_rate=1e-4), nn.value_and_grad(network, default_loss)
+    for _ in range(steps):
+        (loss, _), gradients = loss_and_grad(network, tokens, spans)
+        optimizer.update(network, gradients)
+        mx.eval(loss, network.trainable_parameters(), optimizer.state)
+    return {"measured": machine.resident_peak(), "predicted": 0}
+
+
+def measured(who: str, **configuration: Any) -> dict[str, int]:
+    command = [sys.executable, __file__, "--who", who, "--one", json.dumps(configuration)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="names of configurations, or parts of them")
+    parser.add_argument("--peer", action="store_true", help="case h, with mlx_lm.lora beside ours")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--who", default="ours", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        given = json.loads(options.one)
+        work = {"ours": ours, "mlx_lm": mlx_lm_lora}[options.who]
+        print(json.dumps(work(**{**given, "model": Path(given["model"])})))
+        return
+    chosen = CONFIGURATIONS | (CASE_H if options.peer else {})
+    if options.only:
+        chosen = {name: each for name, each in chosen.items() if any(part in name for part in options.only)}
+    results, lines = (
+        {},
+        ["| configuration | measured | by the formula | difference | mlx_lm.lora |", "|---|---|---|---|---|"],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (shape, rows, length, answer, checkpoint, packed) in chosen.items():
+            model = common.SMOLLM2 if shape == "smollm2" else synthetic.write_model(Path(folder) / shape, shape)
+            given = {"model": str(model), "rows": rows, "length": length, "answer": answer, "checkpoint": checkpoint,
+                     "packed": packed, "steps": 2}  # fmt: skip
+            found = measured("ours", **given)
+            found["difference"] = found["predicted"] / found["measured"] - 1
+            if options.peer and name in CASE_H:
+                found["peer"] = measured("mlx_lm", **given | {"steps": 1})["measured"]
+            results[name] = found
+            peer = f"{found['peer'] / 1e6:.0f} MB ({found['measured'] / found['peer']:.2f})" if "peer" in found else ""
+            lines.append(
+                f"| {name} | {found['measured'] / 1e6:.0f} MB | {found['predicted'] / 1e6:.0f} MB |"
+                f" {found['difference']:+.0%} | {peer} |"
+            )
+            print(lines[-1], file=sys.stderr)
+    common.finish(common.document("memory", results), lines, options.out)
+    if any(abs(found["difference"]) > TOLERANCE for found in results.values()):
+        raise SystemExit("the formula is off by more than 15 %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Case c: scoring 200 short answers by one teacher-forced pass against generating them, and the time to a first answer.
+
+The verdicts have to be the same row by row; a row whose top two logits are within 1e-4 is a close call, counted apart.
+
+    python benchmarks/scoring.py [--rows 200] [--repeats 5] [--model FOLDER] [--out FILE]
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+
+LABELS = ("sports", "music", "travel", "cooking", "news")
+
+
+def rows_of(count: int) -> list[dict[str, str]]:
+    """Return questions with one-word answers; the model will be right on some of them."""
+    words = ["goal", "song", "train", "onion", "paper", "match", "choir", "coast", "butter", "vote"]
+    question = "Answer with one word of sports, music, travel, cooking, news. Which fits: {}?"
+    return [
+        {"prompt": question.format(f"{words[i % 10]} number {i}"), "completion": LABELS[i % 10 % 5]}
+        for i in range(count)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--model", type=Path, default=common.SMOLLM2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+
+    from mbf_mlx import backend
+
+    backend.setup("cpu" if sys.platform == "linux" else None)
+    from mlx_lm import stream_generate
+
+    from mbf_mlx.config import DataConfig, LoRAConfig
+    from mbf_mlx.encode import Encoder
+    from mbf_mlx.evaluate import score
+    from mbf_mlx.learn import load_learner
+    from mbf_mlx.tasks import read_task
+
+    learner = load_learner(options.model, LoRAConfig())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.jsonl"
+        path.write_text(
+            "".join(json.dumps(row) + "\n" for row in [*rows_of(options.rows), {"prompt": "a", "completion": "b"}])
+        )
+        task = read_task(path)
+        rows = Encoder(learner.tokenizer, DataConfig()).all([*task.train, *task.test][: options.rows], path)
+    verdicts: dict[str, list[bool]] = {}
+    close: tuple[int, ...] = ()
+
+    def forced() -> float:
+        nonlocal close
+        started = time.perf_counter()
+        result = score(learner.engine, rows, "exact_match")
+        verdicts["ours"], close = list(result.verdicts), result.close_calls
+        return time.perf_counter() - started
+
+    def generated() -> float:
+        started = time.perf_counter()
+        right = []
+        for row in rows:
+            wanted = row.tokens[row.prompt_length :].tolist()
+            prompt = row.tokens[: row.prompt_length].tolist()
+            parts = stream_generate(learner.base.model, learner.tokenizer, prompt, max_tokens=len(wanted))
+            right.append([part.token for part in parts] == wanted)
+        verdicts["generation"] = right
+        return time.perf_counter() - started
+
+    found = common.alternating({"ours": forced, "generation": generated}, options.repeats)
+    summary = common.compared(found, "ours")
+    differ = [i for i, (a, b) in enumerate(zip(verdicts["ours"], verdicts["generation"], strict=True)) if a != b]
+    results = {"rows": len(rows), "scores": summary, "verdicts_that_differ": differ, "close_calls": list(close)}
+    results["right"] = sum(verdicts["ours"])
+    lines = common.table(summary, f"s for {len(rows)} rows", {"ours": "one teacher-forced pass"})
+    lines += ["", f"{results['right']} rows right; verdicts that differ: {len(differ)}; close calls: {len(close)}"]
+    first = common.command_seconds
+    with tempfile.TemporaryDirectory() as folder:
+        stream = Path(folder) / "s"
+        task_file = Path(folder) / "t.jsonl"
+        task_file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(20)))
+        first(common.mbf("learn", stream, task_file, "--model", options.model, "--iters", 1))
+        answers = [
+            first(common.mbf("generate", stream, "Which word?", "--max-tokens", 1)) for _ in range(options.repeats)
+        ]
+    results["first_answer_seconds"] = answers
+    lines.append(f"mbf generate, from start to its first token: {sorted(answers)[len(answers) // 2]:.2f} s")
+    common.finish(common.document("scoring", results), lines, options.out)
+    if set(differ) - set(close):
+        raise SystemExit("a verdict differs")
+
+
+if __name__ == "__main__":
+    main()
