@@ -3,7 +3,8 @@
 #   make quickstart     install, then `mbf quickstart`: one small model learns three tasks
 #   make test           formatting, lint, types and tests; at most 10 minutes on two cores
 #   make test-all       the same with the slow tests: the full quickstart, and what needs torch, peft or npm
-#   make bench          the benchmarks
+#   make bench          the benchmarks of benchmarks/README.md, on an otherwise idle machine (about two hours)
+#   make bench-check    what no machine changes (operations, bytes, counts) against the committed figures
 #   make soak           200 kills of a run at random moments; the result goes into benchmarks/ (about 10 minutes)
 #   make format         format the code and mend what the linter can
 #   make release-check  build wheel and sdist into dist/, install each into empty environments, run the quickstart there
@@ -34,13 +35,14 @@ ifndef EXTRA
 EXTRA := $(shell $(find_extra))
 endif
 WORKERS ?= 2
+CASES ?= step one_billion scoring merge flatness startup export memory large_file
 KILLS ?= 200
 
 # Stamps inside the environment say what is installed in it; one that has lost its Python has to be made again.
 READY := $(VENV)/.installed-$(EXTRA)
 $(shell $(call fits,$(BIN)/python) >/dev/null || rm -f $(READY)*)
 
-.PHONY: help quickstart test test-all bench soak format release-check install install-dev install-all venv clean
+.PHONY: help quickstart test test-all bench bench-check soak format release-check install install-dev install-all venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -62,7 +64,11 @@ test-all: install-all
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not release"
 
 bench: install-dev
-	@for file in $(filter-out benchmarks/soak.py,$(wildcard benchmarks/*.py)); do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+	@for case in $(CASES); do echo "$$case"; \
+	    $(BIN)/python benchmarks/$$case.py --out benchmarks/results/$$case.json || exit 1; done
+
+bench-check: install-dev
+	$(BIN)/python benchmarks/check.py
 
 soak: install-dev
 	$(BIN)/python benchmarks/soak.py --kills $(KILLS) --out benchmarks/soak.json
