@@ -28,12 +28,14 @@ h3 { font-size: 1rem; margin: 1.5rem 0 .25rem }
 p { margin: .4rem 0; max-width: 46rem }
 .scroll { overflow-x: auto; margin: .75rem 0 }
 svg { display: block; max-width: 100%; height: auto }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--soft); white-space: nowrap }
+table { border-collapse: collapse; font-size: .8125rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid var(--soft); white-space: nowrap }
 th { font-weight: 600; vertical-align: bottom }
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
 table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere }
 table.text td:first-child { white-space: nowrap; padding-right: 1.5rem; vertical-align: top }
+td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper) }
+.row { display: flex; flex-wrap: wrap; gap: 0 2.5rem } .row > .scroll { max-width: 100% }
 details { margin: .5rem 0 }
 summary { cursor: pointer; padding: .2rem 0 }
 code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere }
@@ -81,6 +83,11 @@ def section(title: str, words: str = "") -> str:
 def scroll(inside: str) -> str:
     """Return what may be wider than a phone."""
     return f'<div class="scroll" tabindex="0">{inside}</div>'
+
+
+def row(parts: Iterable[str]) -> str:
+    """Return plots beside each other, where there is room."""
+    return '<div class="row">' + "".join(scroll(part) for part in parts) + "</div>"
 
 
 def details(title: str, inside: str, wrap: bool = True) -> str:

@@ -95,29 +95,26 @@ def lines(curves: Sequence[Curve], xlabel: str, ylabel: str, title: str, *, perc
         return _svg(figure, title)
 
 
-def comparison(panels: Sequence[tuple[str, Sequence[Bar]]], title: str) -> str:
-    """Return one panel a measure, one dot a method with its deviation; all panels name the same methods in order."""
-    names = [bar.name for bar in panels[0][1]]
-    with _drawing(6.4, 0.3 * len(names) + 0.9, columns=len(panels)) as (figure, all_axes):
-        for number, (axes, (measure, bars)) in enumerate(zip(all_axes, panels, strict=True)):
-            for place, bar in enumerate(bars):
-                spread = 100 * (bar.deviation or 0)
-                axes.errorbar(
-                    100 * bar.value, place, xerr=spread, fmt="o", color=SERIES[number], capsize=3 if spread else 0
-                )
-            axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
-            axes.set_ylim(len(names) - 0.5, -0.5)
-            axes.set_xlabel(measure)
-            axes.grid(axis="both")
-            axes.set_axisbelow(True)
+def comparison(bars: Sequence[Bar], xlabel: str, title: str, color: int = 0) -> str:
+    """Return one dot a method with its deviation, in the given order."""
+    with _drawing(5.2, 0.3 * len(bars) + 0.9) as (figure, axes):
+        for place, bar in enumerate(bars):
+            spread = 100 * (bar.deviation or 0)
+            caps = 3 if spread else 0
+            axes.errorbar(100 * bar.value, place, xerr=spread, fmt="o", color=SERIES[color], capsize=caps)
+        axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.set_xlabel(xlabel)
+        axes.grid(axis="both")
+        axes.set_axisbelow(True)
         return _svg(figure, title)
 
 
 class _drawing:
     """A figure and its axes, with our style, closed at the end."""
 
-    def __init__(self, width: float, height: float, columns: int = 1) -> None:
-        self.size, self.columns = (width, height), columns
+    def __init__(self, width: float, height: float) -> None:
+        self.size = (width, height)
 
     def __enter__(self) -> tuple[Any, Any]:
         import matplotlib
@@ -126,8 +123,7 @@ class _drawing:
         self.style = matplotlib.rc_context(_STYLE)
         self.style.__enter__()
         figure = Figure(figsize=self.size, layout="constrained")
-        axes = figure.subplots(1, self.columns, squeeze=False)[0]
-        return figure, axes if self.columns > 1 else axes[0]
+        return figure, figure.subplots()
 
     def __exit__(self, *error: Any) -> None:
         self.style.__exit__(*error)

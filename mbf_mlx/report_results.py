@@ -11,6 +11,7 @@ from mbf_mlx.report_plots import Bar, Curve
 from mbf_mlx.results import MEASURES, Line, Row, cells_of, heads, table
 
 Document = dict[str, Any]
+COMPARED = {"average_accuracy": "average accuracy, %", "backward_transfer": "backward transfer, points"}
 
 
 def results_page(name: str, rows: Sequence[Row], size: Any, duration: Any) -> str:
@@ -27,7 +28,7 @@ def results_page(name: str, rows: Sequence[Row], size: Any, duration: Any) -> st
         chosen = [line for line in lines if line.order == order and line.measures["average_accuracy"].mean is not None]
         title = "all orders" if order == "all" else order
         if chosen:
-            parts += [f"<h3>{escape(title)}</h3>", html.scroll(report_plots.comparison(_panels(chosen), title))]
+            parts += [f"<h3>{escape(title)}</h3>", html.row(_comparisons(chosen, title))]
     parts.append(html.scroll(html.table(heads(), [cells_of(line, size, duration) for line in lines])))
     orders = list(dict.fromkeys(row["order"] for row in rows))
     parts.append(html.section("Score over time", "Mean score on the tasks learned so far, mean over seeds."))
@@ -79,17 +80,16 @@ def _groups(rows: Sequence[Row], order: str) -> dict[str, list[Row]]:
     return found
 
 
-def _panels(lines: Sequence[Line]) -> list[tuple[str, list[Bar]]]:
+def _comparisons(lines: Sequence[Line], title: str) -> list[str]:
+    """Return a plot of each measure that all lines have, the best average accuracy on top."""
     ordered = sorted(lines, key=lambda line: -(line.measures["average_accuracy"].mean or 0.0))
-    panels = []
-    for measure, title in (
-        ("average_accuracy", "average accuracy, %"),
-        ("backward_transfer", "backward transfer, points"),
-    ):
-        if all(line.measures[measure].mean is not None for line in ordered):
-            spreads = [line.measures[measure] for line in ordered]
-            panels.append((title, [Bar(x.name, s.mean or 0.0, s.deviation) for x, s in zip(ordered, spreads)]))
-    return panels
+    plots = []
+    for color, (measure, said) in enumerate(COMPARED.items()):
+        spreads = [line.measures[measure] for line in ordered]
+        if all(spread.mean is not None for spread in spreads):
+            bars = [Bar(line.name, s.mean or 0.0, s.deviation) for line, s in zip(ordered, spreads)]
+            plots.append(report_plots.comparison(bars, said, f"{said}, {title}", color))
+    return plots
 
 
 def _average(values: Sequence[float | None]) -> float | None:

@@ -162,13 +162,13 @@ def _finals(row: Row) -> dict[str, float | None]:
 def cells_of(line: Line, size: Callable[[float], str], duration: Callable[[float], str]) -> list[str]:
     """Return a line as text, cell by cell, under `heads`: points of percent, mean ± deviation over seeds."""
     numbers = [points(line.measures.get(name)) for name in MEASURES]
-    kept = size(line.kept_bytes) + (" and growing" if line.grows else "")
+    kept = size(line.kept_bytes) + (", grows" if line.grows else "")
     return [line.name, line.order, str(line.seeds), *numbers, kept, duration(line.seconds)]
 
 
 def heads() -> list[str]:
     """Return the heads of the table's columns."""
-    return ["method", "order", "seeds", *MEASURES.values(), "kept between tasks", "training"]
+    return ["method", "order", "seeds", *MEASURES.values(), "kept", "training"]
 
 
 def points(spread: Spread | None) -> str:

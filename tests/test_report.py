@@ -113,8 +113,8 @@ def test_names_are_escaped_in_tables_and_plots(page):
 def test_an_experiments_page_compares_methods_and_shares_curves(page):
     text = results_page("five", cells(), size, duration)
     found = Page(text)
-    # comparison, score over time, two matrices, training, memory
-    assert found.tags.count("svg") == 6
+    # two comparisons, score over time, two matrices, training, memory
+    assert found.tags.count("svg") == 7
     assert "70.0 ± 0.0" not in found.cells and "75.0 ± 0.0" in found.cells
     assert {"80.0", "60.0", "90.0"} <= set(found.cells)
     assert "slaoab0" in found.cells and "0.750" in found.cells

@@ -60,7 +60,7 @@ def test_a_line_reads_as_points_with_the_deviation_between_seeds():
     assert points(None) == "-"
     (one,) = table([row(setting="low", grows=True)])
     assert cells_of(one, size, duration)[:4] == ["slao [low]", "ab", "1", "75.0"]
-    assert cells_of(one, size, duration)[-2] == "2.0 kB and growing"
+    assert cells_of(one, size, duration)[-2] == "2.0 kB, grows"
     assert markdown([one], size, duration).splitlines()[2].startswith("| slao [low] | ab | 1 | 75.0 | -20.0 |")
 
 
