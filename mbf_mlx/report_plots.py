@@ -123,6 +123,7 @@ class _drawing:
         self.style = matplotlib.rc_context(_STYLE)
         self.style.__enter__()
         figure = Figure(figsize=self.size, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.15)  # a number at an axis' end reaches over it
         return figure, figure.subplots()
 
     def __exit__(self, *error: Any) -> None:

@@ -66,16 +66,21 @@ class Log:
 
 
 def read_results(path: Path) -> list[Row]:
-    """Return the rows of a results folder or file, the newest of each cell.
+    """Return the rows of a results folder or file; of two that are called the same, the newer one.
 
     Raises:
         InputError: no results there.
     """
     file = path / RESULTS if path.is_dir() else path
-    rows = {(r["hash"], r["label"], r["order"]): r for r in Log(file).read() if "hash" in r and "scores" in r}
+    rows = {called(row): row for row in Log(file).read() if "hash" in row and "scores" in row}
     if not rows:
         raise InputError(f"{path}: expected the results of an experiment ({RESULTS}), got none")
     return list(rows.values())
+
+
+def called(row: Row) -> tuple[str, str, str, int]:
+    """Return what tells a cell from the others of one table."""
+    return row["label"], row["setting"], row["order"], row["seed"]
 
 
 def measured(

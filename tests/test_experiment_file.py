@@ -138,3 +138,13 @@ def test_the_suites_read_the_published_files_where_they_are(task_data, tmp_path)
         f"base = 'x'\npreset = 'long'\n[orders]\nmine = {order}\n[[methods]]\nmethod = 'slao'\norders = ['mine']\n"
     )
     assert len(read_plan(path, task_data / "cl_benchmark").tasks) == 14
+
+
+def test_the_projects_own_experiment_files_are_plans(task_data):
+    from tests.conftest import ROOT
+
+    files = sorted((ROOT / "benchmarks" / "experiments").glob("*.toml"))
+    assert len(files) >= 5
+    for file in files:
+        if file.stem != "superni":  # slow to read; the paper's orders are tested above
+            assert read_plan(file, task_data / "tasks").cells, file.name

@@ -72,5 +72,7 @@ def test_a_half_written_line_is_left_out_and_the_next_begins_behind_it(tmp_path)
     log.add(row(1))
     assert [r["seed"] for r in log.read()] == [0, 1]
     assert [r["seed"] for r in read_results(tmp_path)] == [0, 1]
+    log.add(row(0, hash="other settings", average_accuracy=0.1))
+    assert [(r["seed"], r["average_accuracy"]) for r in read_results(tmp_path)] == [(0, 0.1), (1, 0.75)]
     with pytest.raises(InputError, match=r"expected the results of an experiment"):
         read_results(tmp_path / "nothing")

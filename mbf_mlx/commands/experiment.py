@@ -40,9 +40,10 @@ def experiment(
         for warning in task.warnings:
             console.warn(f"{name}: {warning}")
     if show:
-        from mbf_mlx.results import read_results
+        from mbf_mlx.results import called, read_results
 
-        rows = read_results(folder)
+        planned = {(cell.label, cell.setting, cell.order, cell.seed) for cell in plan.cells}
+        rows = [row for row in read_results(folder) if called(row) in planned]
     else:
         rows = _run(plan, folder)
     _print(plan.name, rows, json, markdown)
