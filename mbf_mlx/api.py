@@ -20,6 +20,7 @@ from mbf_mlx.encode import Encoder
 from mbf_mlx.errors import InputError
 from mbf_mlx.events import Events
 from mbf_mlx.methods import Layers, Method, hooks, make, names
+from mbf_mlx.parallel import Team
 from mbf_mlx.records import FORMAT_VERSION, BaseRecord, Identity, TaskRecord
 from mbf_mlx.stream import STATE, StreamFolder
 from mbf_mlx.tasks import Task, read_task
@@ -160,6 +161,7 @@ class Stream:
         name: str | None = None,
         config: LearnConfig | None = None,
         events: Events | None = None,
+        team: Team | None = None,
         **overrides: Any,
     ) -> list[TaskRecord]:
         """Learn tasks in order; each is committed before the next one starts.
@@ -169,6 +171,7 @@ class Stream:
             name: Of a single task, in place of its file's.
             config: How; the template is the stream's whatever it says.
             events: An `events.Events` that is told what happens.
+            team: Processes that share each step's rows, `parallel.joined()`; this one is the first, the others work.
             overrides: Fields of LearnConfig, TrainConfig and DataConfig, in place of those of `config`:
                 `learn("mail.jsonl", epochs=5, again=True)`.
 
@@ -196,7 +199,7 @@ class Stream:
                 tests = learning.TestRows(Encoder(learner.tokenizer, settings.data), settings.score_rows)
                 for number, task in enumerate(todo):
                     chosen = replace(settings, restart=settings.restart and number == 0)
-                    records.append(learning.learn_task(self.folder, learner, method, task, chosen, events, tests))
+                    records.append(learning.learn_task(self.folder, learner, method, task, chosen, events, tests, team))
         return records
 
     def _skip(self, task: Task, again: bool, events: Any) -> bool:

@@ -8,7 +8,7 @@ stands in `working/`.
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from mbf_mlx.engine import Engine, prepare
 from mbf_mlx.errors import InputError
 from mbf_mlx.evaluate import Score, metric_of, score
 from mbf_mlx.events import Events
+from mbf_mlx.handout import task_message
 from mbf_mlx.limit import limit_of
 from mbf_mlx.methods import Factors, Layers, Method, State
 from mbf_mlx.model import Base, attach, load_base, write_factors
+from mbf_mlx.parallel import Team
 from mbf_mlx.records import SCORE_DIGITS, TaskRecord
 from mbf_mlx.sources import unpacked_bytes
 from mbf_mlx.stream import StreamFolder
@@ -49,6 +51,11 @@ class Learner:
     def tokenizer(self) -> Any:
         """The base's, as mlx-lm wraps it."""
         return self.base.tokenizer
+
+    def described(self) -> dict[str, Any]:
+        """Return what another process needs to hold the same."""
+        base = {"path": str(self.base.path), "fingerprint": self.base.fingerprint}
+        return base | {"lora": asdict(self.lora), "packed": self.packed}
 
     def bound(self, settings: LearnConfig) -> None:
         """Let the engine keep to the settings' memory: what it computes again, and where it stops."""
@@ -130,8 +137,9 @@ def learn_task(
     settings: LearnConfig,
     events: Events,
     tests: TestRows,
+    team: Team | None = None,
 ) -> TaskRecord:
-    """Learn one task into the stream. Needs the stream's writer lock.
+    """Learn one task into the stream, with the processes of a team where there is one. Needs the stream's writer lock.
 
     Raises:
         InputError: rows that do not fit, an interrupted run of something else, numbers that went wrong; the stream
@@ -150,7 +158,7 @@ def learn_task(
     notes = [*tests.encoder.warnings(), *_notes(task, rows)]
     if saved is not None:
         notes.append(f"goes on after step {saved.progress['step']}")
-        notes += _differences(saved.machine, machine())
+        notes += _differences(saved.machine, machine(team))
     state = stream.state()
     events.task(task.name, state.t + 1, len(rows), notes)
 
@@ -161,6 +169,8 @@ def learn_task(
     learner.bound(settings)
     backend.reset_peak_memory()
     tuning = Tuning(model, method, state)
+    if team is not None:
+        team.say(task_message(learner.described(), method, state, everything, settings))
     trained = train(
         tuning,
         learner.engine,
@@ -168,9 +178,12 @@ def learn_task(
         valid,
         settings.train,
         report=lambda step: events.step(task.name, step, backend.peak_memory()),
-        save=lambda progress, tensors: working.save(progress.step, run, machine(), progress_to_json(progress), tensors),
+        save=lambda progress, tensors: working.save(
+            progress.step, run, machine(team), progress_to_json(progress), tensors
+        ),
         resume=(Progress(**saved.progress), saved.tensors) if saved else None,
         guard=settings.guard,
+        team=team,
     )
     state = conclude(method, state, tuning, learner.engine, rows, partial(events.measuring, task.name))
     _check_finite(state, task.name)
@@ -178,7 +191,7 @@ def learn_task(
 
     write_factors(model, state.deployed)
     scores = score_all(stream.history(), task, learner, settings, events, tests)
-    record = _record(task, state.t, trained, rows, len(valid), test_rows, peak, settings, scores)
+    record = _record(task, state.t, trained, rows, len(valid), test_rows, peak, settings, scores, machine(team))
     fixed = {"train": settings_of(settings.train), "data": settings_of(settings.data)}
     stream.commit(state, record, str(learner.base.path), fixed)
     working.drop()
@@ -236,10 +249,11 @@ def _score_one(
     return result
 
 
-def machine() -> dict[str, Any]:
-    """Return what a bit-identical continuation depends on beside the run: device, threads, versions."""
+def machine(team: Team | None = None) -> dict[str, Any]:
+    """Return what a bit-identical continuation depends on beside the run: device, threads, processes, versions."""
     device = backend.setup()
-    return {
+    processes = {"processes": team.size} if team else {}
+    return processes | {
         "device": device.kind,
         "processor": platform.machine(),
         "threads": device.threads,
@@ -250,6 +264,8 @@ def machine() -> dict[str, Any]:
 
 
 def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    alone = {"processes": 1}
+    saved, now = alone | saved, alone | now
     changed = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]
     return [f"the result may differ in its last bits: {', '.join(changed)}"] if changed else []
 
@@ -309,6 +325,7 @@ def _record(
     peak: int,
     settings: LearnConfig,
     scores: Sequence[Score | None],
+    where: dict[str, Any],
 ) -> TaskRecord:
     progress, newest = trained.progress, scores[-1]
     return TaskRecord(
@@ -335,7 +352,7 @@ def _record(
         settings=settings_of(settings.train) | settings_of(settings.data),
         labels=task.labels,
         curve=trained.curve,
-        machine=machine(),
+        machine=where,
         scores=[_rounded(s.value) if s else None for s in scores],
         losses=[_rounded(s.loss) if s else None for s in scores],
     )

@@ -22,6 +22,7 @@ from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Engine
 from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.events import Step
+from mbf_mlx.parallel import Message, Team
 from mbf_mlx.tuning import Arrays, Tuning
 
 FLOOR = 0.1  # share of the peak rate at which the decay ends
@@ -79,6 +80,7 @@ def train(
     save: Save | None = None,
     resume: tuple[Progress, Tensors] | None = None,
     guard: bool = True,
+    team: Team | None = None,
 ) -> Trained:
     """Tune the attached factors on `rows`; `tuning` holds the result, and its model applies it.
 
@@ -92,13 +94,14 @@ def train(
         save: Called with what continues the run, as often as `config.save_every` says and at the end.
         resume: What `save` was given last.
         guard: Stop a run whose loss has exploded.
+        team: Processes that share each step's rows; they have been told of the task.
 
     Raises:
         InputError: a loss or gradient that is not finite, or a loss that exploded; the step and its rows are named.
         MemoryLimitError: a batch would not fit; what was done until then is saved.
     """
     tuning.model.train()
-    run = _Run(tuning, engine, rows, config)
+    run = _Run(tuning, engine, rows, config, team)
     progress = run.restore(resume) if resume else replace(Progress(), loss_before=run.sample_loss())
     last_save = time.monotonic()
     for number, group in enumerate(run.groups(progress.step), start=progress.step + 1):
@@ -137,18 +140,54 @@ def train(
     return Trained(progress=progress, loss_after=run.sample_loss())
 
 
+class Sums:
+    """The loss of some of a task's rows and its gradients, summed over their supervised tokens."""
+
+    def __init__(self, tuning: Tuning, engine: Engine, rows: Sequence[Encoded]) -> None:
+        self.tuning, self.engine, self.rows = tuning, engine, rows
+        self.loss_and_grad = mx.value_and_grad(self._loss)
+
+    def __call__(self, batches: Sequence[Batch]) -> tuple[mx.array, Arrays]:
+        """Return them for batches that go through the model one after another; nothing for no batch."""
+        trained = self.tuning.trained
+        total, gradients = mx.array(0.0), {name: mx.zeros_like(array) for name, array in trained.items()}
+        for batch in batches:
+            loss, new = self.loss_and_grad(trained, batch)
+            total = total + loss
+            gradients = {name: gradient + new[name] for name, gradient in gradients.items()}
+            mx.eval(total, gradients)
+        return total, gradients
+
+    def over(self, team: Team, batches: Sequence[Sequence[int]]) -> tuple[mx.array, Arrays]:
+        """Return them for batches of row indices, each of which the processes of a team share."""
+        total, gradients = self([make_batch(self.rows, own) for rows in batches if (own := team.share(rows))])
+        sums = team.add({"": np.array(total)} | {f".{name}": np.array(g) for name, g in gradients.items()})
+        return mx.array(sums[""]), {name: mx.array(sums[f".{name}"]) for name in gradients}
+
+    def _loss(self, arrays: Arrays, batch: Batch) -> mx.array:
+        self.tuning.apply(arrays)
+        return self.engine.loss_sum(batch)
+
+
+def seed_dropout(seed: int, step: int, rank: int = 0) -> None:
+    """Let a step's dropout depend on nothing but these; processes that share a step drop different inputs."""
+    mx.random.seed((seed << 32) + (rank << 24) + step)
+
+
 class _Run:
     """The moving parts of one run."""
 
-    def __init__(self, tuning: Tuning, engine: Engine, rows: Sequence[Encoded], config: TrainConfig) -> None:
-        self.tuning, self.engine, self.rows, self.config = tuning, engine, rows, config
+    def __init__(
+        self, tuning: Tuning, engine: Engine, rows: Sequence[Encoded], config: TrainConfig, team: Team | None
+    ) -> None:
+        self.tuning, self.engine, self.rows, self.config, self.team = tuning, engine, rows, config, team
         self.lengths = [len(row.tokens) for row in rows]
         groups_per_epoch = math.ceil(math.ceil(len(rows) / config.batch_size) / config.grad_accumulation_steps)
         self.steps = config.iters or config.epochs * groups_per_epoch
         self.val_every = config.val_every or groups_per_epoch
         self.optimizer = optim.AdamW(learning_rate=self.rate(1), weight_decay=config.weight_decay, bias_correction=True)
         self.optimizer.init(tuning.trained)
-        self.loss_and_grad = mx.value_and_grad(self.loss)
+        self.sums = Sums(tuning, engine, rows)
         self.penalty_and_grad = mx.value_and_grad(tuning.penalty) if tuning.has_penalty else None
         self.best: Tensors = {}
 
@@ -173,20 +212,16 @@ class _Run:
                     yield [make_batch(self.rows, indices) for indices in plan[first : first + size]]
             epoch += 1
 
-    def loss(self, arrays: Arrays, batch: Batch) -> mx.array:
-        self.tuning.apply(arrays)
-        return self.engine.loss_sum(batch)
-
     def step(self, progress: Progress, number: int, group: list[Batch], guard: bool) -> Progress:
-        mx.random.seed((self.config.seed << 32) + number)  # dropout's
+        seed_dropout(self.config.seed, number)
         tuning, trained = self.tuning, self.tuning.trained
-        total, gradients = mx.array(0.0), {name: mx.zeros_like(array) for name, array in trained.items()}
         supervised = sum(len(batch.targets) for batch in group)
-        for batch in group:
-            loss, new = self.loss_and_grad(trained, batch)
-            total = total + loss
-            gradients = {name: gradient + new[name] for name, gradient in gradients.items()}
-            mx.eval(total, gradients)
+        if self.team is None:
+            total, gradients = self.sums(group)
+        else:
+            indices = [list(batch.indices) for batch in group]
+            self.team.say(Message("step", {"number": number, "batches": indices}, self._trained()))
+            total, gradients = self.sums.over(self.team, indices)
         gradients = {name: gradient / supervised for name, gradient in gradients.items()}
         if self.penalty_and_grad is not None:
             _, new = self.penalty_and_grad(trained)

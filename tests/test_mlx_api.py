@@ -40,7 +40,6 @@ DEVICES = set(
 )
 LOOKS_AT_DEVICES = {
     "engine": {"Device", "cpu", "default_device"},  # a CPU's own pass
-    "parallel": {"cpu"},  # sums between processes travel over sockets
 }
 # MLX has these on the CPU alone.
 ON_THE_CPU = {"cholesky", "cholesky_inv", "eig", "eigh", "eigvals", "eigvalsh", "inv", "lu", "lu_factor", "pinv", "qr",

@@ -102,6 +102,7 @@ def learn(
     """
     from mbf_mlx.api import Stream
     from mbf_mlx.awake import kept_awake
+    from mbf_mlx.parallel import joined
 
     train = TrainConfig(
         epochs=epochs,
@@ -128,21 +129,25 @@ def learn(
         guard=guard,
         memory_limit=bytes_of(memory_limit, "--memory-limit") if memory_limit else 0,
     )
-    read = read_all(tasks, name)
-    opened = Stream.open(
-        stream,
-        base=model,
-        method=method,
-        method_options=options_of(method_options),
-        lora=lora_of(rank=rank, scale=scale, keys=keys, num_layers=num_layers, dropout=dropout),
-        template=template,
-        seed=seed,
-        keep_quantized=keep_quantized,
-        quantize=quantize,
-        report=console.err.print,
-    )
-    with kept_awake(keep_awake), shown() as events:
-        opened.learn(*read, config=settings, events=events)
+    with joined() as team:
+        if team is not None and team.rank:
+            _work(team, model, quantize)
+            return
+        read = read_all(tasks, name)
+        opened = Stream.open(
+            stream,
+            base=model,
+            method=method,
+            method_options=options_of(method_options),
+            lora=lora_of(rank=rank, scale=scale, keys=keys, num_layers=num_layers, dropout=dropout),
+            template=template,
+            seed=seed,
+            keep_quantized=keep_quantized,
+            quantize=quantize,
+            report=console.err.print,
+        )
+        with kept_awake(keep_awake), shown() as events:
+            opened.learn(*read, config=settings, events=events, team=team)
     document = opened.status()
     if json:
         console.print_json(document)
@@ -152,6 +157,16 @@ def learn(
     console.out.print(matrix(document))
     for line in summary(document):
         console.out.print(line)
+
+
+def _work(team: Any, base: str | None, quantize: int) -> None:
+    """Be one of the processes that mlx.launch has started beside the first."""
+    from functools import partial
+
+    from mbf_mlx.sources import resolve_base
+    from mbf_mlx.worker import work
+
+    work(team, partial(resolve_base, quantize=quantize), base)
 
 
 def read_all(paths: Sequence[Path], name: str | None = None) -> list[Any]:
