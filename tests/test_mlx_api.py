@@ -40,6 +40,7 @@ DEVICES = set(
 )
 LOOKS_AT_DEVICES = {
     "engine": {"Device", "cpu", "default_device"},  # a CPU's own pass
+    "export.live": {"set_cache_limit"},  # while it measures, and back
 }
 # MLX has these on the CPU alone.
 ON_THE_CPU = {"cholesky", "cholesky_inv", "eig", "eigh", "eigvals", "eigvalsh", "inv", "lu", "lu_factor", "pinv", "qr",
