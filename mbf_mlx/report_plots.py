@@ -15,6 +15,7 @@ MARKERS = "osD^vPX*"
 _VARIABLES = {INK: "--ink", SOFT: "--soft", HEAT: "--heat", **{c: f"--c{i}" for i, c in enumerate(SERIES)}}
 _STYLE = {
     "svg.fonttype": "none",
+    "figure.constrained_layout.w_pad": 0.15,  # inches: a number at an axis' end reaches over it
     "text.parse_math": False,  # a task may be called "$x"
     "text.color": INK,
     "axes.edgecolor": SOFT,
@@ -123,7 +124,6 @@ class _drawing:
         self.style = matplotlib.rc_context(_STYLE)
         self.style.__enter__()
         figure = Figure(figsize=self.size, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.15)  # a number at an axis' end reaches over it
         return figure, figure.subplots()
 
     def __exit__(self, *error: Any) -> None:
