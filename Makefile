@@ -6,6 +6,7 @@
 #   make bench          the benchmarks of benchmarks/README.md, on an otherwise idle machine (about two hours)
 #   make bench-check    what no machine changes (operations, bytes, counts) against the committed figures
 #   make soak           200 kills of a run at random moments; the result goes into benchmarks/ (about 10 minutes)
+#   make fuzz           ten minutes of fuzzing for each reader of strangers' files
 #   make format         format the code and mend what the linter can
 #   make release-check  build wheel and sdist into dist/, install each into empty environments, run the quickstart there
 #
@@ -37,12 +38,13 @@ endif
 WORKERS ?= 2
 CASES ?= step one_billion scoring merge flatness startup export memory large_file
 KILLS ?= 200
+FUZZ_SECONDS ?= 600
 
 # Stamps inside the environment say what is installed in it; one that has lost its Python has to be made again.
 READY := $(VENV)/.installed-$(EXTRA)
 $(shell $(call fits,$(BIN)/python) >/dev/null || rm -f $(READY)*)
 
-.PHONY: help quickstart test test-all bench bench-check soak format release-check install install-dev install-all venv clean
+.PHONY: help quickstart test test-all bench bench-check soak fuzz format release-check install install-dev install-all venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -72,6 +74,11 @@ bench-check: install-dev
 
 soak: install-dev
 	$(BIN)/python benchmarks/soak.py --kills $(KILLS) --out benchmarks/soak.json
+
+fuzz: install-dev
+	@$(PIP) install atheris
+	for reader in gguf safetensors task; do \
+	    $(BIN)/python tests/fuzz/fuzz.py $$reader -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=1024 || exit 1; done
 
 format: install-dev
 	$(BIN)/ruff format .

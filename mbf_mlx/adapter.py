@@ -6,6 +6,7 @@ Shapes: our A is (rank, in) and our B (out, rank); mlx-lm stores the transposes,
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,13 +100,20 @@ def read(folder: Path) -> Adapter:
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
         raise InputError(f"{where}: fine_tune_type: expected 'lora', got {kind!r}; only plain LoRA can be merged")
-    if not isinstance(parameters, dict) or not isinstance(parameters.get("scale"), (int, float)):
-        raise InputError(f"{where}: expected lora_parameters with rank and scale, got {parameters!r}")
+    if not isinstance(parameters, dict) or not is_number(parameters.get("scale")):
+        raise InputError(f"{where}: expected lora_parameters with rank and scale, got {str(parameters)[:200]}")
     factors = pair_up(read_tensors(folder / WEIGHTS), folder / WEIGHTS)
     rank = next(iter(factors.values())).a.shape[0]
-    return Adapter(
-        factors=factors, rank=rank, scale=float(parameters["scale"]), keys=block_keys(factors), config=config
-    )
+    try:
+        keys = block_keys(factors)
+    except InputError as error:
+        raise InputError(f"{folder / WEIGHTS}: {error}") from error
+    return Adapter(factors=factors, rank=rank, scale=float(parameters["scale"]), keys=keys, config=config)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value out of a JSON file is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -198,6 +198,8 @@ class Stream:
                 method = make(self.folder.identity.method, self.folder.identity.method_options)
                 tests = learning.TestRows(Encoder(learner.tokenizer, settings.data), settings.score_rows)
                 for number, task in enumerate(todo):
+                    if self._skip(task, settings.again, events):
+                        continue  # another process has learned it meanwhile, or it is named twice
                     chosen = replace(settings, restart=settings.restart and number == 0)
                     records.append(learning.learn_task(self.folder, learner, method, task, chosen, events, tests, team))
         return records

@@ -14,6 +14,7 @@ import numpy as np
 from mbf_mlx.batches import make_batch, plan_batches
 from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Engine
+from mbf_mlx.errors import InputError
 from mbf_mlx.rows import reference_text
 
 SHORT_ANSWER = 16  # tokens; a task whose longest test completion has more is scored by ROUGE-L
@@ -81,6 +82,10 @@ def _teacher_forced(
         batch = make_batch(rows, indices)
         losses, argmax, margin = (np.array(array) for array in engine.score(batch))
         places = np.array(batch.indices)[batch.row_of]
+        wrong = ~np.isfinite(losses) | np.isnan(margin)
+        if wrong.any():
+            row = rows[int(places[wrong][0])].row
+            raise InputError(f"{row.file}:{row.line}: the model's answer to this row is not finite, so it has no score")
         np.logical_and.at(right, places, argmax == batch.targets)
         np.logical_or.at(close, places, margin < CLOSE_CALL)
         total += float(losses.sum(dtype=np.float64))

@@ -96,6 +96,8 @@ def read_tuned(stream: StreamFolder, folder: Path) -> tuple[Factors, tuple[str, 
     Raises:
         InputError: another rank, other layers or shapes; everything wrong is named at once.
     """
+    if not (folder / peft.WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
+        raise InputError(f"{folder}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
     if (folder / peft.WEIGHTS).exists():
         theirs = peft.read(folder)
         factors, scale, notes = theirs.factors, theirs.scale, theirs.notes

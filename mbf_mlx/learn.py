@@ -311,6 +311,7 @@ def _notes(task: Task, rows: Sequence[Encoded]) -> list[str]:
 def _check_finite(state: State, name: str) -> None:
     factors: Factors = state.deployed
     bad = [layer for layer, pair in factors.items() if not (np.isfinite(pair.a).all() and np.isfinite(pair.b).all())]
+    bad += [layer for tensors in state.kept.values() for layer, a in tensors.items() if not np.isfinite(a).all()]
     if bad:
         raise InputError(f"{name}: the merged factors of {bad[0]} are not finite; the stream is as it was")
 

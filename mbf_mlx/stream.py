@@ -32,6 +32,8 @@ from mbf_mlx.storage import Files, read_file, refusal, require_space, sha256_fil
 from mbf_mlx.working import Working
 
 IDENTITY, MANIFEST, HISTORY, STATE = "stream.json", "manifest.json", "history.jsonl", "state.safetensors"
+# Of a generation, beside its manifest.
+FILES = (IDENTITY, HISTORY, STATE, f"adapter/{adapter.WEIGHTS}", f"adapter/{adapter.CONFIG}")
 SMALL_FILE = 1 << 20  # bytes; smaller files are hashed at every opening, larger ones on request
 # What a run that was killed while making a stream leaves behind.
 _BEFORE_IDENTITY = {"lock", "lock.json", "lock.json.new", "generations", "adapter", "adapter.new", "current"} | {
@@ -555,6 +557,8 @@ class StreamFolder:
             raise self._damage(where, "its content is not what was committed")
         if manifest.stream != self.identity.id:
             raise self._damage(folder, "it belongs to another stream")
+        if outside := [name for name in manifest.files if name not in FILES]:
+            raise self._damage(where, f"files: expected names inside the generation, got {outside[0]!r}")
         if f"{manifest.generation:06d}" != folder.name:
             raise self._damage(folder, f"it holds generation {manifest.generation}")
         if IDENTITY in manifest.files and manifest.files[IDENTITY] != _record(self.identity.to_json()):

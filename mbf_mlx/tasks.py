@@ -24,6 +24,7 @@ SPLITS = ("train", "valid", "test")
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
 HELD_OUT = 10  # one row in this many is held out for scoring where there are no test rows
 MAX_NAME = 100  # letters
+TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # turn what is printed: a disguise
 
 _KNOWN = "a .jsonl, .csv, .tsv or .json file"
 _MEANT = {"training": "train", "validation": "valid", "val": "valid", "dev": "valid", "eval": "test", "testing": "test"}
@@ -125,7 +126,8 @@ def check_name(name: str) -> str:
     Raises:
         InputError: empty, too long, with slashes or control characters, or with white space around it.
     """
-    odd = [letter for letter in name if letter in "/\\" or unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")]
+    kinds = ("Cc", "Cs", "Zl", "Zp")
+    odd = [letter for letter in name if letter in f"/\\{TURNING}" or unicodedata.category(letter) in kinds]
     if not name.strip(".") or len(name) > MAX_NAME or odd or name != name.strip():
         raise InputError(
             f"task name {name[: MAX_NAME + 1]!r}: expected 1 to {MAX_NAME} letters without slashes, control characters "

@@ -117,7 +117,7 @@ def train(
         progress = replace(progress, seconds=progress.seconds + time.perf_counter() - started)
         valid_loss = None
         if valid and (number % run.val_every == 0 or number == run.steps):
-            valid_loss = run.mean_loss(valid)
+            valid_loss = run.mean_loss(valid, f"step {number}: the validation loss")
             progress = run.judge(progress, number, valid_loss)
         rate = progress.real_tokens / max(progress.seconds, 1e-9)
         report(
@@ -137,7 +137,7 @@ def train(
             save(progress, run.tensors())
             last_save = time.monotonic()
     run.restore_best()
-    return Trained(progress=progress, loss_after=run.sample_loss())
+    return Trained(progress=progress, loss_after=run.sample_loss(f"step {progress.step}: the loss after training"))
 
 
 class Sums:
@@ -263,25 +263,34 @@ class _Run:
         rows = [self.rows[index].row for batch in group for index in batch.indices]
         places = ", ".join(f"{row.file}:{row.line}" for row in rows[:8])
         what = f"gradient of {bad[0]}" if math.isfinite(loss) and bad else f"loss ({loss})"
+        layer = f", first in {bad[0]}" if bad and not math.isfinite(loss) else ""
         return (
-            f"step {number}: the {what} is not finite, on rows {places}; the stream is as it was before this task"
+            f"step {number}: the {what} is not finite, on rows {places}{layer}; the stream is as it was before this"
+            " task"
             f"\nhint: look at these rows, or use a smaller --learning-rate than {self.config.learning_rate:g}"
         )
 
-    def mean_loss(self, rows: Sequence[Encoded]) -> float:
-        """Loss per supervised token over `rows`."""
+    def mean_loss(self, rows: Sequence[Encoded], what: str = "") -> float:
+        """Loss per supervised token over `rows`; one that has to be finite is named by `what`."""
         total, count = 0.0, 0
         for indices in plan_batches([len(row.tokens) for row in rows], self.config.batch_size, 0, 0):
             batch = make_batch(rows, indices)
-            total += float(self.engine.loss_sum(batch))
+            loss = float(self.engine.loss_sum(batch))
+            if what and not math.isfinite(loss):
+                places = ", ".join(f"{rows[i].row.file}:{rows[i].row.line}" for i in batch.indices[:8])
+                raise InputError(
+                    f"{what} ({loss}) is not finite, on rows {places}; the stream is as it was before this task"
+                    f"\nhint: look at these rows, or use a smaller --learning-rate than {self.config.learning_rate:g}"
+                )
+            total += loss
             count += len(batch.targets)
         return total / count
 
-    def sample_loss(self) -> float:
+    def sample_loss(self, what: str = "") -> float:
         """Loss over evenly spaced training rows: the start's jump and what training brought show in it."""
         picks = np.linspace(0, len(self.rows) - 1, min(SAMPLE_ROWS, len(self.rows))).astype(int)
         self.tuning.model.eval()
-        loss = self.mean_loss([self.rows[int(i)] for i in picks])
+        loss = self.mean_loss([self.rows[int(i)] for i in picks], what)
         self.tuning.model.train()
         return loss
 

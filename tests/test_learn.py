@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import time
 import numpy as np
 import pytest
 
-from mbf_mlx.config import LoRAConfig, TrainConfig
+from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, TrainConfig
+from mbf_mlx.encode import Encoder
 from mbf_mlx.errors import InputError
 from mbf_mlx.events import Events
 from mbf_mlx.methods import make
@@ -299,3 +301,65 @@ def test_a_signal_ends_the_run_with_130_and_everything_kept(tiny_llama, tasks, t
     assert process.returncode == 130, error
     assert b"Traceback" not in error
     assert Stream.open(stream).status()["interrupted"]["step"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (2, r"step 1: the validation loss \(nan\) is not finite, on rows .*valid.jsonl:\d+.*; the stream is as it was"),
+        (0, r"step 1: the loss after training \(nan\) is not finite, on rows .*train.jsonl:\d+.*; the stream is as it"),
+    ],
+)
+def test_numbers_that_go_wrong_leave_the_stream_as_it_was(tiny_llama, tasks, write_jsonl, tmp_path, rows, message):
+    stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LORA)
+    stream.learn(tasks[0], train=QUICK)
+    before = contents(tmp_path / "s")
+    if rows:
+        write_jsonl("task1/valid.jsonl", rows_of(rows, seed=5))
+    wild = TrainConfig(iters=1, batch_size=4, learning_rate=1e38, max_grad_norm=0.0, save_every="0")
+    with pytest.raises(InputError, match=message):
+        stream.learn(tasks[1], train=wild)
+    shutil.rmtree(tmp_path / "s/working", ignore_errors=True)
+    assert contents(tmp_path / "s") == before
+    stream.learn(tasks[1], train=QUICK, restart=True)
+
+
+def test_merged_factors_and_scores_that_are_not_finite_are_refused_by_name(tiny_llama, tasks, tmp_path):
+    """Here the model itself is broken after training, as a kernel's fault would leave it."""
+    from mbf_mlx import learn as learning
+    from mbf_mlx.methods import Pair
+
+    stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LORA)
+    stream.learn(tasks[0], train=QUICK)
+    state, learner = stream.folder.state(), stream._load()
+    layer = next(iter(state.deployed))
+    broken = {**state.deployed, layer: Pair(state.deployed[layer].a, state.deployed[layer].b * np.nan)}
+    with pytest.raises(InputError, match=f"mail: the merged factors of {layer} are not finite"):
+        learning._check_finite(dataclasses.replace(state, deployed=broken), "mail")
+    learning.write_factors(learner.base.model, broken)
+    tests = learning.TestRows(Encoder(learner.tokenizer, DataConfig()))
+    with pytest.raises(InputError, match=r"test.jsonl:\d: the model's answer to this row is not finite"):
+        learning.score_all(stream.folder.history(), None, learner, LearnConfig(), Events(), tests)
+
+
+def test_a_task_of_every_kind_can_be_undone_and_learned_again_to_the_same_bytes(tiny_llama, write_jsonl, tmp_path):
+    long = " ".join(["red green blue"] * 12)
+    kinds = {
+        "exact_match": [{"prompt": "a b", "completion": "yes"}, {"prompt": "b a", "completion": "no"}],
+        "rouge_l": [{"prompt": "a b", "completion": long}, {"prompt": "b a", "completion": long + " warm"}],
+        "loss": [{"text": "red green"}, {"text": "green red blue"}],
+    }
+    stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LORA)
+    for metric, rows in kinds.items():
+        write_jsonl(f"{metric}/test.jsonl", [{key: value + " x" for key, value in rows[0].items()}])
+        task = write_jsonl(f"{metric}/train.jsonl", rows).parent
+        before = contents(tmp_path / "s")
+        stream.learn(task, train=QUICK)
+        learned = arrays(stream)
+        assert stream.status()["tasks"][-1]["metric"] == metric
+        assert stream.undo().name == metric
+        assert {name for name in before if not name.startswith("generations/00000")} <= set(contents(tmp_path / "s"))
+        with pytest.raises(InputError, match="one step back is kept, and it was taken|nothing to undo"):
+            stream.undo()
+        stream.learn(task, train=QUICK)
+        assert_same(arrays(stream), learned)

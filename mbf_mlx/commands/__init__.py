@@ -12,6 +12,7 @@ import importlib.util
 import os
 import signal
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -20,6 +21,7 @@ from typer.core import TyperGroup
 
 from mbf_mlx import __version__
 from mbf_mlx.errors import InputError
+from mbf_mlx.storage import refusal
 
 # name -> its line in `mbf --help`, in the order in which a user meets them; a command is there when its module is
 COMMANDS = {
@@ -97,6 +99,14 @@ class _Commands(TyperGroup):
             return result
         except InputError as error:
             _say(f"error: {error}")
+            raise SystemExit(1) from error
+        except OSError as error:
+            # A full disk, a path that cannot be entered: wherever it was met, it is no bug.
+            if isinstance(error, BrokenPipeError) or not error.filename:
+                raise
+            if not isinstance(said := refusal(error, Path(os.fsdecode(error.filename)), verb="use"), InputError):
+                raise
+            _say(f"error: {said}")
             raise SystemExit(1) from error
         except KeyboardInterrupt as error:
             _say(f"stopped by {str(error) or 'Ctrl-C'}; what was saved is kept")

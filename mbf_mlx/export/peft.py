@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from mbf_mlx.adapter import read_tensors, split_layer
+from mbf_mlx.adapter import is_number, read_tensors, split_layer
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import Factors, Pair
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+_REPEATS, _REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")  # of regular expressions
 _TENSOR = re.compile(r"^(?P<layer>.+)\.lora_(?P<half>[AB])(\.default)?\.weight$")
 # What changes the update beyond alpha / rank * B @ A, and what a plain pair of factors therefore cannot say.
 _REFUSED = {
@@ -138,7 +139,7 @@ def read(folder: Path) -> PeftAdapter:
             continue
         rank = _of_layer(config, "rank_pattern", layer, config.get("r"), folder)
         alpha = _of_layer(config, "alpha_pattern", layer, config.get("lora_alpha"), folder)
-        if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or rank != a.shape[0]:
+        if not isinstance(rank, int) or isinstance(rank, bool) or not is_number(alpha) or rank != a.shape[0]:
             problems.append(f"  {layer}: expected factors of rank {rank} and an alpha, got {a.shape[0]} and {alpha!r}")
         elif not (np.isfinite(a).all() and np.isfinite(b).all()):
             problems.append(f"  {layer}: holds NaN or infinite values")
@@ -215,7 +216,13 @@ def _order(layer: str) -> tuple[int, str]:
 
 def _of_layer(config: dict[str, Any], pattern: str, layer: str, default: Any, folder: Path) -> Any:
     """Return what a pattern says of a layer; PEFT takes the first of its keys that the path ends with."""
-    for key, value in (config.get(pattern) or {}).items():
+    patterns = config.get(pattern) or {}
+    if not isinstance(patterns, dict):
+        raise InputError(f"{folder / CONFIG}: {pattern}: expected values by layer, got {str(patterns)[:80]}")
+    for key, value in patterns.items():
+        # A pattern may be written so that matching never ends: what repeats a group, or repeats often.
+        if len(key) > 500 or len(_REPEATS.findall(key)) > 4 or _REPEATED_GROUP.search(key):
+            raise InputError(f"{folder / CONFIG}: {pattern}: {key[:80]!r} is too involved for the name of a layer")
         try:
             if re.match(rf"(.*\.)?({key})$", layer):
                 return value

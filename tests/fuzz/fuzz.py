@@ -1,0 +1,110 @@
+"""Coverage-guided fuzzing of the readers that take files from strangers: `fuzz.py {gguf,safetensors,task} [-options]`.
+
+A reader takes a file or refuses it with an InputError. Anything else is a bug: another exception, a hang (-timeout=10),
+growth past 1 GB (-rss_limit_mb=1024). Options are libFuzzer's; `make fuzz` runs each reader for ten minutes. Needs
+atheris, which is no dependency of the tests: pip install atheris.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
+
+
+def gguf(path):
+    from mbf_mlx.gguf_file import read_gguf
+
+    file = read_gguf(path)
+    for tensor in file.tensors.values():
+        file.rows(tensor)
+
+
+def safetensors(path):
+    from mbf_mlx.adapter import read_tensors
+    from mbf_mlx.errors import InputError
+    from mbf_mlx.safetensors_file import read_bytes, read_header
+
+    try:
+        entries, _ = read_header(path)
+    except InputError:
+        entries = {}
+    for entry in entries.values():
+        for _ in read_bytes(path, entry):
+            pass
+    read_tensors(path)
+
+
+def task(path):
+    from mbf_mlx.tasks import read_task
+
+    for row in read_task(path).train:
+        assert row.texts
+
+
+READERS = {"gguf": gguf, "safetensors": safetensors, "task": task}
+SUFFIXES = {"gguf": [".gguf"], "safetensors": [".safetensors"], "task": [".jsonl", ".csv", ".tsv", ".json"]}
+
+
+def feed(name, data, folder):
+    """Give one input to a reader. A task's first byte says which kind of file it is."""
+    from mbf_mlx.errors import InputError
+
+    suffix = SUFFIXES[name][(data[0] if data else 0) % len(SUFFIXES[name])]
+    path = Path(folder) / f"input{suffix}"
+    path.write_bytes(data[1:] if name == "task" else data)
+    try:
+        READERS[name](path)
+    except InputError:
+        pass
+    finally:
+        path.unlink()
+
+
+def seeds(name):
+    """Whole files to start from."""
+    import json
+    import struct
+
+    if name == "task":
+        row = json.dumps({"prompt": "a", "completion": "b"})
+        chat = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+        rows = '{"Definition": ["d"], "Instances": [{"input": "a", "output": ["b"]}], "Positive Examples": []}'
+        return [
+            b"\0" + f"{row}\n{chat}\n".encode(),
+            b"\1prompt,completion\na,b\n",
+            b"\2text\na\n",
+            b"\3" + rows.encode(),
+        ]
+    if name == "safetensors":
+        header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+        return [struct.pack("<Q", len(header)) + header + b"\0\0\0\0"]
+    name_of = struct.pack("<Q", 1) + b"a"
+    settings = name_of + struct.pack("<II", 4, 7) + struct.pack("<Q", 1) + b"b" + struct.pack("<IIQ", 9, 8, 1) + name_of
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 2) + settings
+    head += name_of + struct.pack("<IQIQ", 1, 32, 8, 0)
+    return [head + b"\0" * (-len(head) % 32) + b"\0" * 34]
+
+
+def main():
+    import atheris
+
+    name = sys.argv.pop(1)
+    with atheris.instrument_imports(include=["mbf_mlx"]):
+        import mbf_mlx.gguf_file
+        import mbf_mlx.safetensors_file
+        import mbf_mlx.tasks  # noqa: F401
+
+    with tempfile.TemporaryDirectory(dir=MEMORY, prefix="mbf-fuzz-") as folder:
+        corpus = Path(folder) / "corpus"
+        corpus.mkdir()
+        for number, seed in enumerate(seeds(name)):
+            (corpus / str(number)).write_bytes(seed)
+        atheris.Setup([sys.argv[0], str(corpus), *sys.argv[1:]], lambda data: feed(name, data, folder))
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
