@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mbf_mlx import __version__, adapter, backend, cell_hash
+from mbf_mlx import __version__, adapter, backend, cell_hash, outline
 from mbf_mlx.conclude import conclude, with_extra
 from mbf_mlx.config import LoRAConfig, settings_of
 from mbf_mlx.encode import Encoded, Encoder
@@ -63,7 +63,28 @@ class Experiment:
         from mbf_mlx.fingerprint import fingerprint
 
         backend.setup()
-        self._always = {"format": FORMAT, "mbf_mlx": __version__, "base": fingerprint(self._source.path)} | machine()
+        # The processor and its threads move last bits alone: every row notes them, and a run may go on elsewhere.
+        same = {key: value for key, value in machine().items() if key not in ("processor", "threads")}
+        self._always = {"format": FORMAT, "mbf_mlx": __version__, "base": fingerprint(self._source.path)} | same
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse, before anything runs, layers that the base does not have and methods that do not fit them.
+
+        Raises:
+            InputError: all that does not fit.
+        """
+        problems: list[str] = []
+        different = {(cell.label, repr(cell.lora)): cell for cell in self.plan.cells}
+        for cell in different.values():
+            try:
+                layers, _ = outline.chosen_layers(self._source.path, cell.lora.keys, cell.lora.num_layers)
+                make(cell.method, cell.options).start(empty_state(layers, cell.lora.rank, cell.seed))
+            except InputError as error:
+                said = f"{cell.label}: {error}"
+                problems += [said] if said not in problems else []
+        if problems:
+            raise InputError("\n".join(problems))
 
     def rows(self) -> list[Row]:
         """Return the results of the plan's cells that are finished, in the plan's order."""
@@ -160,7 +181,7 @@ class Experiment:
         """Return the state after one more task, and what is known of its training."""
         rows = self._rows(cell, learner, name, "train", self.plan.file.train_rows)
         valid_rows = self.plan.file.valid_rows
-        valid = self._rows(cell, learner, name, "valid", valid_rows or 0) if valid_rows else []
+        valid = self._rows(cell, learner, name, "valid", valid_rows) if valid_rows else []
         everything = with_extra(method, state, rows)
         tuning = Tuning(learner.base.model, method, state)
         key = cell_hash.of_training(self._always, cell, method, state, tuning, everything, valid)

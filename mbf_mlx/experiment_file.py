@@ -68,7 +68,7 @@ class ExperimentFile(_Part):
     methods: list[MethodEntry] = Field(min_length=1)
     seeds: list[int] = Field(default=[0], min_length=1)
     train_rows: int = Field(default=0, ge=0)
-    valid_rows: int | None = Field(default=0, ge=0)  # to choose the best step by; 0 is none
+    valid_rows: int = Field(default=0, ge=0)  # to choose the best step by; 0 is none
     test_rows: int = Field(default=0, ge=0)
     score_on: Literal["test", "valid"] = "test"  # "valid" to choose settings without looking at test rows
     metric: Literal["auto", "exact_match", "rouge_l", "loss"] | None = None

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mbf_mlx import results
+from mbf_mlx.errors import InputError
 from mbf_mlx.experiment_file import read_plan
 from tests.test_train import rows_of
 
@@ -55,8 +56,8 @@ def bench(tiny_llama, tmp_path_factory):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(count, seed)))
     learners = {}
 
-    def bench(methods, head="", folder="results", watch=None, name="tiny"):
-        text = f"base = {str(tiny_llama)!r}\n{head}{HEAD}"
+    def bench(methods, head="", folder="results", watch=None, name="tiny", lora="rank = 2\n"):
+        text = f"base = {str(tiny_llama)!r}\n{head}{HEAD}".replace("rank = 2\n", lora)
         text += "".join(f"[[methods]]\nmethod = {m!r}\noptions = {o}\n" for m, o in methods)
         (root / f"{name}.toml").write_text(text)
         made = Experiment(read_plan(root / f"{name}.toml"), root / folder, watch or Counted())
@@ -139,6 +140,14 @@ def test_a_cell_is_what_mbf_learn_makes_of_the_same_tasks(bench, tiny_llama, tmp
         [r[t] for t, r in enumerate(row["losses"])], [r[t] for t, r in enumerate(document["losses"])], atol=2e-6
     )
     assert row["kept_bytes"][-1] == document["kept_bytes"]
+
+
+def test_a_method_or_layer_that_does_not_fit_the_base_is_refused_before_anything_runs(bench):
+    with pytest.raises(InputError, match=r"products rank=40: products: these layers are too small"):
+        bench([("products", "{rank = 40}"), ("slao", "{}")], folder="wrong")
+    with pytest.raises(InputError, match=r"nope"):
+        bench([("slao", "{}")], folder="wrong", lora='keys = ["nope"]\n')
+    assert not (bench.root / "wrong" / "results.jsonl").exists()
 
 
 def test_forward_transfer_needs_the_base_and_the_task_just_before_it_is_learned(bench):
