@@ -5,7 +5,7 @@
 #   make test-all       the same with the slow tests: the full quickstart, and what needs torch, peft or npm
 #   make bench          the benchmarks of benchmarks/README.md, on an otherwise idle machine (about two hours)
 #   make bench-check    what no machine changes (operations, bytes, counts) against the committed figures
-#   make soak           200 kills of a run at random moments; the result goes into benchmarks/ (about 10 minutes)
+#   make soak           200 kills of a run at random moments; the result goes into benchmarks/results/ (about 10 minutes)
 #   make fuzz           ten minutes of fuzzing for each reader of strangers' files
 #   make format         format the code and mend what the linter can
 #   make release-check  build wheel and sdist into dist/, install each into empty environments, run the quickstart there
@@ -73,7 +73,8 @@ bench-check: install-dev
 	$(BIN)/python benchmarks/check.py
 
 soak: install-dev
-	$(BIN)/python benchmarks/soak.py --kills $(KILLS) --out benchmarks/soak.json
+	@mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/soak.py --kills $(KILLS) --out benchmarks/results/soak.json
 
 fuzz: install-dev
 	@$(PIP) install atheris

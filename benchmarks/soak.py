@@ -7,7 +7,7 @@ table counts. After each kill the stream has to open with every byte as it was c
 go on. Every run that gets to its end is compared with the one that was never killed: adapter, state and history (its
 timings aside), bit for bit; then the next one starts.
 
-    python benchmarks/soak.py [--kills 200] [--seed 0] [--out benchmarks/soak.json]
+    python benchmarks/soak.py [--kills 200] [--seed 0] [--out benchmarks/results/soak.json]
 
 Beside the JSON file goes a Markdown table of the same name. Exit code 1 where anything differs.
 """

@@ -130,6 +130,7 @@ class StreamProvider(ModelProvider):
         self.name = folder.path.resolve().name
         self.loaded = threading.Event()
         self.failure: Exception | None = None
+        folder.verify()  # mlx reads adapters natively
         self._newest = folder.current().number
 
     def load_default(self) -> None:
@@ -167,6 +168,8 @@ class StreamProvider(ModelProvider):
         """Return the path of the adapter that the next answer is given with; None without one to apply."""
         try:
             generation = self.folder.current()
+            if generation.number != self._newest:
+                self.folder.verify(generation)
         except InputError as error:
             self.say(f"{error}; serving what is loaded")
             return self.model_key[1] if self.model_key else None

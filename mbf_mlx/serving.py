@@ -30,6 +30,7 @@ class Speaker:
 
     def __init__(self, stream: StreamFolder, base: BaseFolder) -> None:
         generation = stream.current()
+        stream.verify(generation)  # mlx reads the adapter natively
         self.model, self.tokenizer = load(str(base.path), adapter_path=adapter_of(generation))[:2]
         self.proof = prove_adapter(self.model, self.tokenizer, stream, adapter_of(generation))
         self.template = stream.identity.template
