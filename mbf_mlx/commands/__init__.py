@@ -21,7 +21,6 @@ from typer.core import TyperGroup
 
 from mbf_mlx import __version__
 from mbf_mlx.errors import InputError
-from mbf_mlx.storage import refusal
 
 # name -> its line in `mbf --help`, in the order in which a user meets them; a command is there when its module is
 COMMANDS = {
@@ -100,14 +99,6 @@ class _Commands(TyperGroup):
         except InputError as error:
             _say(f"error: {error}")
             raise SystemExit(1) from error
-        except OSError as error:
-            # A full disk, a path that cannot be entered: wherever it was met, it is no bug.
-            if isinstance(error, BrokenPipeError) or not error.filename:
-                raise
-            if not isinstance(said := refusal(error, Path(os.fsdecode(error.filename)), verb="use"), InputError):
-                raise
-            _say(f"error: {said}")
-            raise SystemExit(1) from error
         except KeyboardInterrupt as error:
             _say(f"stopped by {str(error) or 'Ctrl-C'}; what was saved is kept")
             raise SystemExit(130) from error
@@ -116,6 +107,16 @@ class _Commands(TyperGroup):
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             raise SystemExit(141) from error
+        except OSError as error:
+            from mbf_mlx.storage import refusal  # `mbf --help` does without
+
+            # A full disk, a path that cannot be entered: wherever it was met, it is no bug. A missing file may be one.
+            if not error.filename or isinstance(error, (FileNotFoundError, FileExistsError)):
+                raise
+            if not isinstance(said := refusal(error, Path(os.fsdecode(error.filename)), verb="use"), InputError):
+                raise
+            _say(f"error: {said}")
+            raise SystemExit(1) from error
 
 
 _CONTEXT = {"help_option_names": ["--help", "-h"]}
