@@ -8,14 +8,14 @@ stream.export("mlx", "assistant-fused")
 
 import hashlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbf_mlx import adapter, backend, metrics
-from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig
+from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, TrainConfig, settings_of
 from mbf_mlx.encode import Encoder
 from mbf_mlx.errors import InputError
 from mbf_mlx.events import Events
@@ -51,7 +51,7 @@ class Stream:
         base: str | None = None,
         method: str | None = None,
         method_options: dict[str, Any] | None = None,
-        lora: LoRAConfig | None = None,
+        lora: LoRAConfig | Mapping[str, Any] | None = None,
         template: str | None = None,
         seed: int = 0,
         keep_quantized: bool = False,
@@ -66,7 +66,8 @@ class Stream:
             base: A recipe's name, a model folder, a GGUF file or a hub id; for a stream that is there
                 already it must be its own base, and tells where that has moved to.
             method, method_options, lora, template: Fixed when a stream is made; where given for one that is there
-                already, they have to be its own.
+                already, they have to be its own. `lora` is all of its settings, or those that differ from what we have
+                tried for this base.
             seed: Of the first A.
             keep_quantized: On a CPU, keep quantized weights as they are: less memory, much slower.
             quantize: Bits for those tensors of a GGUF base whose type MLX lacks; 0 refuses such a file.
@@ -89,7 +90,6 @@ class Stream:
             return stream
         data = DataConfig(template=template) if template else DataConfig()
         chosen = make(method or DEFAULT_METHOD, method_options)
-        lora = lora or LoRAConfig()
         if not load:
             if hooks(chosen):
                 plain = ", ".join(name for name in names() if not hooks(make(name)))
@@ -97,8 +97,8 @@ class Stream:
                     f"method: expected one that merges what training leaves ({plain}), got {chosen.name!r}, which takes"
                     " part in the training itself, so its tasks cannot be trained elsewhere"
                 )
-            return cls._create_unloaded(path, find, base, chosen, lora, data, seed)
-        return cls._create(path, find, base, chosen, lora, data, seed, keep_quantized)
+            return cls._create_unloaded(path, find, base, chosen, lora or {}, data, seed)
+        return cls._create(path, find, base, chosen, lora or {}, data, seed, keep_quantized)
 
     @classmethod
     def _create(
@@ -107,15 +107,18 @@ class Stream:
         find: "Find",
         base: str,
         method: Method,
-        lora: LoRAConfig,
+        given: LoRAConfig | Mapping[str, Any],
         data: DataConfig,
         seed: int,
         keep_quantized: bool,
     ) -> "Stream":
         backend.setup()
         from mbf_mlx.learn import load_learner
+        from mbf_mlx.recipe import lora_config
+        from mbf_mlx.sources import tried
 
         source = find(base)
+        lora = given if isinstance(given, LoRAConfig) else lora_config(tried(source.path), given)
         learner = load_learner(source.path, lora, keep_quantized)
         loaded, layers = learner.base, learner.layers
         template = loaded.tokenizer.chat_template if data.template == "chat" else None
@@ -133,13 +136,22 @@ class Stream:
 
     @classmethod
     def _create_unloaded(
-        cls, path: Path, find: "Find", base: str, method: Method, lora: LoRAConfig, data: DataConfig, seed: int
+        cls,
+        path: Path,
+        find: "Find",
+        base: str,
+        method: Method,
+        given: LoRAConfig | Mapping[str, Any],
+        data: DataConfig,
+        seed: int,
     ) -> "Stream":
         from mbf_mlx import outline
         from mbf_mlx.fingerprint import fingerprint
-        from mbf_mlx.sources import read_config
+        from mbf_mlx.recipe import lora_config
+        from mbf_mlx.sources import read_config, tried
 
         source = find(base)
+        lora = given if isinstance(given, LoRAConfig) else lora_config(tried(source.path), given)
         config = read_config(source.path)
         layers, blocks = outline.chosen_layers(source.path, lora.keys, lora.num_layers)
         record = BaseRecord(
@@ -169,7 +181,7 @@ class Stream:
         Args:
             tasks: Files or folders, or tasks that were read already.
             name: Of a single task, in place of its file's.
-            config: How; the template is the stream's whatever it says.
+            config: How; the template is the stream's whatever it says. Without it, the rate is `learning_rate`.
             events: An `events.Events` that is told what happens.
             team: Processes that share each step's rows, `parallel.joined()`; this one is the first, the others work.
             overrides: Fields of LearnConfig, TrainConfig and DataConfig, in place of those of `config`:
@@ -187,7 +199,8 @@ class Stream:
 
         if name is not None and len(tasks) != 1:
             raise InputError(f"--name: expected one task to name, got {len(tasks)}")
-        settings = _with(config or LearnConfig(), {**overrides, "template": self.folder.identity.template})
+        config = config or LearnConfig(train=TrainConfig(learning_rate=self.learning_rate))
+        settings = _with(config, {**overrides, "template": self.folder.identity.template})
         events = events or Events()
         read = [task if isinstance(task, Task) else read_task(Path(task), name=name) for task in tasks]
         todo = [task for task in read if not self._skip(task, settings.again, events)]
@@ -314,6 +327,14 @@ class Stream:
     # How
 
     @property
+    def learning_rate(self) -> float:
+        """The peak rate tried for this base, where a recipe vouches for it; else the default."""
+        from mbf_mlx.sources import tried
+
+        known = tried(Path(self.base_path))
+        return known.learning_rate if known else TrainConfig.learning_rate
+
+    @property
     def base_path(self) -> str:
         """Where the base model is: what the caller said, or where the stream last found it."""
         return self._base_name or self.folder.current().manifest.base_path
@@ -364,7 +385,11 @@ class Stream:
         return source
 
     def _check_fixed(
-        self, method: str | None, options: dict[str, Any] | None, lora: LoRAConfig | None, template: str | None
+        self,
+        method: str | None,
+        options: dict[str, Any] | None,
+        lora: LoRAConfig | Mapping[str, Any] | None,
+        template: str | None,
     ) -> None:
         identity, wrong = self.folder.identity, []
         asked: list[tuple[str, Any, Any]] = [("method", method, identity.method)]
@@ -372,13 +397,13 @@ class Stream:
             asked.append(("method options", make(identity.method, options).options, identity.method_options))
         if template is not None:
             asked.append(("template", template, identity.template))
-        if lora is not None:
-            asked += [(key, getattr(lora, key), getattr(identity, key)) for key in ("rank", "scale", "dropout")]
-            if lora.num_layers != -1:
-                asked.append(("num_layers", lora.num_layers, identity.num_layers))
-            short = {key.rpartition(".")[2] for key in identity.keys}
-            if not set(lora.keys) <= short | set(identity.keys):
-                asked.append(("keys", list(lora.keys), identity.keys))
+        given: dict[str, Any] = settings_of(lora) if isinstance(lora, LoRAConfig) else dict(lora or {})
+        asked += [(key, given.get(key), getattr(identity, key)) for key in ("rank", "scale", "dropout")]
+        if given.get("num_layers", -1) != -1:
+            asked.append(("num_layers", given["num_layers"], identity.num_layers))
+        short = {key.rpartition(".")[2] for key in identity.keys}
+        if not set(given.get("keys", ())) <= short | set(identity.keys):
+            asked.append(("keys", list(given["keys"]), identity.keys))
         wrong = [f"  {key}: expected {has!r}, got {want!r}" for key, want, has in asked if want not in (None, has)]
         if wrong:
             raise InputError(

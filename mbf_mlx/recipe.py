@@ -2,10 +2,13 @@
 
 import os
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mbf_mlx.config import LoRAConfig
 from mbf_mlx.errors import InputError
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -96,6 +99,12 @@ def read_recipe(path: Path) -> Recipe:
     if recipe.name != path.stem:
         raise InputError(f"{path}: name: expected {path.stem!r}, as the file is called, got {recipe.name!r}")
     return recipe
+
+
+def lora_config(known: TriedLoRA | None, given: Mapping[str, Any]) -> LoRAConfig:
+    """Return a new stream's settings: those given, the others as its base was tried with, or the defaults."""
+    tried = {name: getattr(known, name) for name in ("rank", "scale", "keys", "num_layers")} if known else {}
+    return LoRAConfig(**{**tried, **given})
 
 
 def models_folder() -> Path:

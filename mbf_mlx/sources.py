@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from mbf_mlx import safetensors_file
 from mbf_mlx.download import fetch_hub_model, fetch_packaged_file
 from mbf_mlx.errors import InputError
-from mbf_mlx.recipe import HubSource, Recipe, models_folder, recipes
+from mbf_mlx.recipe import HubSource, Recipe, TriedLoRA, models_folder, recipes
 from mbf_mlx.safetensors_file import read_header
 from mbf_mlx.storage import Files, refusal, sha256_file
 
@@ -268,6 +268,12 @@ def _read_origin(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return origin if isinstance(origin, dict) else {}
+
+
+def tried(folder: Path) -> TriedLoRA | None:
+    """Return the settings that the recipe of a fetched model was tried with; None for any other model."""
+    recipe = recipes().get(str(_read_origin(folder).get("recipe")))
+    return recipe.lora if recipe else None
 
 
 def _size(count: int) -> str:

@@ -15,6 +15,7 @@ from mbf_mlx.encode import Encoder
 from mbf_mlx.errors import InputError
 from mbf_mlx.events import Events
 from mbf_mlx.methods import make
+from mbf_mlx.recipe import recipes
 from tests.conftest import ROOT
 from tests.streams import contents
 from tests.test_train import rows_of
@@ -232,6 +233,24 @@ def test_a_gguf_base_of_types_that_mlx_lacks_is_quantized_only_when_asked(tmp_pa
     assert len(said) == 1 and said[0].startswith("converting tiny.gguf")
     Stream.open(tmp_path / "s").learn(tasks[1], train=QUICK)  # its base is the converted folder
     assert len(Stream.open(tmp_path / "s", base=str(file), quantize=4).status()["tasks"]) == 2
+
+
+def test_a_base_that_a_recipe_vouches_for_is_taught_as_it_was_tried(smollm2, tmp_path):
+    known = recipes()["smollm2-135m-instruct"].lora
+    stream = Stream.open(tmp_path / "tried", base=str(smollm2), load=False)
+    lora = stream.status()["settings"]["lora"]
+    assert (lora["rank"], lora["scale"]) == (known.rank, known.scale)
+    assert stream.learning_rate == known.learning_rate
+    one = Stream.open(tmp_path / "one", base=str(smollm2), lora={"rank": 2}, load=False).folder.identity
+    assert (one.rank, one.scale) == (2, known.scale)
+    whole = Stream.open(tmp_path / "whole", base=str(smollm2), lora=LORA, load=False).folder.identity
+    assert (whole.rank, whole.scale) == (LORA.rank, LORA.scale)
+
+
+def test_any_other_base_is_taught_with_the_defaults(tiny_llama, tmp_path):
+    stream = Stream.open(tmp_path / "s", base=str(tiny_llama), load=False)
+    assert (stream.folder.identity.rank, stream.folder.identity.scale) == (LoRAConfig.rank, LoRAConfig.scale)
+    assert stream.learning_rate == TrainConfig.learning_rate
 
 
 def test_sequential_keeps_nothing_beside_the_adapter(tiny_llama, tasks, tmp_path):

@@ -359,7 +359,7 @@ RECIPE = (ROOT / "models" / "smollm2-135m-instruct.toml").read_text() if (ROOT /
 BAD_RECIPES = {
     "not TOML": ("name = ", "not a TOML file"),
     "another name": (RECIPE.replace('name = "smollm2', 'name = "smollm3'), "expected 'tiny', as the file is called"),
-    "a field too many": (RECIPE + 'colour = "red"\n', "source.*colour: Extra inputs are not permitted"),
+    "a field too many": (RECIPE + 'colour = "red"\n', "lora.*colour: Extra inputs are not permitted"),
     "no licence": (RECIPE.replace("licence", "license"), "licence: Field required"),
     "a short hash": (RECIPE.replace('sha256 = "b179', 'sha256 = "'), "sha256: String should match"),
     "run perhaps": (RECIPE.replace("run_by_us = true", 'run_by_us = "perhaps"'), "run_by_us: Input should be a valid"),

@@ -51,7 +51,9 @@ def learn(
     grad_accumulation_steps: Annotated[
         int, _option("--grad-accumulation-steps", "Passes of an optimizer step.", _TASK)
     ] = _TRAIN.grad_accumulation_steps,
-    learning_rate: Annotated[float, _option("--learning-rate", "Its peak.", _TASK)] = _TRAIN.learning_rate,
+    learning_rate: Annotated[
+        float | None, _option("--learning-rate", "Its peak.", _TASK, f"the recipe's, or {_TRAIN.learning_rate:g}")
+    ] = None,
     warmup: Annotated[float, _option("--warmup", "Share of the steps that warm up.", _TASK)] = _TRAIN.warmup,
     weight_decay: Annotated[float, _option("--weight-decay", "AdamW's.", _TASK)] = _TRAIN.weight_decay,
     max_grad_norm: Annotated[
@@ -109,7 +111,7 @@ def learn(
         iters=iters,
         batch_size=batch_size,
         grad_accumulation_steps=grad_accumulation_steps,
-        learning_rate=learning_rate,
+        learning_rate=_TRAIN.learning_rate if learning_rate is None else learning_rate,
         warmup=warmup,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
@@ -146,8 +148,9 @@ def learn(
             quantize=quantize,
             report=console.err.print,
         )
+        overrides: dict[str, Any] = {"learning_rate": opened.learning_rate} if learning_rate is None else {}
         with kept_awake(keep_awake), shown() as events:
-            opened.learn(*read, config=settings, events=events, team=team)
+            opened.learn(*read, config=settings, events=events, team=team, **overrides)
     document = opened.status()
     if json:
         console.print_json(document)

@@ -42,12 +42,17 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def lora_of(keys: str | None, **given: Any) -> LoRAConfig | None:
-    """Return the LoRA settings that flags ask for, or None where no flag does."""
+def lora_of(keys: str | None, **given: Any) -> dict[str, Any]:
+    """Return the LoRA settings that flags ask for.
+
+    Raises:
+        InputError: a value that cannot be one.
+    """
     chosen = {name: value for name, value in given.items() if value is not None}
     if keys is not None:
         chosen["keys"] = tuple(key.strip() for key in keys.split(",") if key.strip())
-    return LoRAConfig(**chosen) if chosen else None
+    LoRAConfig(**chosen)  # checks them
+    return chosen
 
 
 def options_of(text: str | None) -> dict[str, Any] | None:

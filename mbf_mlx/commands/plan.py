@@ -62,7 +62,7 @@ def plan(
 
     Example: mbf plan assistant mail.jsonl --model smollm2-135m-instruct
     """
-    lora = lora_of(rank=rank, scale=None, keys=keys, num_layers=num_layers, dropout=None) or LoRAConfig()
+    lora = lora_of(rank=rank, keys=keys, num_layers=num_layers)
     train = TrainConfig(
         epochs=epochs,
         iters=iters,
@@ -95,7 +95,7 @@ class _Plans:
 
     def __init__(
         self,
-        lora: LoRAConfig,
+        given: dict[str, Any],
         train: TrainConfig,
         data: DataConfig,
         keep_quantized: bool,
@@ -103,7 +103,8 @@ class _Plans:
         answer_tokens: int | None,
         time: bool,
     ):
-        self.lora, self.train, self.data = lora, train, data
+        self.given, self.train, self.data = given, train, data
+        self.lora: LoRAConfig | None = None  # of a stream that is there
         self.keep_quantized, self.device, self.answer_tokens, self.time = keep_quantized, device, answer_tokens, time
 
     def of_model(self, name: str, size: int | None) -> dict[str, Any]:
@@ -151,10 +152,19 @@ class _Plans:
         if self.time and document["device"] == _here() and document["verdict"] != plan.NO:
             from mbf_mlx.sources import read_config
 
-            rate = plan.measure(read_config(folder), self.lora, run, works[0].typical)
+            lora = self._lora(model, folder)
+            rate = plan.measure(read_config(folder), lora, run, works[0].typical)
             document["seconds"] = sum(rate.seconds(work) for work in works)
             document["seconds_a_step"] = rate.step * works[0].train_tokens / works[0].steps
         return document
+
+    def _lora(self, name: str, folder: Path | None) -> LoRAConfig:
+        """Return the settings of the stream, or those that a new one on this base would have."""
+        from mbf_mlx.recipe import lora_config, recipes
+        from mbf_mlx.sources import tried
+
+        recipe = recipes().get(name)
+        return self.lora or lora_config(recipe.lora if recipe else tried(folder) if folder else None, self.given)
 
     def _encoded(self, task: "Task", folder: Path) -> "tuple[list[Encoded], list[Encoded]]":
         from mbf_mlx import backend
@@ -183,7 +193,9 @@ class _Plans:
             available = backend.setup().memory_bytes
         by_hand = kind == "cpu" and _is_llama(folder)
         packed = kind != "cpu" or self.keep_quantized or shape.plain_bytes > available / 2
-        run = plan.run_of(shape, self.lora, by_hand=by_hand, packed=packed, checkpoint=self.train.grad_checkpoint)
+        run = plan.run_of(
+            shape, self._lora(name, folder), by_hand=by_hand, packed=packed, checkpoint=self.train.grad_checkpoint
+        )
         worst, load = max(((memory.predict(shape, run, each), each) for each in loads), key=lambda pair: pair[0].peak)
         says = plan.verdict(worst.peak, available)
         limit = int(plan.SHARE * available)
