@@ -27,11 +27,16 @@ LORA = LoRAConfig(rank=2)
 QUICK = TrainConfig(iters=2, batch_size=4, learning_rate=5e-3)
 ALL = [(name, {}) for name in methods.names()] + [
     ("products", {"metric": "inputs"}),
-    ("products", {"rank": 3}),
-    ("slao", {"train": "a", "start_a": "keep", "merged": "a"}),
-    ("nmt-lora", {"modules": "all"}),
-    ("ties", {"memory": "exact"}),
-    ("replay", {"method": "inclora", "bytes": 2000}),
+    *(
+        pytest.param(name, options, marks=pytest.mark.slow)  # few of the methods' variants need anything of their own
+        for name, options in (
+            ("products", {"rank": 3}),
+            ("slao", {"train": "a", "start_a": "keep", "merged": "a"}),
+            ("nmt-lora", {"modules": "all"}),
+            ("ties", {"memory": "exact"}),
+            ("replay", {"method": "inclora", "bytes": 2000}),
+        )
+    ),
 ]
 
 
@@ -88,7 +93,7 @@ def test_every_method_learns_three_tasks_and_keeps_as_much_as_it_says(name, opti
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("c-lora", {}), ("lorac", {"freeze": 0.3}), ("replay", {"bytes": 4000})],
+    [("c-lora", {}), pytest.param("lorac", {"freeze": 0.3}, marks=pytest.mark.slow), ("replay", {"bytes": 4000})],
     ids=lambda value: str(value),
 )
 def test_a_killed_run_of_a_method_with_hooks_goes_on_to_the_same_bits(name, options, open_stream, tasks):
