@@ -7,7 +7,7 @@ table counts. After each kill the stream has to open with every byte as it was c
 go on. Every run that gets to its end is compared with the one that was never killed: adapter, state and history (its
 timings aside), bit for bit; then the next one starts.
 
-    python benchmarks/soak.py [--kills 200] [--seed 0] [--out benchmarks/results/soak.json]
+    python benchmarks/soak.py [--kills 200] [--seed 0] [--minutes 0] [--out benchmarks/results/soak.json]
 
 Beside the JSON file goes a Markdown table of the same name. Exit code 1 where anything differs.
 """
@@ -99,7 +99,7 @@ def contents(stream: Path) -> dict[str, Any]:
     return found
 
 
-def soak(kills: int, seed: int, place: Path) -> dict[str, Any]:
+def soak(kills: int, seed: int, minutes: float, place: Path) -> dict[str, Any]:
     """Kill `kills` times and return the result's document."""
     sys.path.insert(0, str(ROOT))
     from mbf_mlx import backend
@@ -134,7 +134,7 @@ def soak(kills: int, seed: int, place: Path) -> dict[str, Any]:
 
     dice, fell, aimed, runs, problems = random.Random(seed), Counter[str](), 0, 0, []
     stream, began = place / "run-0", time.monotonic()
-    while sum(fell.values()) < kills:
+    while sum(fell.values()) < kills and not 0 < minutes * 60 < time.monotonic() - began:
         aim = aimed % len(PARTS)
         child = start(stream)
         if kill(child, dice, aim, part, spent):
@@ -157,7 +157,7 @@ def soak(kills: int, seed: int, place: Path) -> dict[str, Any]:
         problems.append(f"run {runs}: exit code {last.exitcode}, or another end")
     return {
         "date": str(date.today()),
-        "command": f"python benchmarks/soak.py --kills {kills} --seed {seed}",
+        "command": f"python benchmarks/soak.py --kills {kills} --seed {seed} --minutes {minutes:g}",
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": versions(),
         "flags": FLAGS,
@@ -251,10 +251,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=0, help="stop sooner; 0 never")
     parser.add_argument("--out", type=Path, help="a JSON file for the result; a Markdown page goes beside it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mbf-soak-") as folder:
-        document = soak(options.kills, options.seed, Path(folder))
+        document = soak(options.kills, options.seed, options.minutes, Path(folder))
     page = markdown(document)
     print(page)
     if options.out:

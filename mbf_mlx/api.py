@@ -205,7 +205,9 @@ class Stream:
         read = [task if isinstance(task, Task) else read_task(Path(task), name=name) for task in tasks]
         todo = [task for task in read if not self._skip(task, settings.again, events)]
         records = []
-        if todo:
+        if not todo:
+            self.folder.tidy()  # a run killed just after its last commit is over with this
+        else:
             with self.folder.writer():
                 learner = self._load()
                 method = make(self.folder.identity.method, self.folder.identity.method_options)

@@ -345,6 +345,14 @@ class StreamFolder:
             self._discard(holder)
             lock.release()
 
+    def tidy(self) -> None:
+        """Remove what a crash left behind, where nobody is writing and we may."""
+        try:
+            with self.writer():
+                pass
+        except (InputError, OSError):
+            return
+
     def commit(self, state: State, record: TaskRecord, base_path: str, settings: dict[str, Any]) -> Generation:
         """Make the state after a task the current one. Needs the writer's lock.
 

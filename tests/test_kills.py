@@ -208,6 +208,17 @@ def test_a_run_killed_between_its_commit_and_the_end_of_its_saves_counts_as_fini
     assert contents(quick_path / "s") == before
 
 
+def test_what_a_crash_left_is_tidied_where_nobody_is_writing(quick_path):
+    stream = learn(new_stream(quick_path / "s"), 2)
+    (stream.path / "lock.json").write_text("{}")
+    (stream.path / "generations/removing-000000").mkdir()
+    with stream.writer():
+        StreamFolder.open(stream.path).tidy()  # somebody is writing: nothing happens
+    (stream.path / "lock.json").write_text("{}")
+    StreamFolder.open(stream.path).tidy()
+    tidy(stream.path)
+
+
 def test_a_run_killed_at_random_moments_ends_equal_to_the_bit(tmp_path):
     """A small sample of `make soak`: one kill in each part of the run."""
     pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
