@@ -1,11 +1,11 @@
 """What an export takes in memory beside the size of the base's file: a Llama of 1 billion parameters, random, 4 bits.
 
 Makes a base of Llama-3.2-1B's shapes with random codes (MLX affine, group 64), a stream on it with random factors on q
-and v, and runs `mbf export` once for each target in a process of its own, measured by the system. Weights of 4 bits and
-the default are compared with the live adapter on a few rows, as an export with rows is. Everything is deleted at the
-end. The limit is the base's file plus 1 GB.
+and v, and runs `mbf export` once for each target in a process of its own, measured by the system. Two of them are
+compared with the live adapter on a few rows, as an export is whose stream still finds its tasks. Everything is deleted
+at the end. The limit is the base's file plus 1 GB.
 
-    python benchmarks/export_memory.py [--targets mlx mlx-4 mlx-16 gguf] [--work DIR]
+    python benchmarks/export_memory.py [--targets mlx rows mlx-4 mlx-16 gguf gguf-F16] [--work DIR]
 """
 
 import argparse
@@ -40,7 +40,8 @@ SHAPE = {
 GROUP, BITS = 64, 4
 TARGETS = {  # name -> words of `mbf export`
     "mlx": ["mlx"],
-    "mlx-4": ["mlx", "--bits", "4", "--allow-loss"],
+    "rows": ["mlx", "--calibration", "ROWS"],
+    "mlx-4": ["mlx", "--bits", "4", "--allow-loss", "--calibration", "ROWS"],
     "mlx-16": ["mlx", "--bits", "16"],
     "gguf": ["gguf"],
     "gguf-F16": ["gguf", "--bits", "16"],
@@ -133,8 +134,8 @@ def write_stream(path: Path, base: Path, blocks: int) -> None:
 def measure(work: Path, name: str, base_bytes: int) -> dict[str, Any]:
     """Run one export; return its seconds and the most memory that its process held."""
     out = work / ("out.gguf" if name.startswith("gguf") else "out")
-    words = ["export", str(work / "stream"), TARGETS[name][0], str(out), *TARGETS[name][1:]]
-    words += ["--calibration", str(work / "rows.txt")] if name in ("mlx", "mlx-4") else []
+    target, *flags = (str(work / "rows.txt") if word == "ROWS" else word for word in TARGETS[name])
+    words = ["export", str(work / "stream"), target, str(out), *flags]
     began = time.monotonic()
     process = os.posix_spawn(sys.executable, [sys.executable, str(ROOT / "cli.py"), *words], os.environ)
     _, status, usage = os.wait4(process, 0)
