@@ -14,8 +14,6 @@ import mlx.nn as nn
 
 from mbf_mlx.memory import PIECE_BYTES
 
-AT_ONCE = 4  # into so many a piece is cut where it is not evaluated at once: mlx then works on several at a time
-
 
 def plain(module: Any) -> nn.Module:
     """Return the linear layer or embedding whose weight a quantized one holds."""
@@ -72,13 +70,42 @@ def keep_packed(module: nn.Module) -> None:
     module.__class__ = UnpackingEmbedding if isinstance(module, nn.QuantizedEmbedding) else UnpackingLinear
 
 
+class SteppingLinear(UnpackingLinear):
+    """The same where nothing is differentiated: one piece after the other, and no second one begun before."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return x W^T + bias for x (..., in)."""
+        y = product(self, x)
+        return y + self["bias"] if "bias" in self else y
+
+
+class SteppingEmbedding(UnpackingEmbedding):
+    """The same for an embedding that is also the model's head."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Return the logits, x W^T, for x (..., dims)."""
+        return product(self, x)
+
+
+def step_by_step(model: nn.Module) -> None:
+    """Let the layers that unpack themselves do so one after the other, for forward passes alone.
+
+    Left to itself, mlx unpacks ahead of the products, in the end the whole model.
+    """
+    for _, module in model.named_modules():
+        if type(module) is UnpackingLinear:
+            module.__class__ = SteppingLinear
+        elif type(module) is UnpackingEmbedding:
+            module.__class__ = SteppingEmbedding
+
+
 def _product(module: Any, x: mx.array) -> mx.array:
     def forward(x: mx.array) -> mx.array:
-        parts = [x @ rows.T for _, _, rows in _pieces(module, AT_ONCE)]
+        parts = [x @ rows.T for _, _, rows in _pieces(module)]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
     def backward(inputs: Any, gradient: mx.array, output: mx.array) -> mx.array:
-        parts = [gradient[..., first:last] @ rows for first, last, rows in _pieces(module, AT_ONCE)]
+        parts = [gradient[..., first:last] @ rows for first, last, rows in _pieces(module)]
         return parts[0] if len(parts) == 1 else mx.stack(parts).sum(axis=0)
 
     # Differentiated automatically, the product would keep every weight of the model until its backward pass.
@@ -106,9 +133,9 @@ def _evaluated(array: mx.array) -> mx.array:
     return array
 
 
-def _pieces(module: Any, at_once: int = 1) -> Iterator[tuple[int, int, mx.array]]:
+def _pieces(module: Any) -> Iterator[tuple[int, int, mx.array]]:
     out, words = module.weight.shape
-    step = max(1, PIECE_BYTES // at_once // (words * 32 // module.bits * 4))
+    step = max(1, PIECE_BYTES // (words * 32 // module.bits * 4))
     for first in range(0, out, step):
         last = min(first + step, out)
         yield first, last, _rows(module, first, last)

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mbf_mlx import backend, model
+from mbf_mlx import backend, model, unpack
 from mbf_mlx.adapter import block_keys
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.errors import InputError
@@ -43,6 +43,7 @@ class Live:
 
     def _ask(self, job: Job, rows: Sequence[Any], fit: Sequence[Any]) -> None:
         base = model.load_base(job.base, dtype=_dtype())
+        unpack.step_by_step(base.model)
         rank = next(iter(job.factors.values())).a.shape[0]
         model.attach(
             base.model, LoRAConfig(rank=rank, scale=job.scale, keys=block_keys(job.factors), num_layers=job.num_layers)
@@ -76,6 +77,7 @@ class Live:
 
     def _compare(self, folder: Path) -> dict[str, Any] | None:
         exported = model.load_base(folder, dtype=_dtype()).model
+        unpack.step_by_step(exported)
         if not np.isfinite(np.array(exported(mx.array([[1, 2, 3]])).astype(mx.float32))).all():
             raise InputError(f"{self._job.out} was not written: its logits are not finite; try --bits 32")
         if self._reference is None:
