@@ -119,6 +119,18 @@ def test_unpacked_weights_compute_the_same(quantized_llama, kind, way, tolerance
     np.testing.assert_allclose(np.array(ours(TOKENS)), expected, rtol=rtol, atol=atol * np.abs(expected).max())
 
 
+def test_a_model_that_unpacks_step_by_step_gives_the_same_logits(tmp_path, monkeypatch):
+    from tests.tiny_llama import write_tiny_llama
+
+    monkeypatch.setattr(unpack, "PIECE_BYTES", 64 * 4 * 40)
+    folder = write_tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
+    plain, stepping = (load_base(folder, **WAYS["packed"]).model for _ in range(2))
+    unpack.step_by_step(stepping)
+    np.testing.assert_array_equal(np.array(stepping(TOKENS)), np.array(plain(TOKENS)))
+    kinds = {type(module) for _, module in stepping.named_modules()}
+    assert {unpack.SteppingLinear, unpack.SteppingEmbedding} <= kinds and unpack.UnpackingLinear not in kinds
+
+
 def test_packed_layers_have_the_gradients_of_unpacked_ones(quantized_llama, tolerance, monkeypatch):
     monkeypatch.setattr(unpack, "PIECE_BYTES", 64 * 4 * 40)  # several pieces a layer, the last one smaller
     results = []
