@@ -125,6 +125,7 @@ def input_grams(
     turned = {name: mx.array(np.asarray(p, np.float32)).T for name, p in directions.items()}
     sums = {name: mx.zeros((p.shape[1], p.shape[1])) for name, p in turned.items()}
     mask = mx.array(0.0)
+    way = engine.forward  # made when first asked for, and it runs the model then: not while we watch
 
     def watch(name: str) -> Callable[[mx.array], None]:
         def note(x: mx.array) -> None:
@@ -139,7 +140,7 @@ def input_grams(
         for indices in plan_batches([len(row.tokens) for row in rows], BATCH_ROWS, 0, 0):
             batch = make_batch(rows, indices, share_prefix=False)
             mask = mx.array((np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]).reshape(-1, 1), mx.float32)
-            out = engine.forward.hidden(batch) if engine.picks_positions else engine.forward.logits(batch)
+            out = way.hidden(batch) if way.picks_positions else way.logits(batch)
             mx.eval(sums)
             del out  # never evaluated: what lies behind the last watched layer is not needed
             count, done = count + int(batch.lengths.sum()), done + len(indices)
