@@ -26,7 +26,7 @@ from mbf_mlx import attention, cpu_ops
 from mbf_mlx.attention import Layout
 from mbf_mlx.batches import Batch
 from mbf_mlx.cpu_ops import blank, view
-from mbf_mlx.unpack import UnpackingEmbedding, UnpackingLinear, product, product_back
+from mbf_mlx.unpack import UnpackingEmbedding, UnpackingLinear, product, product_back, without_history
 
 ROPES = (nn.RoPE, rope_utils.Llama3RoPE)  # those whose angles depend on nothing but the position
 LINEAR = (nn.Linear, nn.QuantizedLinear, UnpackingLinear)
@@ -90,6 +90,7 @@ class Pass:
             if self.keep and i >= self.first:
                 self.saved.append(x if self.checkpoint else saved)
             x = y
+            del saved  # before the next block makes its own
         out, inverse = cpu_ops.rms_norm(x, _weight(self.norm), self.norm.eps)
         self.saved.append((x, inverse))
         return out
@@ -109,6 +110,7 @@ class Pass:
                 _, saved = block.forward(saved, self.layout, picked=picked)
             assert d_x is not None, "only the first trained block stops"
             d_x = block.backward(d_x, saved, self.layout, picked, gradients, stop=i == self.first)
+            d_x = None if d_x is None else without_history(d_x)
         return gradients
 
 
@@ -280,7 +282,7 @@ class _Block:
         found |= self.q.d_factors(saved.normed_q, d_q)
         found |= self.k.d_factors(saved.normed, d_k) | self.v.d_factors(saved.normed, d_v)
         mx.eval(found)
-        gradients.update(found)
+        gradients.update({name: without_history(gradient) for name, gradient in found.items()})
         if stop:
             return None
         d_normed = self.v.d_input(d_v, onto=self.k.d_input(d_k))

@@ -168,7 +168,7 @@ def _activations(shape: Shape, run: Run, load: Load, training: bool) -> int:
     if not training:
         return size * (kept + once)
     if run.checkpoint:
-        return size * (run.num_layers * stays + 2 * max(kept, last) + once)
+        return size * (run.num_layers * stays + max(kept, last) + once)
     return size * ((run.num_layers - 1) * stays + last + once)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mbf_mlx.memory import PIECE_BYTES
 
@@ -116,7 +117,7 @@ def _product(module: Any, x: mx.array) -> mx.array:
 
 def product(module: Any, x: mx.array) -> mx.array:
     """Return x W^T of a layer that unpacks itself, evaluated piece by piece, so that one piece is alive at a time."""
-    parts = [_evaluated(x @ rows.T) for _, _, rows in _pieces(module)]
+    parts = [without_history(x @ rows.T) for _, _, rows in _pieces(module)]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 
@@ -124,13 +125,16 @@ def product_back(module: Any, d_y: mx.array) -> mx.array:
     """Return the gradient of x, d_y W, in the same way."""
     d_x = mx.array(0.0)
     for first, last, rows in _pieces(module):
-        d_x = _evaluated(d_x + d_y[..., first:last] @ rows)
+        d_x = without_history(d_x + d_y[..., first:last] @ rows)
     return d_x
 
 
-def _evaluated(array: mx.array) -> mx.array:
-    mx.eval(array)
-    return array
+def without_history(array: mx.array) -> mx.array:
+    """Return an evaluated copy.
+
+    While mlx takes gradients, an array holds all that it was made of for as long as it lives: here whole weights.
+    """
+    return mx.array(np.array(array))
 
 
 def _pieces(module: Any) -> Iterator[tuple[int, int, mx.array]]:
