@@ -98,12 +98,14 @@ class Team:
         mx.eval(here)
         try:
             # No stream is named: the ring and MPI work on the CPU, NCCL on the GPU.
-            return np.array(mx.distributed.all_sum(here, group=self._group))
+            total = mx.distributed.all_sum(here, group=self._group)
+            mx.eval(total)  # not in np.array, which would wait for ever where the ring is broken
         except RuntimeError as error:
             raise InputError(
                 f"process {self.rank} of {self.size}: another process of this run is gone ({error}); the stream is as"
                 " it was before this task\nhint: start it again as before: it goes on from the last save"
             ) from error
+        return np.array(total)
 
 
 def share(indices: Sequence[int], rank: int, size: int) -> list[int]:
