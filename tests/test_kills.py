@@ -20,6 +20,9 @@ from tests.test_exchange import trained
 from tests.test_working import save
 
 
+SOME_WAYS = ["error", "after", *(pytest.param(how, marks=pytest.mark.slow) for how in ("short", "before"))]
+
+
 def commit(folder):
     learn(StreamFolder.open(folder))
 
@@ -83,7 +86,7 @@ def test_a_failing_operation_leaves_the_old_or_the_new_generation_whole(quick_pa
     assert outcomes == {2, new}
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", SOME_WAYS)
 def test_a_repair_that_fails_can_be_repeated(quick_path, how):
     learn(new_stream(quick_path / "base"), 2)
     path = quick_path / "base/generations/000002/history.jsonl"
@@ -98,7 +101,7 @@ def test_a_repair_that_fails_can_be_repeated(quick_path, how):
         tidy(folder)
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", SOME_WAYS)
 def test_making_a_stream_can_be_repeated_after_any_failure(quick_path, how):
     with failing() as count:
         new_stream(quick_path / "s")
@@ -123,7 +126,7 @@ def tidy_first(folder):
     assert StreamFolder.open(folder).state().t == 0
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", SOME_WAYS)
 def test_a_save_that_fails_leaves_the_save_before_or_the_new_one(quick_path, how):
     (quick_path / "base").mkdir()
     save(Working(quick_path / "base/working", files()), 5)
@@ -144,7 +147,7 @@ def files():
     return Files()
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", SOME_WAYS)
 @pytest.mark.parametrize("there", [False, True])
 def test_an_export_that_fails_leaves_the_old_one_or_the_new_one_whole(quick_path, how, there):
     """A folder: nothing or an earlier export is there. At the worst moment the earlier one lies beside its place, and
@@ -169,7 +172,7 @@ def test_an_export_that_fails_leaves_the_old_one_or_the_new_one_whole(quick_path
     assert len(outcomes) == 2
 
 
-@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("how", SOME_WAYS)
 def test_an_exported_file_that_fails_leaves_the_old_one_or_the_new_one(quick_path, how):
     base = quick_path / "base"
     base.mkdir()
