@@ -31,9 +31,9 @@ def run_crowd(folder, count, seed):
 
 
 @pytest.mark.parametrize(
-    ("count", "seeds"), [pytest.param(50, 1, id="50"), pytest.param(50, 20, id="20x50", marks=pytest.mark.slow)]
+    ("count", "seeds"), [pytest.param(12, 1, id="12"), pytest.param(50, 4, id="4x50", marks=pytest.mark.slow)]
 )
-def test_50_mixed_commands_at_once_leave_a_whole_stream_and_wait_for_nobody(quick_path, count, seeds):
+def test_mixed_commands_at_once_leave_a_whole_stream_and_wait_for_nobody(quick_path, count, seeds):
     stream = learn(new_stream(quick_path / "s"), 2)
     trained(stream, quick_path / "tuned", "mlx")
     answers = []
@@ -55,8 +55,8 @@ def test_50_mixed_commands_at_once_leave_a_whole_stream_and_wait_for_nobody(quic
             assert code == 0, (words, error)  # readers are never blocked
         if code == 1:
             assert REFUSALS.match(error), (words, error)
-    written = [words[0] for words, code, _ in answers if code == 0]
-    assert {"absorb", "status"} <= set(written)
+    done = {words[0] for words, code, _ in answers if code == 0}
+    assert done & {"absorb", "undo"} and done & {"status", "next"}
     learn(stream)
 
 

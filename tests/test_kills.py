@@ -19,7 +19,6 @@ from tests.streams import contents, learn, new_stream
 from tests.test_exchange import trained
 from tests.test_working import save
 
-
 SOME_WAYS = ["error", "after", *(pytest.param(how, marks=pytest.mark.slow) for how in ("short", "before"))]
 
 
