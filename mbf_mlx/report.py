@@ -47,9 +47,10 @@ def summary(document: Document) -> list[str]:
                 parts.append(f"{name.replace('_', ' ')} {100 * document[name]:+.1f} points")
         lines.append(", ".join(parts))
     count = len(document["tasks"])
+    lines.append(f"{count} task{'' if count == 1 else 's'} in one adapter of {document['adapter_bytes']:,} bytes")
     lines.append(
-        f"{count} task{'' if count == 1 else 's'} in one adapter of {document['adapter_bytes']:,} bytes; beside it for"
-        f" the next task {document['state_bytes']:,} bytes; arrays held between tasks {document['kept_bytes']:,} bytes"
+        f"beside it for the next task {document['state_bytes']:,} bytes; arrays held between tasks"
+        f" {document['kept_bytes']:,} bytes"
     )
     if document["method"] in KEEPS_ROWS:
         lines.append("rows of its tasks are kept in the stream's state, to be trained on again; no export holds them")
