@@ -43,12 +43,12 @@ class Live:
 
     def _ask(self, job: Job, rows: Sequence[Any], fit: Sequence[Any]) -> None:
         base = model.load_base(job.base, dtype=_dtype())
-        unpack.step_by_step(base.model)
         rank = next(iter(job.factors.values())).a.shape[0]
         model.attach(
             base.model, LoRAConfig(rank=rank, scale=job.scale, keys=block_keys(job.factors), num_layers=job.num_layers)
         )
         model.write_factors(base.model, job.factors)
+        unpack.step_by_step(base.model)
         if rows:
             with job.show("asking the live adapter", len(rows), "rows") as update:
                 self._reference = Reference(base.model, rows, _counter(update))
