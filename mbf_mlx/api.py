@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbf_mlx import adapter, backend, metrics
+from mbf_mlx import adapter, backend
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, TrainConfig, settings_of
 from mbf_mlx.encode import Encoder
 from mbf_mlx.errors import InputError
@@ -22,7 +22,8 @@ from mbf_mlx.events import Events
 from mbf_mlx.methods import Layers, Method, hooks, make, names
 from mbf_mlx.parallel import Team
 from mbf_mlx.records import FORMAT_VERSION, BaseRecord, Identity, TaskRecord
-from mbf_mlx.stream import STATE, StreamFolder
+from mbf_mlx.status import status_document
+from mbf_mlx.stream import StreamFolder
 from mbf_mlx.tasks import Task, read_task
 
 if TYPE_CHECKING:
@@ -446,49 +447,3 @@ def _with(config: LearnConfig, overrides: dict[str, Any]) -> LearnConfig:
     if unknown := sorted(overrides.keys() - own):
         raise TypeError(f"learn() has no argument {unknown[0]!r}; it takes {', '.join(sorted(own))}")
     return replace(config, **taken)
-
-
-def status_document(folder: StreamFolder) -> dict[str, Any]:
-    """Return what a stream knows of itself as plain values; needs no model."""
-    generation, history = folder.current(), folder.history()
-    manifest, identity = generation.manifest, folder.identity
-    scores = [list(record.scores) for record in history]
-    square = [row + [None] * (len(history) - len(row)) for row in scores]
-    counted = [[value for value in row] for row in scores]
-    kinds = {record.metric for record in history if record.metric != "loss"}
-    files = manifest.files
-    weights = files.get(f"adapter/{adapter.WEIGHTS}")
-    return {
-        "stream": str(folder.path),
-        "tasks": [_task_of(record) for record in history],
-        "scores": square,
-        "losses": [list(record.losses) + [None] * (len(history) - len(record.losses)) for record in history],
-        "average_accuracy": metrics.average_accuracy(counted).value if kinds else None,
-        "backward_transfer": metrics.backward_transfer(counted).value if kinds else None,
-        "forgetting": metrics.forgetting(counted).value if kinds else None,
-        "mixed_metrics": len(kinds) > 1,
-        "adapter_bytes": weights.bytes if weights else 0,
-        "state_bytes": files[STATE].bytes,
-        "kept_bytes": folder.state().kept_bytes(),
-        "base": {
-            "name": identity.base.name,
-            "fingerprint": identity.base.fingerprint,
-            "quantization": identity.base.quantization,
-            "path": manifest.base_path,
-        },
-        "method": identity.method,
-        "method_options": identity.method_options,
-        "settings": {
-            "lora": {key: getattr(identity, key) for key in ("rank", "scale", "keys", "num_layers", "dropout")},
-            "template": identity.template,
-            **manifest.settings,
-        },
-        "generation": generation.number,
-        "can_undo": generation.number > 0 and folder.previous() is not None,
-        "interrupted": folder.interrupted(),
-        "id": identity.id,
-    }
-
-
-def _task_of(record: TaskRecord) -> dict[str, Any]:
-    return record.model_dump(mode="json", exclude={"scores", "losses"})

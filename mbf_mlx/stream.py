@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
-from filelock import FileLock, Timeout
 
 from mbf_mlx import __version__, adapter
 from mbf_mlx.errors import InputError
@@ -324,6 +323,8 @@ class StreamFolder:
         Raises:
             InputError: somebody else holds it; the message says who and since when.
         """
+        from filelock import FileLock, Timeout  # readers do without, and begin sooner
+
         holder = self.path / "lock.json"
         try:
             lock = FileLock(self.path / "lock", blocking=False)

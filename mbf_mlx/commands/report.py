@@ -25,7 +25,7 @@ def report(
     from mbf_mlx.storage import refusal
 
     if (source / "stream.json").exists():
-        from mbf_mlx.api import status_document
+        from mbf_mlx.status import status_document
         from mbf_mlx.stream import StreamFolder
 
         kind, page = "stream", stream_page(status_document(StreamFolder.open(source)), console.size, console.duration)

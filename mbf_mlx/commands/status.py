@@ -19,12 +19,12 @@ def status(
 
     Example: mbf status assistant
     """
-    from mbf_mlx.api import Stream, status_document
+    from mbf_mlx.status import status_document  # not through api.py, which imports what trains
     from mbf_mlx.stream import StreamFolder
 
     if repair:
         console.err.print(StreamFolder.repair(stream))
-    folder = Stream.open(stream).folder
+    folder = StreamFolder.open(stream)
     if verify:
         folder.verify_all()
         console.err.print("every byte is what was committed")
