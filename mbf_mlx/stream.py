@@ -206,15 +206,24 @@ class StreamFolder:
     def _read(self, action: Callable[[Generation], T]) -> T:
         """Return what `action` makes of the current generation, looking again where a writer changed it meanwhile."""
         for attempt in range(_RETRIES):
-            folder = self._current_folder()
+            mark = self._mark()
             try:
-                return action(self._open_generation(folder))
+                return action(self._open_generation(mark[0]))
             except InputError:
                 # A writer may have pruned this one, or made it anew, between our two looks.
-                if self._current_folder() == folder and attempt >= _SURE:
+                if self._mark() == mark and (mark[1] or attempt >= _SURE):
                     raise
                 time.sleep(0.01 * attempt)
         raise InputError(f"{self.path}: its generations change faster than they can be read; try again")
+
+    def _mark(self) -> tuple[Path, tuple[int, int] | None]:
+        """Return the current generation's folder, and what tells it from another of its number, undone and redone."""
+        folder = self._current_folder()
+        try:
+            found = os.stat(folder)
+        except OSError:
+            return folder, None
+        return folder, (found.st_ino, found.st_ctime_ns)
 
     def state(self) -> State:
         """Return the state of the current generation, every byte of it checked."""
@@ -275,9 +284,9 @@ class StreamFolder:
             InputError: a file does not hold what was written; all such generations are named.
         """
         for attempt in range(_RETRIES):
-            folder = self._current_folder()
+            mark = self._mark()
             problems = self._problems()
-            if not problems or (self._current_folder() == folder and attempt >= _SURE):
+            if not problems or (self._mark() == mark and attempt >= _SURE):
                 break  # else a writer may have changed it meanwhile
         if problems:
             raise InputError("\n".join(problems))
