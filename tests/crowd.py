@@ -59,7 +59,7 @@ def start(words, gate):
 def crowd(folder, count, seed):
     np.linalg.qr(np.eye(3))
     dice = random.Random(seed)
-    commands = [words_of(dice, folder, number) for number in range(count)]
+    commands = [words_of(dice, folder, 1000 * seed + number) for number in range(count)]  # no name comes twice
     closed, opener = os.pipe()
     os.set_inheritable(opener, False)
     children = []
