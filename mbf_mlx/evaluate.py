@@ -20,7 +20,7 @@ from mbf_mlx.rows import reference_text
 SHORT_ANSWER = 16  # tokens; a task whose longest test completion has more is scored by ROUGE-L
 CLOSE_CALL = 1e-4  # a top-two difference of logits under which rounding may decide
 EXACT_MATCH, ROUGE_L, LOSS = "exact_match", "rouge_l", "loss"
-BATCH_ROWS = 16
+BATCH_ROWS = 32
 
 
 @dataclass(frozen=True, kw_only=True)

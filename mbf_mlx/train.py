@@ -26,7 +26,7 @@ from mbf_mlx.parallel import Message, Team
 from mbf_mlx.tuning import Arrays, Tuning
 
 FLOOR = 0.1  # share of the peak rate at which the decay ends
-SAMPLE_ROWS = 64  # rows whose loss is compared before and after
+SAMPLE_ROWS = 16  # rows whose loss is compared before and after
 GUARD_FACTOR, GUARD_STEPS = 3.0, 50  # a loss this many times the first, for so many steps, has exploded
 CURVE_POINTS = 24
 

@@ -262,7 +262,7 @@ FLAGS = {
     "an unknown stream": (["status", S], 1, f"error: {S}: no such stream\nhint: mbf learn {S} TASK --model BASE makes"),
     "undo of nothing": (["undo", S], 1, f"error: {S}: no such stream"),
     "an unknown stream to eval": (["eval", S], 1, f"error: {S}: no such stream"),
-    "a name over 255 bytes": (["status", "x" * 300], 1, "cannot use: the name is too long\nhint: choose another path"),
+    "a name over 255 bytes": (["status", "x" * 300], 1, "the name is too long\nhint: choose another path"),
     "a name over 255 bytes to learn into": (["undo", "é" * 200], 1, "the name is too long\nhint: choose another path"),
     "no task": (["learn", S], 2, "Missing argument 'tasks'"),
     "no task there": (["learn", S, "mail.jsonl"], 1, "mail.jsonl: No such file or directory (a task is a"),

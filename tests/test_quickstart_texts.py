@@ -10,7 +10,7 @@ import pytest
 
 QUICKSTART = Path(__file__).parents[1] / "mbf_mlx" / "quickstart"
 TASKS = ("home", "inbox", "bins")  # the order in which they are learned
-ROWS = {"train": 144, "test": 72}
+ROWS = {"train": 120, "test": 60}  # at least: every label stands equally often
 MOST_BYTES = 60_000  # of one file
 MOST_SHARED_WORDS = 0.6  # Jaccard similarity of two texts' word sets
 
@@ -50,7 +50,7 @@ def test_quickstart_holds_three_tasks_and_a_readme():
 @each_split
 def test_every_row_has_a_prompt_and_a_completion_and_nothing_else(task, split):
     found = rows(task, split)
-    assert len(found) == ROWS[split]
+    assert ROWS[split] <= len(found) < ROWS[split] + len(labels(task))
     for row in found:
         assert list(row) == ["prompt", "completion"]
         assert row["prompt"] == row["prompt"].strip() and row["completion"] == row["completion"].strip()
@@ -108,5 +108,5 @@ def test_no_two_texts_are_near_copies(task):
 def test_files_are_small_ascii_with_one_row_a_line(task, split):
     data = (QUICKSTART / task / f"{split}.jsonl").read_bytes()
     assert data.isascii() and b"\r" not in data and b"\\u" not in data
-    assert data.endswith(b"}\n") and data.count(b"\n") == ROWS[split]
+    assert data.endswith(b"}\n") and data.count(b"\n") == len(rows(task, split))
     assert len(data) < MOST_BYTES

@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -103,9 +103,7 @@ class _Commands(TyperGroup):
             _say(f"stopped by {str(error) or 'Ctrl-C'}; what was saved is kept")
             raise SystemExit(130) from error
         except BrokenPipeError as error:
-            # Python flushes both at exit and would complain there once more.
-            for stream in (sys.stdout, sys.stderr):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _silence(sys.stdout, sys.stderr)
             raise SystemExit(141) from error
         except OSError as error:
             from mbf_mlx.storage import refusal  # `mbf --help` does without
@@ -174,4 +172,10 @@ def _say(message: str) -> None:
     try:
         print(message, file=sys.stderr, flush=True)
     except OSError:
-        pass
+        _silence(sys.stderr)
+
+
+def _silence(*streams: TextIO) -> None:
+    # Python flushes them at exit, would complain there once more and leave with a code of its own.
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
