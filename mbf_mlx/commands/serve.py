@@ -1,5 +1,7 @@
 """`mbf serve`: an OpenAI-compatible server on this machine."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -78,8 +80,15 @@ def serve(
         prompt_cache_bytes=prompt_cache_bytes,
         allowed_origins=tuple(origin.strip() for origin in allowed_origins.split(",") if origin.strip()),
     )
-    with opened.serving(config, fused=fused, say=console.err.print) as server:
-        if not server.loopback:
-            console.warn(f"--host {host}: whoever reaches this machine can use the model; there is no password")
-        console.err.print(f"listening on {server.url}, model {server.model!r}; Ctrl-C ends")
-        server.serve_forever()
+    try:
+        with opened.serving(config, fused=fused, say=console.err.print) as server:
+            if not server.loopback:
+                console.warn(f"--host {host}: whoever reaches this machine can use the model; there is no password")
+            console.err.print(f"listening on {server.url}, model {server.model!r}; Ctrl-C ends")
+            server.serve_forever()
+    except KeyboardInterrupt as error:
+        # The threads that mlx has started for the generator may end after Python has: that would abort the process.
+        console.err.print(f"stopped by {str(error) or 'Ctrl-C'}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
