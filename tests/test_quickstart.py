@@ -35,5 +35,5 @@ def test_the_fast_quickstart_does_all_of_it_on_fewer_rows(smollm2, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert [task["train_rows"] for task in result["assistant"]["tasks"]] == [40, 40, 40]
+    assert [task["train_rows"] for task in result["assistant"]["tasks"]] == [24, 24, 24]
     assert (tmp_path / "quickstart/fused-fast/config.json").is_file()
