@@ -22,16 +22,7 @@ import synthetic
 def layers_of(shape: str) -> dict[str, tuple[int, int]]:
     """Return the (out, in) of all seven linear layers of every block."""
     hidden, intermediate, heads, kv_heads, head_dim, blocks, _, _ = synthetic.SHAPES[shape]
-    queries, keys = heads * head_dim, kv_heads * head_dim
-    block = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
-    }
+    block = synthetic.layers_of_block(hidden, intermediate, heads * head_dim, kv_heads * head_dim)
     return {f"model.layers.{i}.{key}": shape for i in range(blocks) for key, shape in block.items()}
 
 

@@ -47,6 +47,19 @@ def config_of(shape: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def layers_of_block(hidden: int, intermediate: int, queries: int, keys: int) -> dict[str, tuple[int, int]]:
+    """Return the (out, in) of the seven linear layers of a block; queries and keys are the widths of all heads."""
+    return {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+
+
 def write_model(folder: Path, shape: str, **changes: Any) -> Path:
     """Write a model folder where it is not there yet, and return it."""
     if (folder / "config.json").exists():
@@ -60,15 +73,7 @@ def write_model(folder: Path, shape: str, **changes: Any) -> Path:
     hidden, intermediate, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
-    parts = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
-    }
+    parts = layers_of_block(hidden, intermediate, queries, keys)
     for block in range(config["num_hidden_layers"]):
         name = f"model.layers.{block}"
         tensors = {f"{name}.{norm}.weight": np.ones(hidden, np.float16) for norm in

@@ -91,35 +91,35 @@ class Stream:
             return stream
         data = DataConfig(template=template) if template else DataConfig()
         chosen = make(method or DEFAULT_METHOD, method_options)
-        if not load:
-            if hooks(chosen):
-                plain = ", ".join(name for name in names() if not hooks(make(name)))
-                raise InputError(
-                    f"method: expected one that merges what training leaves ({plain}), got {chosen.name!r}, which takes"
-                    " part in the training itself, so its tasks cannot be trained elsewhere"
-                )
-            return cls._create_unloaded(path, find, base, chosen, lora or {}, data, seed)
-        return cls._create(path, find, base, chosen, lora or {}, data, seed, keep_quantized)
-
-    @classmethod
-    def _create(
-        cls,
-        path: Path,
-        find: "Find",
-        base: str,
-        method: Method,
-        given: LoRAConfig | Mapping[str, Any],
-        data: DataConfig,
-        seed: int,
-        keep_quantized: bool,
-    ) -> "Stream":
-        backend.setup()
-        from mbf_mlx.learn import load_learner
+        if not load and hooks(chosen):
+            plain = ", ".join(name for name in names() if not hooks(make(name)))
+            raise InputError(
+                f"method: expected one that merges what training leaves ({plain}), got {chosen.name!r}, which takes"
+                " part in the training itself, so its tasks cannot be trained elsewhere"
+            )
+        if load:
+            backend.setup()  # before anything of the base's is converted or loaded
         from mbf_mlx.recipe import lora_config
         from mbf_mlx.sources import tried
 
         source = find(base)
-        lora = given if isinstance(given, LoRAConfig) else lora_config(tried(source.path), given)
+        if not isinstance(lora, LoRAConfig):
+            lora = lora_config(tried(source.path), lora or {})
+        if load:
+            identity, learner = cls._loaded(source, chosen, lora, data, keep_quantized)
+        else:
+            identity, learner = cls._unloaded(source, chosen, lora, data), None
+        stream = cls(StreamFolder.create(path, identity, str(source.path), seed), find, base, keep_quantized)
+        stream._learner = learner
+        return stream
+
+    @staticmethod
+    def _loaded(
+        source: "BaseFolder", method: Method, lora: LoRAConfig, data: DataConfig, keep_quantized: bool
+    ) -> tuple[Identity, Any]:
+        """Return what a new stream is, of a base that is loaded and tried, and the learner."""
+        from mbf_mlx.learn import load_learner
+
         learner = load_learner(source.path, lora, keep_quantized)
         loaded, layers = learner.base, learner.layers
         template = loaded.tokenizer.chat_template if data.template == "chat" else None
@@ -130,29 +130,15 @@ class Stream:
             architecture=str(loaded.config.get("model_type")),
             num_layers=len(loaded.model.layers),
         )
-        identity = _identity(record, method, lora, layers, template)
-        stream = cls(StreamFolder.create(path, identity, str(source.path), seed), find, base, keep_quantized)
-        stream._learner = learner
-        return stream
+        return _identity(record, method, lora, layers, template), learner
 
-    @classmethod
-    def _create_unloaded(
-        cls,
-        path: Path,
-        find: "Find",
-        base: str,
-        method: Method,
-        given: LoRAConfig | Mapping[str, Any],
-        data: DataConfig,
-        seed: int,
-    ) -> "Stream":
+    @staticmethod
+    def _unloaded(source: "BaseFolder", method: Method, lora: LoRAConfig, data: DataConfig) -> Identity:
+        """Return what a new stream is, from the base's files alone."""
         from mbf_mlx import outline
         from mbf_mlx.fingerprint import fingerprint
-        from mbf_mlx.recipe import lora_config
-        from mbf_mlx.sources import read_config, tried
+        from mbf_mlx.sources import read_config
 
-        source = find(base)
-        lora = given if isinstance(given, LoRAConfig) else lora_config(tried(source.path), given)
         config = read_config(source.path)
         layers, blocks = outline.chosen_layers(source.path, lora.keys, lora.num_layers)
         record = BaseRecord(
@@ -163,8 +149,7 @@ class Stream:
             num_layers=blocks,
         )
         template = outline.template_text(source.path) if data.template == "chat" else None
-        identity = _identity(record, method, lora, layers, template)
-        return cls(StreamFolder.create(path, identity, str(source.path), seed), find, base)
+        return _identity(record, method, lora, layers, template)
 
     # What it does
 
