@@ -185,9 +185,8 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.stream import StreamFolder
 from mbf_mlx.export.adapter_folder import write_files
 from tests.streams import learn, new_stream
-import numpy.linalg, numpy.random, safetensors.numpy
-if os.getuid() == 0:
-    os.setgid(65534); os.setuid(65534)
+from tests.unprivileged import give_up_root
+give_up_root()
 path, found = Path(sys.argv[1]), {"process": os.getpid()}
 for name, action in {
     "read": lambda: StreamFolder.open(path / "s").state().t,
