@@ -111,14 +111,19 @@ def _ask(model: Path, prompt: str) -> str:
 
 
 def _print(result: dict[str, Any], stream: Path, fused: Path) -> None:
+    from rich.columns import Columns
+
     from mbf_mlx.report import matrix, percent, summary
 
     before = ", ".join(f"{name} {percent(score)} %" for name, score in result["base_scores"].items())
-    console.out.print(f"\nthe base model before: {before}\n")
+    console.out.print(f"\nthe base model before: {before}")
+    console.out.print("score on each task after each task, in %:\n")
+    tables = []
     for name, title in (("assistant", "merged after each task"), (RIVAL, "plain LoRA, task after task")):
         table = matrix(result[name])
-        table.title = f"{title}: score on each task after each task, in %"
-        console.out.print(table)
+        table.title = title
+        tables.append(table)
+    console.out.print(Columns(tables, padding=(0, 2)))  # beside each other where the terminal is wide enough
     for line in summary(result["assistant"]):
         console.out.print(line)
     own, other = (result[name]["average_accuracy"] for name in ("assistant", RIVAL))
