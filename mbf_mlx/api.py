@@ -319,7 +319,7 @@ class Stream:
         """The peak rate tried for this base, where a recipe vouches for it; else the default."""
         from mbf_mlx.sources import tried
 
-        known = tried(Path(self.base_path))
+        known = tried(self.base_folder().path)
         return known.learning_rate if known else TrainConfig.learning_rate
 
     @property

@@ -235,9 +235,11 @@ def test_a_gguf_base_of_types_that_mlx_lacks_is_quantized_only_when_asked(tmp_pa
     assert len(Stream.open(tmp_path / "s", base=str(file), quantize=4).status()["tasks"]) == 2
 
 
-def test_a_base_that_a_recipe_vouches_for_is_taught_as_it_was_tried(smollm2, tmp_path):
+@pytest.mark.parametrize("by", ["folder", "name"])
+def test_a_base_that_a_recipe_vouches_for_is_taught_as_it_was_tried(smollm2, tmp_path, monkeypatch, by):
+    monkeypatch.setenv("MBF_MODELS", str(smollm2.parent))
     known = recipes()["smollm2-135m-instruct"].lora
-    stream = Stream.open(tmp_path / "tried", base=str(smollm2), load=False)
+    stream = Stream.open(tmp_path / "tried", base=str(smollm2) if by == "folder" else smollm2.name, load=False)
     lora = stream.status()["settings"]["lora"]
     assert (lora["rank"], lora["scale"]) == (known.rank, known.scale)
     assert stream.learning_rate == known.learning_rate
