@@ -109,7 +109,7 @@ def measure(stream: Any, base: Path, out: Path) -> Iterator[dict[str, Any]]:
     from mbf_mlx.export import fuse, quality
     from mbf_mlx.export.mlx_folder import write_mlx_folder
     from mbf_mlx.export.moments import moments
-    from mbf_mlx.export.rounding import Rounder
+    from mbf_mlx.export.rounding import Rounder, no_rounder
     from mbf_mlx.export.rows import rows_of_tasks
     from mbf_mlx.methods import Pair
     from mbf_mlx.tasks import read_task
@@ -150,7 +150,7 @@ def measure(stream: Any, base: Path, out: Path) -> Iterator[dict[str, Any]]:
 
     def ours(name: str, bits: int | None, rounder: Callable[[np.ndarray], Any] | None) -> dict[str, Any]:
         began = time.monotonic()
-        rounders = (lambda layer: rounder(inputs[layer])) if rounder else None
+        rounders = (lambda layer: rounder(inputs[layer])) if rounder else no_rounder
         report = write_mlx_folder(base, factors, identity.scale, out, bits=bits, rounders=rounders)
         return ask(name, report.retention, time.monotonic() - began)
 

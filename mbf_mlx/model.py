@@ -5,6 +5,7 @@ Shapes: our A is (rank, in) and our B (out, rank); mlx-lm stores the transposes,
 is trained is what mlx-lm loads. Where a base comes from is sources.py's business, on which device it runs backend.py's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,13 @@ class Base:
     quantization: str  # "4 bits, group 32, affine; some layers 8 bits", or "none"
 
 
-def load_base(folder: Path, *, dequantize: bool = False, dtype: str | None = None) -> Base:
+def load_base(
+    folder: Path,
+    *,
+    dequantize: bool = False,
+    dtype: str | None = None,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
+) -> Base:
     """Load a model folder, one module in memory at a time.
 
     Args:
@@ -49,6 +56,7 @@ def load_base(folder: Path, *, dequantize: bool = False, dtype: str | None = Non
         dequantize: Unpack quantized linear layers and embeddings once, in float32; their values stay the same.
         dtype: None leaves all numbers as mlx-lm loads them. "float32", for CPUs, puts everything in float32;
             quantized layers that are not unpacked once are then unpacked in every pass, which takes least memory.
+        prepare: Called with the model before its weights are read, to put other layers in.
 
     Raises:
         InputError: the folder does not hold a model that mlx-lm can load.
@@ -64,6 +72,7 @@ def load_base(folder: Path, *, dequantize: bool = False, dtype: str | None = Non
         said = f"missing in config.json: {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{folder}: mlx-lm cannot load this model: {said}") from error
     tokenizer = load_tokenizer(folder, config)
+    prepare(model)
     _settle(model, dequantize, dtype is not None)
     return Base(
         model=model,

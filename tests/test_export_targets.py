@@ -1,6 +1,7 @@
 """One way through all targets: written, opened again, measured, refused where too much was lost; and the card."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -97,6 +98,48 @@ def test_the_measured_divergence_is_that_of_the_two_models(job, mx):
     assert document["quality"]["agreement"] == pytest.approx(agreement)
 
 
+@pytest.mark.parametrize("kind", [None, "F16", "Q8_0", "Q4_1"])
+def test_a_gguf_file_is_asked_for_what_llama_cpp_would_read_in_it(job, kind, tmp_path, mx):
+    from mbf_mlx.export.quality import Reference
+    from mbf_mlx.model import load_base
+    from tests.test_gguf_export import import_gguf
+
+    told = run(replace(job, kind=kind, allow_loss=True), "gguf")["quality"]
+    assert (told["rows"], told["positions"], told["source"]) == (8, 24, "made-up rows")
+    # The same by another way: the live adapter at 32 bits, and the file read back as a base.
+    run(replace(job, bits=32, out=tmp_path / "live"), "mlx")
+    import_gguf(job.out, tmp_path / "imported")
+    live, imported = (load_base(tmp_path / name, dtype="float32").model for name in ("live", "imported"))
+    expected = Reference(live, job.rows.compare).compare(imported)
+    assert told["kl"] == pytest.approx(expected.kl, rel=0.02, abs=1e-6)
+    assert told["agreement"] == pytest.approx(expected.agreement)
+    assert told["kl"] < 0.02 or kind == "Q4_1"
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "kept"),
+    [("ollama", {}, 0.98), ("lmstudio", {}, 0.98), ("lmstudio", {"kind": "mlx", "bits": 16}, 0.999)],
+)
+def test_what_other_servers_get_is_asked_the_same_rows(job, target, options, kept):
+    document = run(replace(job, **options), target)
+    assert document["quality"]["rows"] == 8 and document["quality"]["kl"] < 0.02
+    assert document["retention"] > kept and document["lost"] == []
+    sentence = "made-up rows: the live adapter's token at"
+    assert sentence in (job.out / "README.md").read_text()
+
+
+def test_a_gguf_file_of_the_bases_own_size_is_fitted_to_the_rows_on_the_bases_grid(job, tmp_path):
+    from mbf_mlx.export.gguf import write_gguf
+
+    fit, others = token_rows(64, seed=1), token_rows(32)
+    small = replace(job, factors=make_factors(job.base, size=0.05), bits=4, allow_loss=True)
+    fitted = run(replace(small, read_rows=lambda: ExportRows(fit, others)), "gguf")
+    unfitted = run(replace(small, read_rows=lambda: ExportRows((), others), out=tmp_path / "not"), "gguf")
+    write_gguf(job.base, {}, SCALE, tmp_path / "base.gguf", kind="Q4_1")
+    assert abs(fitted["bytes"] - (tmp_path / "base.gguf").stat().st_size) < 100  # its name is shorter
+    assert fitted["quality"]["kl"] < unfitted["quality"]["kl"]
+
+
 def test_an_export_that_lost_too_much_is_refused_with_what_the_alternatives_cost(job):
     lossy = replace(job, factors=make_factors(job.base, size=0.002), read_rows=ExportRows, bits=4)
     with pytest.raises(InputError) as error:
@@ -166,6 +209,19 @@ def test_the_card_names_base_tasks_and_scores_and_how_to_serve(job, target):
     assert "| after mail | 90.0 |  |" in body and "| after a\\|b | 80.0 | 75.0 |" in body
     assert "Average 77.5, Backward transfer -10.0, Forgetting 10.0." in body
     assert str(job.out) in body
+
+
+@pytest.mark.parametrize("target", ["mlx", "adapter", "peft", "ollama", "lmstudio"])
+def test_the_bases_licence_goes_with_every_folder(job, target, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(job.base, base)
+    for name in ("LICENSE.txt", "USE_POLICY.md", "NOTICE"):
+        (base / name).write_text(f"what {name} says")
+    run(replace(job, base=base, read_rows=ExportRows), target)
+    for name in ("LICENSE.txt", "USE_POLICY.md", "NOTICE"):
+        assert (job.out / name).read_text() == f"what {name} says"
+        assert name in json.loads((job.out / "mbf_export.json").read_text())["files"]
+    assert (job.out / "README.md").is_file()
 
 
 def test_a_base_cards_licence_and_original_are_found(tmp_path):

@@ -23,7 +23,7 @@ ANYWHERE = {
         put_along_axis quantize quantized_matmul reciprocal repeat reset_peak_memory reshape rsqrt save_safetensors
         sigmoid sign sin softmax sort split sqrt square squeeze stack stop_gradient subtract sum swapaxes synchronize
         take take_along_axis tanh tile topk transpose tree_flatten tril triu uint16 uint32 uint64 uint8 value_and_grad
-        var view vjp jvp where zeros zeros_like""",
+        var view vjp jvp where zeros zeros_like Dtype""",
     "mlx.core.fast": "layer_norm rms_norm rope scaled_dot_product_attention",
     "mlx.core.random": "bernoulli categorical key normal permutation randint seed split uniform",
     "mlx.core.distributed": "Group all_gather all_max all_min all_sum init is_available",

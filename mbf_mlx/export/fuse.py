@@ -182,14 +182,21 @@ def _encode_on_grid(
     layer: Layer, form: Form, target: np.ndarray, rows: tuple[int, int], rounder: Rounder | None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Return `encode` of the rows on the base's own grid, so that no weight moves but for the update's sake."""
+    codes, scales, offsets = codes_on_grid(layer, target, rows, rounder)
+    return pack_rows(layer.name, codes, scales, offsets, form), affine.decode(codes, scales, offsets)
+
+
+def codes_on_grid(
+    layer: Layer, target: np.ndarray, rows: tuple[int, int], rounder: Rounder | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return codes for `target` on the grid of the layer's rows `rows`, and the grid: scales and offsets."""
     assert layer.setting
     _, scales, offsets = layer.grid_rows(*rows)
-    grid, bits = (scales, offsets), layer.setting.bits
     if rounder is None:
-        codes = by_chance(target, grid, bits, [zlib.crc32(layer.name.encode()), rows[0]])
+        codes = by_chance(target, (scales, offsets), layer.setting.bits, [zlib.crc32(layer.name.encode()), rows[0]])
     else:
-        codes = rounder(target, grid, bits)
-    return pack_rows(layer.name, codes, scales, offsets, form), affine.decode(codes, scales, offsets)
+        codes = rounder(target, (scales, offsets), layer.setting.bits)
+    return codes, scales, offsets
 
 
 def encode(name: str, weight: np.ndarray, form: Form) -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -18,7 +18,7 @@ import numpy as np
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import gguf_types as types
 from mbf_mlx.export.checkpoint import Checkpoint
-from mbf_mlx.export.fuse import Fused, delta_rows
+from mbf_mlx.export.fuse import Fused, codes_on_grid, delta_rows, find_layers
 from mbf_mlx.export.gguf_adapter import MAKER, OURS, is_ours
 from mbf_mlx.export.gguf_check import check
 from mbf_mlx.export.gguf_names import read_names
@@ -26,6 +26,7 @@ from mbf_mlx.export.gguf_plan import Matrix, Vector, plan
 from mbf_mlx.export.gguf_rope import Rope, read_rope
 from mbf_mlx.export.gguf_vocab import Vocabulary, read_vocabulary
 from mbf_mlx.export.place import fresh_file
+from mbf_mlx.export.rounding import Rounders, no_rounder
 from mbf_mlx.methods import Factors
 
 LLAMA_CPP_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ")  # beginnings of types that only llama.cpp makes
@@ -43,6 +44,7 @@ class GGUFReport:
     kept: int  # layers with the codes of the base
     error: float  # of the layers without factors, the largest |stored - W| / |W|
     layers: list[Fused]  # those with factors
+    matrices: list[Matrix]  # all that it holds
     pre_tokenizer: str
     notes: list[str] = field(default_factory=list)  # what llama.cpp does otherwise than mlx-lm
 
@@ -63,6 +65,7 @@ def write_gguf(
     license_id: str | None = None,
     force: bool = False,
     forbidden: tuple[Path, ...] = (),
+    rounders: Rounders = no_rounder,
     progress: Progress | None = None,
     finish: Callable[[Path, GGUFReport], None] | None = None,
 ) -> GGUFReport:
@@ -79,6 +82,7 @@ def write_gguf(
         license_id: SPDX id of its licence.
         force: Replace an earlier export.
         forbidden: Folders to stay out of beside the base: the stream.
+        rounders: Layer -> the rounder of its inputs, for learned layers that stay on the base's grid of few bits.
         progress: Called after each tensor, first as they are written, then as they are compared.
         finish: Called with the file before it gets its name.
 
@@ -100,7 +104,7 @@ def write_gguf(
         if license_id:
             writer.add_license(license_id)
         steps = _Steps(2 * needs, progress)
-        _write(path, writer, tensors, scale, steps)
+        _write(path, writer, tensors, scale, rounders, steps)
         found = check(path, tensors, scale, vocabulary, steps.add)
         report = GGUFReport(
             out=out,
@@ -110,12 +114,21 @@ def write_gguf(
             kept=found.kept,
             error=found.error,
             layers=found.fused,
+            matrices=[tensor for tensor in tensors if isinstance(tensor, Matrix)],
             pre_tokenizer=vocabulary.pre,
             notes=list(vocabulary.notes),
         )
         if finish:
             finish(path, report)
     return report
+
+
+def keeps_few_bits(base_folder: Path, factors: Factors, kind: str | None) -> bool:
+    """Return whether any layer with factors would stay on the base's grid, and so has to be rounded with care."""
+    chosen, layers = _parse_kind(kind, base_folder), find_layers(Checkpoint(base_folder), factors)
+    return chosen is not None and any(
+        Matrix("", chosen, layer, None, factors[name]).keeps_grid for name, layer in layers.items()
+    )
 
 
 def quantize_line(path: Path, kind: str = "Q4_K_M") -> str:
@@ -175,7 +188,14 @@ class _Steps:
             self._progress(self._done, self._total, name)
 
 
-def _write(path: Path, writer: gguf.GGUFWriter, tensors: list[Matrix | Vector], scale: float, steps: _Steps) -> None:
+def _write(
+    path: Path,
+    writer: gguf.GGUFWriter,
+    tensors: list[Matrix | Vector],
+    scale: float,
+    rounders: Rounders,
+    steps: _Steps,
+) -> None:
     """Write the file; gguf writes its head, and the tensors follow a few rows at a time."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -188,7 +208,7 @@ def _write(path: Path, writer: gguf.GGUFWriter, tensors: list[Matrix | Vector], 
                 file.write(np.ascontiguousarray(tensor.values, dtype=np.float32).data)
             else:
                 for first, last in tensor.chunks():
-                    file.write(_stored_rows(tensor, scale, first, last).data)
+                    file.write(_stored_rows(tensor, scale, first, last, rounders).data)
             steps.add(tensor.nbytes, tensor.name)
         _pad(file, writer.data_alignment)
         file.flush()
@@ -199,7 +219,7 @@ def _pad(file: BinaryIO, alignment: int) -> None:
     file.write(bytes(-file.tell() % alignment))
 
 
-def _stored_rows(tensor: Matrix, scale: float, first: int, last: int) -> np.ndarray:
+def _stored_rows(tensor: Matrix, scale: float, first: int, last: int, rounders: Rounders) -> np.ndarray:
     """Return rows of the file, (rows, bytes) uint8."""
     if tensor.is_kept:
         rows = types.kept_rows(tensor.layer, tensor.kind, first, last)
@@ -207,5 +227,9 @@ def _stored_rows(tensor: Matrix, scale: float, first: int, last: int) -> np.ndar
         weight = tensor.layer.rows(first, last)
         if tensor.pair is not None:
             weight = weight + delta_rows(tensor.pair, scale, first, last)
-        rows = types.encode(weight, tensor.kind, tensor.layer.name)
+        if tensor.keeps_grid:
+            found = codes_on_grid(tensor.layer, weight, (first, last), rounders(tensor.layer.name))
+            rows = types.pack_codes(*found, tensor.kind)
+        else:
+            rows = types.encode(weight, tensor.kind, tensor.layer.name)
     return np.ascontiguousarray(rows if tensor.order is None else rows[tensor.order])

@@ -113,6 +113,33 @@ def _measure(tensor: Matrix, data: np.ndarray, scale: float) -> tuple[Survival, 
     return survival, float(np.sqrt(lost / total)) if total else float(np.sqrt(lost))
 
 
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A layer's weight as a file holds it; `rows` gives what llama.cpp reads, in the order of MLX's rows."""
+
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    data: np.ndarray  # (out, bytes) of the file, mapped
+    place: np.ndarray | None  # where each of our rows stands; None where all stay
+
+    def rows(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Return rows `first` to `last` of W, (rows, in) float32."""
+        chosen = slice(first, last) if self.place is None else self.place[first:last]
+        return types.decode(self.data[chosen], self.kind)
+
+
+def stored_matrices(path: Path, matrices: list[Matrix]) -> dict[str, StoredMatrix]:
+    """Return the layers of a file that do not hold the base's own codes, by their name in MLX."""
+    found = {tensor.name: tensor for tensor in _Reader(path).tensors}
+    return {
+        each.layer.name: StoredMatrix(
+            each.shape, each.kind, found[each.name].data, None if each.order is None else np.argsort(each.order)
+        )
+        for each in matrices
+        if not each.is_kept
+    }
+
+
 def _fused(tensor: Matrix, survival: Survival) -> Fused:
     numbers = {"size": survival.size, "retention": survival.retention, "error": survival.error}
     before = str(Form(tensor.layer.setting, tensor.layer.dtype))

@@ -8,7 +8,7 @@ import numpy as np
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import gguf_types as types
 from mbf_mlx.export.checkpoint import CHUNK_ELEMENTS, Checkpoint, Layer
-from mbf_mlx.export.fuse import find_layers
+from mbf_mlx.export.fuse import SAFE_BITS, find_layers
 from mbf_mlx.export.gguf_names import Names
 from mbf_mlx.export.gguf_rope import Rope
 from mbf_mlx.export.gguf_types import Type
@@ -43,6 +43,12 @@ class Matrix:
     def is_kept(self) -> bool:
         """Whether it has the codes that the base stores."""
         return self.pair is None and types.keeps(self.layer, self.kind)
+
+    @property
+    def keeps_grid(self) -> bool:
+        """Whether it learned and stays on the base's grid of few bits, and so has to be rounded with care."""
+        own = self.layer.setting
+        return self.pair is not None and own is not None and own.bits < SAFE_BITS and types.keeps(self.layer, self.kind)
 
     def chunks(self) -> list[tuple[int, int]]:
         """Return row ranges to work on at a time; all of it where rows change places."""

@@ -84,7 +84,13 @@ def row_bytes(kind: gguf.GGMLQuantizationType, inner: int) -> int:
 
 def kept_rows(layer: Layer, kind: gguf.GGMLQuantizationType, first: int, last: int) -> np.ndarray:
     """Return rows of an affine layer with their own codes, (rows, bytes) uint8."""
-    codes, scales, offsets = layer.grid_rows(first, last)
+    return pack_codes(*layer.grid_rows(first, last), kind)
+
+
+def pack_codes(
+    codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray, kind: gguf.GGMLQuantizationType
+) -> np.ndarray:
+    """Return codes (rows, in), scales and offsets (rows, groups) of MLX's as rows of a type, (rows, bytes) uint8."""
     blocks = codes.reshape(len(codes), -1, BLOCK)
     repeat = blocks.shape[1] // scales.shape[1]
     d, m = (np.repeat(part, repeat, axis=1).astype(np.float16)[..., None].view(np.uint8) for part in (scales, offsets))

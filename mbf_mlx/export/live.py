@@ -1,12 +1,13 @@
 """The live model of an export, the base with its adapter: it answers first, exports are compared with its answers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mbf_mlx import backend, model, unpack
@@ -14,9 +15,9 @@ from mbf_mlx.adapter import block_keys
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.checkpoint import Checkpoint
-from mbf_mlx.export.fuse import find_layers, keeps_grid, touched_form
 from mbf_mlx.export.job import Job
 from mbf_mlx.export.moments import moments
+from mbf_mlx.export.on_disk import Rows, leave_on_disk
 from mbf_mlx.export.quality import Reference
 from mbf_mlx.export.rounding import Rounder
 
@@ -26,27 +27,34 @@ CACHE_BYTES = 64 << 20  # of freed memory that mlx keeps for later
 class Live:
     """Runs the live model once, on the rows that the job may look at, and keeps its answers.
 
-    No two models are in memory at once. On a CPU a model's layers stay packed and are unpacked in every pass, so that
-    an export takes little more memory than the base's file.
+    No two models are in memory at once. Weights that are not quantized stay in their file, and on a CPU packed ones are
+    unpacked in every pass, so that an export takes little more memory than the base's file.
+
+    Args:
+        job: The export.
+        few_bits: Whether layers that learned stay at few bits, and so have to be rounded with care.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, few_bits: bool) -> None:
         self._job = job
         self._reference: Reference | None = None
         self._moments: dict[str, np.ndarray] = {}  # layers with the same inputs share one
         self._last: tuple[int, Rounder] | None = None
-        rows, fit = job.rows.compare, job.rows.fit if _keeps_few_bits(job) else []
+        rows, fit = job.rows.compare, job.rows.fit if few_bits else []
         if not rows and not fit:
             return
         with _little_spare_memory():
             self._ask(job, rows, fit)
 
     def _ask(self, job: Job, rows: Sequence[Any], fit: Sequence[Any]) -> None:
-        base = model.load_base(job.base, dtype=_dtype())
         rank = next(iter(job.factors.values())).a.shape[0]
-        model.attach(
-            base.model, LoRAConfig(rank=rank, scale=job.scale, keys=block_keys(job.factors), num_layers=job.num_layers)
-        )
+        config = LoRAConfig(rank=rank, scale=job.scale, keys=block_keys(job.factors), num_layers=job.num_layers)
+
+        def prepare(unread: nn.Module) -> None:
+            model.attach(unread, config)
+            leave_on_disk(unread, _plain_layers(job.base), _mx_dtype())
+
+        base = model.load_base(job.base, dtype=_dtype(), prepare=prepare)
         model.write_factors(base.model, job.factors)
         unpack.step_by_step(base.model)
         if rows:
@@ -66,17 +74,23 @@ class Live:
             self._last = (id(matrix), Rounder(matrix))
         return self._last[1]
 
-    def compare(self, folder: Path) -> dict[str, Any] | None:
-        """Load an exported folder and compare it; None where there were no rows.
+    def compare(self, folder: Path, stored: Mapping[str, Rows] | None = None) -> dict[str, Any] | None:
+        """Load an export and compare it; None where there were no rows.
+
+        Args:
+            folder: An MLX model folder.
+            stored: Layer -> what an export that is no such folder holds in place of the folder's.
 
         Raises:
             InputError: it loads, but its logits are not finite.
         """
         with _little_spare_memory():
-            return self._compare(folder)
+            return self._compare(folder, {**_plain_layers(folder), **(stored or {})})
 
-    def _compare(self, folder: Path) -> dict[str, Any] | None:
-        exported = model.load_base(folder, dtype=_dtype()).model
+    def _compare(self, folder: Path, on_disk: Mapping[str, Rows]) -> dict[str, Any] | None:
+        exported = model.load_base(
+            folder, dtype=_dtype(), prepare=lambda unread: leave_on_disk(unread, on_disk, _mx_dtype())
+        ).model
         unpack.step_by_step(exported)
         if not np.isfinite(np.array(exported(mx.array([[1, 2, 3]])).astype(mx.float32))).all():
             raise InputError(f"{self._job.out} was not written: its logits are not finite; try --bits 32")
@@ -85,6 +99,13 @@ class Live:
         with self._job.show("asking the export", len(self._job.rows.compare), "rows") as update:
             quality = self._reference.compare(exported, _counter(update))
         return {**asdict(quality), "source": self._job.rows.source}
+
+
+def _plain_layers(folder: Path) -> dict[str, Rows]:
+    """Return the layers of a folder that are not quantized."""
+    checkpoint = Checkpoint(folder)
+    layers = [checkpoint.layer(name) for name in checkpoint.layer_names()]
+    return {layer.name: layer for layer in layers if layer.setting is None}
 
 
 @contextmanager
@@ -98,17 +119,13 @@ def _little_spare_memory() -> Iterator[None]:
         mx.set_cache_limit(before)
 
 
-def _keeps_few_bits(job: Job) -> bool:
-    """Return whether any layer with factors stays at few bits, and so has to be rounded with care."""
-    layers = find_layers(Checkpoint(job.base), job.factors)
-    return job.bits not in (16, 32) and any(
-        keeps_grid(layer, touched_form(layer, job.bits)) for layer in layers.values()
-    )
-
-
 def _dtype() -> str | None:
     """Return what a model computes in here; "float32" leaves quantized layers packed between their uses."""
     return "float32" if backend.setup().kind == "cpu" else None
+
+
+def _mx_dtype() -> mx.Dtype | None:
+    return mx.float32 if _dtype() else None
 
 
 def _counter(update: Any) -> Any:

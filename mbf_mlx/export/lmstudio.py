@@ -13,6 +13,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export.gguf import GGUFReport, Progress, write_gguf
 from mbf_mlx.export.mlx_folder import FolderReport, write_mlx_folder
 from mbf_mlx.export.place import fresh_folder
+from mbf_mlx.export.rounding import Rounders, no_rounder
 from mbf_mlx.methods import Factors
 
 PUBLISHER = "mbf"
@@ -44,6 +45,7 @@ def write_lmstudio(
     license_id: str | None = None,
     force: bool = False,
     forbidden: tuple[Path, ...] = (),
+    rounders: Rounders = no_rounder,
     progress: Progress | None = None,
     finish: Callable[[Path, LMStudioReport], None] | None = None,
 ) -> LMStudioReport:
@@ -62,6 +64,7 @@ def write_lmstudio(
         license_id: SPDX id of the model's licence.
         force: Replace an earlier export.
         forbidden: Folders to stay out of beside the base.
+        rounders: Layer -> the rounder of its inputs.
         progress: Called after each tensor.
         finish: Called with the folder before it gets its name.
 
@@ -87,12 +90,15 @@ def write_lmstudio(
                 kind=kind,
                 name=name,
                 license_id=license_id,
+                rounders=rounders,
                 progress=progress,
             )
         else:
             (folder / publisher).mkdir()
             model = inside
-            written = write_mlx_folder(base_folder, factors, scale, folder / model, bits=bits, progress=progress)
+            written = write_mlx_folder(
+                base_folder, factors, scale, folder / model, bits=bits, rounders=rounders, progress=progress
+            )
         report = LMStudioReport(
             out, out / model, replace(written, out=out / model), _next(out, publisher, model, engine)
         )

@@ -17,16 +17,15 @@ import numpy as np
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.checkpoint import Checkpoint, Layer
 from mbf_mlx.export.fuse import Form, Fused, Survival, delta_rows, find_layers, keeps_grid, store, touched_form
-from mbf_mlx.export.place import fresh_folder
-from mbf_mlx.export.rounding import Rounder
+from mbf_mlx.export.place import LICENCES, fresh_folder
+from mbf_mlx.export.rounding import Rounders, no_rounder
 from mbf_mlx.export.tensors import Tensor, Writer
 from mbf_mlx.methods import Factors
 
 BITS = (4, 5, 6, 8, 16, 32)
 PARTS = ("weight", "scales", "biases")  # of a layer; a linear layer's own bias is left as it is
-COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", *LICENCES)
 INDEX = "model.safetensors.index.json"
-Rounders = Callable[[str], Rounder | None]
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the layer or tensor at hand
 
 
@@ -55,7 +54,7 @@ def write_mlx_folder(
     bits: int | None = None,
     force: bool = False,
     forbidden: tuple[Path, ...] = (),
-    rounders: Rounders | None = None,
+    rounders: Rounders = no_rounder,
     progress: Progress | None = None,
     finish: Callable[[Path, FolderReport], None] | None = None,
 ) -> FolderReport:
@@ -69,7 +68,7 @@ def write_mlx_folder(
         bits: Of the layers with factors; None is 8. 16 and 32 dequantize the whole model.
         force: Replace an earlier export.
         forbidden: Folders to stay out of beside the base: the stream.
-        rounders: Layer -> the rounder of its inputs, for layers that keep few bits; None rounds them by chance.
+        rounders: Layer -> the rounder of its inputs, for layers that keep few bits.
         progress: Called after each tensor.
         finish: Called with the folder before it gets its name, to check it and to add the card.
 
@@ -84,7 +83,7 @@ def write_mlx_folder(
     plans = {path: _plan(base, forms, path) for path in base.files}
     bytes_out = sum(tensor.nbytes for plan in plans.values() for tensor in plan.values())
     with fresh_folder(out, force=force, needs=bytes_out, forbidden=(base_folder, *forbidden)) as folder:
-        fuse = _Fuse(base, forms, touched, factors, scale, rounders or (lambda name: None))
+        fuse = _Fuse(base, forms, touched, factors, scale, rounders)
         done, layers = 0, []
         for path, plan in plans.items():
             with Writer(folder / path.name, plan, base.metadata[path]) as writer:
@@ -108,6 +107,12 @@ def planned_bytes(base_folder: Path, factors: Factors, bits: int | None) -> int:
     base = Checkpoint(base_folder)
     forms = _forms(base, find_layers(base, factors), factors, bits)
     return sum(tensor.nbytes for path in base.files for tensor in _plan(base, forms, path).values())
+
+
+def keeps_few_bits(base_folder: Path, factors: Factors, bits: int | None) -> bool:
+    """Return whether any layer with factors would stay at few bits, and so has to be rounded with care."""
+    layers = find_layers(Checkpoint(base_folder), factors)
+    return bits not in (16, 32) and any(keeps_grid(layer, touched_form(layer, bits)) for layer in layers.values())
 
 
 def _forms(base: Checkpoint, touched: dict[str, Layer], factors: Factors, bits: int | None) -> dict[str, Form]:

@@ -17,6 +17,7 @@ from mbf_mlx.export.gguf import GGUFReport, Progress, write_gguf
 from mbf_mlx.export.gguf_names import read_config
 from mbf_mlx.export.gguf_vocab import Vocabulary, read_vocabulary
 from mbf_mlx.export.place import fresh_folder
+from mbf_mlx.export.rounding import Rounders, no_rounder
 from mbf_mlx.methods import Factors
 
 MAX_CONTEXT = 8192  # tokens that Ollama makes room for; its own default cuts longer texts off without a word
@@ -110,7 +111,7 @@ class OllamaReport:
     gguf: GGUFReport
     template: str  # "ChatML", "Llama 3", "Llama 2", "none" (prompts as they are), "unknown"
     next: list[str]  # commands to type
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # on the Modelfile; those on the file are the file's
 
 
 def write_ollama(
@@ -125,6 +126,7 @@ def write_ollama(
     license_id: str | None = None,
     force: bool = False,
     forbidden: tuple[Path, ...] = (),
+    rounders: Rounders = no_rounder,
     progress: Progress | None = None,
     finish: Callable[[Path, OllamaReport], None] | None = None,
 ) -> OllamaReport:
@@ -141,6 +143,7 @@ def write_ollama(
         license_id: SPDX id of the model's licence.
         force: Replace an earlier export.
         forbidden: Folders to stay out of beside the base.
+        rounders: Layer -> the rounder of its inputs.
         progress: Called after each tensor.
         finish: Called with the folder before it gets its name.
 
@@ -160,13 +163,14 @@ def write_ollama(
             kind=kind,
             name=name,
             license_id=license_id,
+            rounders=rounders,
             progress=progress,
         )
         (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
         commands = [f"ollama create {shlex.quote(name)} -f {shlex.quote(str(out / 'Modelfile'))}"]
         commands.append(f"ollama run {shlex.quote(name)}")
         report = replace(report, out=out / report.out.name)
-        whole = OllamaReport(out, report, recognised, commands, [*report.notes, *notes])
+        whole = OllamaReport(out, report, recognised, commands, notes)
         if finish:
             finish(folder, whole)
     return whole

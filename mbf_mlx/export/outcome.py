@@ -1,5 +1,6 @@
 """What an export came to: the document that is reported, the refusal where too much was lost, and the card."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from math import sqrt
@@ -12,6 +13,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export import card
 from mbf_mlx.export.fuse import Fused
 from mbf_mlx.export.job import Job
+from mbf_mlx.export.place import LICENCES
 
 # Under these an export is refused. An answer in twenty that turns out otherwise, or a fifth of the update gone, is
 # something a user has to know of and agree to.
@@ -107,6 +109,10 @@ def survived(document: Document) -> list[str]:
 
 
 def add_card(job: Job, folder: Path, target: str, document: Document) -> None:
-    """Write the model card into an export."""
+    """Write the model card into an export, and the base's licence beside it."""
     page = card.text(job.about, target, document["next"], survived(document))
     (folder / card.NAME).write_text(page, encoding="utf-8")
+    for pattern in LICENCES:
+        for path in sorted(job.base.glob(pattern)):
+            if path.is_file() and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)

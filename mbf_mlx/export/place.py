@@ -16,6 +16,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.storage import Files, read_file, refusal, require_space
 
 LISTING = "mbf_export.json"
+LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")  # files of a base that go with every export of it
 SPARE_BYTES = 16 << 20  # of disk that an export leaves free
 _FILES = Files()
 _OLD = "-old"  # ends the name of an earlier export while the new one takes its place

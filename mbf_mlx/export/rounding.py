@@ -11,6 +11,8 @@ U the upper Cholesky factor of the inverse of H.
 Source: making up for errors is GPTQ's, Frantar et al. 2022, arXiv:2210.17323. Its grid is fitted anew; ours is kept.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from mbf_mlx.export.affine import decode
@@ -81,6 +83,14 @@ class Rounder:
                     moved = True
             if not moved:
                 return
+
+
+Rounders = Callable[[str], Rounder | None]  # layer -> what rounds it for the inputs that it has
+
+
+def no_rounder(layer: str) -> Rounder | None:
+    """Round every layer by chance."""
+    return None
 
 
 def by_chance(target: np.ndarray, grid: Grid, bits: int, seed: list[int]) -> np.ndarray:

@@ -5,8 +5,7 @@ the document of `mbf export --json`.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export import peft
 from mbf_mlx.export.adapter_folder import read_back, write_files
 from mbf_mlx.export.job import Job
-from mbf_mlx.export.mlx_folder import FolderReport, planned_bytes, write_mlx_folder
+from mbf_mlx.export.mlx_folder import FolderReport, keeps_few_bits, planned_bytes, write_mlx_folder
 from mbf_mlx.export.outcome import Document, add_card, check, fused_document, small_document
-from mbf_mlx.export.place import check_folder_place
+from mbf_mlx.export.place import check_folder_place, check_place
 
 
 def mlx(job: Job) -> Document:
@@ -28,12 +27,10 @@ def mlx(job: Job) -> Document:
     from mbf_mlx.export.live import Live
 
     check_folder_place(job.out, force=job.force, forbidden=(*job.forbidden, job.base))
-    live, document = Live(job), Document()
+    live, document = Live(job, keeps_few_bits(job.base, job.factors, job.bits)), Document()
 
     def finish(folder: Path, report: FolderReport) -> None:
-        document.update(fused_document(report.layers, report.bytes_base, report.bytes_out))
-        document["quality"] = live.compare(folder)
-        document["notes"] += job.rows.notes
+        document.update(_folder_document(job, live, folder, report))
         document["next"] = [
             f'mlx_lm.generate --model {job.out} --prompt "..."',
             f"mlx_lm.server --model {job.out}",
@@ -41,18 +38,7 @@ def mlx(job: Job) -> Document:
         check(job, document, partial(planned_bytes, job.base, job.factors))
         add_card(job, folder, "mlx", document)
 
-    with _percent(job, "fusing") as progress:
-        write_mlx_folder(
-            job.base,
-            job.factors,
-            job.scale,
-            job.out,
-            bits=job.bits,
-            rounders=live.rounder,
-            progress=progress,
-            finish=finish,
-            **_place(job),
-        )
+    _write(job, write_mlx_folder, bits=job.bits, rounders=live.rounder, finish=finish)
     return document
 
 
@@ -98,29 +84,21 @@ def peft_adapter(job: Job) -> Document:
 def gguf(job: Job) -> Document:
     """Write the whole model as one GGUF file."""
     from mbf_mlx.export.gguf import GGUFReport, quantize_line, write_gguf
+    from mbf_mlx.export.gguf_adapter import is_ours
 
+    check_place(job.out, force=job.force, needs=0, forbidden=(*job.forbidden, job.base), is_ours=is_ours)
     kind, document = _gguf_kind(job), Document()
+    live = _live_for_gguf(job, kind)
 
     def finish(path: Path, report: GGUFReport) -> None:
-        document.update(_gguf_document(report))
+        document.update(_gguf_document(job, live, path, report))
         document["next"] = [f"llama-server -m {job.out}"]
         if kind in ("F16", "F32", "BF16"):
             document["next"].append(quantize_line(job.out))
         check(job, document)
 
-    with _percent(job, "writing and reading back") as progress:
-        write_gguf(
-            job.base,
-            job.factors,
-            job.scale,
-            job.out,
-            kind=kind,
-            name=job.out.stem,
-            license_id=job.about.licence,
-            progress=progress,
-            finish=finish,
-            **_place(job),
-        )
+    named = {"name": job.out.stem, "license_id": job.about.licence}
+    _write(job, write_gguf, kind=kind, rounders=live.rounder, finish=finish, **named)
     return document
 
 
@@ -137,64 +115,49 @@ def ollama(job: Job) -> Document:
     """Write a folder for `ollama create`."""
     from mbf_mlx.export.ollama import OllamaReport, write_ollama
 
-    document = Document()
+    check_folder_place(job.out, force=job.force, forbidden=(*job.forbidden, job.base))
+    kind, document = _gguf_kind(job), Document()
+    live = _live_for_gguf(job, kind)
 
     def finish(folder: Path, report: OllamaReport) -> None:
-        document.update(_gguf_document(report.gguf), template=report.template, next=report.next)
-        document["notes"] = list(report.notes)
+        document.update(_gguf_document(job, live, folder / report.gguf.out.name, report.gguf))
+        document.update(template=report.template, next=report.next)
+        document["notes"] += report.notes
         check(job, document)
         add_card(job, folder, "ollama", document)
 
-    with _percent(job, "writing and reading back") as progress:
-        write_ollama(
-            job.base,
-            job.factors,
-            job.scale,
-            job.out,
-            name=job.out.name,
-            kind=_gguf_kind(job),
-            template=job.template,
-            license_id=job.about.licence,
-            progress=progress,
-            finish=finish,
-            **_place(job),
-        )
+    named = {"name": job.out.name, "license_id": job.about.licence}
+    _write(job, write_ollama, kind=kind, template=job.template, rounders=live.rounder, finish=finish, **named)
     return document
 
 
 def lmstudio(job: Job) -> Document:
     """Write a folder in LM Studio's layout: a GGUF file, or with `--type mlx` a folder for its MLX engine."""
     from mbf_mlx.export.gguf import GGUFReport
+    from mbf_mlx.export.live import Live
     from mbf_mlx.export.lmstudio import LMStudioReport, write_lmstudio
 
-    engine = "mlx" if (job.kind or "").lower() == "mlx" else "gguf"
-    document = Document()
+    check_folder_place(job.out, force=job.force, forbidden=(*job.forbidden, job.base))
+    document, options = Document(), dict[str, Any]()
+    if (job.kind or "").lower() == "mlx":
+        live = Live(job, keeps_few_bits(job.base, job.factors, job.bits))
+        options.update(engine="mlx", bits=job.bits)
+    else:
+        options.update(engine="gguf", kind=_gguf_kind(job))
+        live = _live_for_gguf(job, options["kind"])
 
     def finish(folder: Path, report: LMStudioReport) -> None:
-        written = report.written
+        written, model = report.written, folder / report.model.relative_to(report.out)
         if isinstance(written, GGUFReport):
-            document.update(_gguf_document(written))
+            document.update(_gguf_document(job, live, model, written))
         else:
-            document.update(fused_document(written.layers, written.bytes_base, written.bytes_out))
+            document.update(_folder_document(job, live, model, written))
         document["next"] = report.next
         check(job, document)
         add_card(job, folder, "lmstudio", document)
 
-    with _percent(job, "writing and reading back") as progress:
-        write_lmstudio(
-            job.base,
-            job.factors,
-            job.scale,
-            job.out,
-            name=job.out.name,
-            engine=engine,
-            kind=_gguf_kind(job) if engine == "gguf" else None,
-            bits=job.bits if engine == "mlx" else None,
-            license_id=job.about.licence,
-            progress=progress,
-            finish=finish,
-            **_place(job),
-        )
+    named = {"name": job.out.name, "license_id": job.about.licence}
+    _write(job, write_lmstudio, rounders=live.rounder, finish=finish, **named, **options)
     return document
 
 
@@ -214,11 +177,25 @@ def _place(job: Job) -> dict[str, Any]:
     return {"force": job.force, "forbidden": job.forbidden}
 
 
-@contextmanager
-def _percent(job: Job, title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show how far a writer is, which counts bytes."""
-    with job.show(title, 100, "percent") as update:
-        yield lambda done, total, name: update(100 * done // max(total, 1))
+def _write(job: Job, writer: Callable[..., Any], **options: Any) -> None:
+    """Call a writer of fused weights, which counts bytes, and show how far it is."""
+    with job.show("fusing, writing, reading back", 100, "percent") as update:
+        writer(
+            job.base,
+            job.factors,
+            job.scale,
+            job.out,
+            progress=lambda done, total, name: update(100 * done // max(total, 1)),
+            **options,
+            **_place(job),
+        )
+
+
+def _live_for_gguf(job: Job, kind: str | None) -> Any:
+    from mbf_mlx.export import gguf
+    from mbf_mlx.export.live import Live
+
+    return Live(job, gguf.keeps_few_bits(job.base, job.factors, kind))
 
 
 def _gguf_kind(job: Job) -> str | None:
@@ -236,8 +213,18 @@ def _gguf_kind(job: Job) -> str | None:
     return str(BITS[job.bits].name)
 
 
-def _gguf_document(report: Any) -> Document:
+def _folder_document(job: Job, live: Any, folder: Path, report: FolderReport) -> Document:
+    document = fused_document(report.layers, report.bytes_base, report.bytes_out)
+    document["quality"] = live.compare(folder)
+    document["notes"] += job.rows.notes
+    return document
+
+
+def _gguf_document(job: Job, live: Any, path: Path, report: Any) -> Document:
+    from mbf_mlx.export.gguf_check import stored_matrices
+
     document = fused_document(report.layers, report.bytes_base, report.bytes_out)
     document["types"] = report.types
-    document["notes"] += report.notes
+    document["quality"] = live.compare(job.base, stored_matrices(path, report.matrices))
+    document["notes"] += [*report.notes, *job.rows.notes]
     return document
