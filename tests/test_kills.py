@@ -187,6 +187,53 @@ def test_an_exported_file_that_fails_leaves_the_old_one_or_the_new_one(quick_pat
         assert [path.name for path in folder.iterdir()] == ["model.gguf"]
 
 
+SLOW_TARGETS = [pytest.param(target, marks=pytest.mark.slow) for target in ("mlx", "peft", "ollama", "lmstudio")]
+
+
+@pytest.mark.parametrize("how", SOME_WAYS)
+@pytest.mark.parametrize("target", ["adapter", "gguf", "gguf-adapter", *SLOW_TARGETS])
+def test_an_export_of_every_target_that_fails_leaves_nothing_or_all_of_it(tiny_llama, quick_path, target, how):
+    pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
+    stream = taught(quick_path / "s", tiny_llama)
+    out = quick_path / "place" / ("out.gguf" if target.startswith("gguf") else "out")
+    out.parent.mkdir()
+    with failing() as count:
+        stream.export(target, out)
+    whole, outcomes = held(out), set()
+    for at in range(1, count.done + 1):
+        shutil.rmtree(out.parent)
+        out.parent.mkdir()
+        with failing(at, how):
+            try:
+                stream.export(target, out)
+            except (Crash, InputError):
+                pass
+        assert held(out) in ({}, whole)
+        outcomes.add(len(held(out)))
+        stream.export(target, out, force=True)
+        assert held(out) == whole and [path.name for path in out.parent.iterdir()] == [out.name]
+    assert outcomes == {0, len(whole)}
+
+
+def taught(folder, base):
+    from mbf_mlx import Stream
+    from mbf_mlx.config import LoRAConfig, TrainConfig
+    from tests.test_train import rows_of
+
+    task = folder.with_name("words") / "train.jsonl"
+    task.parent.mkdir()
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows_of(16)))
+    stream = Stream.open(folder, base=str(base), lora=LoRAConfig(rank=4))
+    stream.learn(task.parent, train=TrainConfig(iters=2, batch_size=4, learning_rate=5e-3))
+    return stream
+
+
+def held(out):
+    """The files of an export by name, without the cache that holds file times; none where none is there."""
+    files = [out] if out.is_file() else [path for path in out.rglob("[!.]*") if path.is_file()]
+    return {path.relative_to(out.parent).as_posix(): path.read_bytes() for path in files}
+
+
 def test_a_run_killed_between_its_commit_and_the_end_of_its_saves_counts_as_finished(quick_path):
     stream = learn(new_stream(quick_path / "s"), 1)
     last = stream.history()[-1]
