@@ -379,7 +379,7 @@ class StreamFolder:
             if self._current_folder() != self._folder(number):
                 self._discard(self._folder(number))
             raise
-        self._clean()
+        self._prune()
         return self.current()
 
     def undo(self) -> TaskRecord:
@@ -401,7 +401,7 @@ class StreamFolder:
         self.verify(previous)
         Working(self.working, self.files).drop()
         self._link("current", f"generations/{current.number - 1:06d}")
-        self._clean()
+        self._prune()
         return undone
 
     def require_space(self) -> None:
@@ -483,6 +483,13 @@ class StreamFolder:
         """Remove what is half made; what resists is left to the next writer."""
         try:
             self.files.remove(path)
+        except (InputError, OSError):
+            pass
+
+    def _prune(self) -> None:
+        """Clean up after a commit, which stands whatever becomes of that; the next writer says what resists."""
+        try:
+            self._clean()
         except (InputError, OSError):
             pass
 

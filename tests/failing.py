@@ -1,13 +1,17 @@
 """Makes one file operation of ours fail, or the process end at it: every operation that changes a disk goes through
 `storage.Files`, and this stands in its methods' way."""
 
+import errno
+import os
 from contextlib import contextmanager
+from unittest import mock
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.storage import Files
 
 OPERATIONS = ("write", "make_folder", "sync_file", "sync_folder", "rename", "link", "remove")
 WAYS = ("error", "short", "before", "after")  # refused; half written, then the end; the end before it; the end after it
+NEEDS_SPACE = ("fsync", "mkdir", "replace", "symlink")  # the system's own calls that a quota or a full disk refuses
 
 
 class Crash(BaseException):
@@ -22,7 +26,10 @@ class Count:
 
 @contextmanager
 def failing(at=0, how="error"):
-    """Let the operation with number `at` fail in one of the WAYS; with 0 none fails, and they are counted."""
+    """Let the operation with number `at` fail in one of the WAYS; with 0 none fails, and they are counted.
+
+    In place of a way, an errno's name as in "EDQUOT": the system refuses what the operation asks of it.
+    """
     count = Count()
 
     def wrapped(name, operation):
@@ -34,6 +41,9 @@ def failing(at=0, how="error"):
                 return operation(self, *arguments)
             if how == "error":
                 raise InputError("the disk is full")
+            if how.startswith("E"):
+                with refused_by_the_system(getattr(errno, how)):
+                    return operation(self, *arguments)
             if how == "short" and name == "write":
                 operation(self, arguments[0], arguments[1][: len(arguments[1]) // 2])
             if how == "after":
@@ -51,3 +61,14 @@ def failing(at=0, how="error"):
     finally:
         for name, operation in own.items():
             setattr(Files, name, operation)
+
+
+@contextmanager
+def refused_by_the_system(number):
+    """Let the system refuse with this errno whatever takes space, removals aside, as it does over a quota."""
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    with mock.patch.multiple(os, **dict.fromkeys(NEEDS_SPACE, refuse)):
+        yield

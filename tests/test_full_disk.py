@@ -3,6 +3,7 @@
 The disk is a real tmpfs of 20 MB, mounted for the test."""
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -19,8 +20,10 @@ from mbf_mlx.export.adapter_folder import write_files
 from mbf_mlx.stream import StreamFolder
 from mbf_mlx.working import Working
 from tests.conftest import ROOT
+from tests.failing import failing
 from tests.streams import contents, identity, learn, new_stream
 from tests.test_exchange import trained
+from tests.test_kills import taught
 
 MB = 1 << 20
 # A generation of about 1.5 MB.
@@ -39,7 +42,7 @@ def disk(tmp_path):
     if done.returncode:
         pytest.skip(f"mounting a tmpfs is not allowed here: {done.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "-l", str(folder)], check=True)  # whatever a test's traceback still holds open
 
 
 def fill(disk, left):
@@ -138,6 +141,25 @@ def test_an_export_that_does_not_fit_leaves_the_earlier_one(disk, monkeypatch, a
     assert sorted(path.name for path in disk.iterdir()) == (["filler", "out"] if asked else ["filler"])
 
 
+@pytest.mark.parametrize("target", ["adapter", "mlx", "gguf", "ollama"])
+def test_an_export_that_fills_the_disk_anywhere_leaves_nothing(disk, tiny_llama, quick_path, monkeypatch, target):
+    """Real exports, which fail at the real write that does not fit: of a header, a tensor, a tokenizer, a card."""
+    pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
+    stream = taught(quick_path / "s", tiny_llama)
+    never_ask(monkeypatch)
+    out = disk / ("out.gguf" if target == "gguf" else "out")
+    free = shutil.disk_usage(disk).free
+    stream.export(target, out)
+    takes = free - shutil.disk_usage(disk).free
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    for share in (0, 0.2, 0.5, 0.9):
+        fill(disk, int(takes * share) // 4096 * 4096)
+        refused(lambda: stream.export(target, out), *FULL)
+        assert [path.name for path in disk.iterdir()] == ["filler"]
+    (disk / "filler").unlink()
+    stream.export(target, out)
+
+
 def test_an_adapter_that_cannot_be_absorbed_for_want_of_space_is_not(disk, tmp_path):
     stream = large_stream(disk / "s")
     folder, _ = trained(stream, tmp_path / "tuned", "mlx")
@@ -146,6 +168,65 @@ def test_an_adapter_that_cannot_be_absorbed_for_want_of_space_is_not(disk, tmp_p
     with stream.writer():
         refused(lambda: exchange.absorb(stream, folder, "mail", force=True), "a commit needs ", " are free")
     assert contents(stream.path) == before
+
+
+QUOTA = r": cannot write: the disk quota is used up \([\d,]+ bytes needed, [\d,]+ free\)\nhint: free some space and run"
+
+
+def commit(stream, place):
+    learn(stream)
+
+
+def undo(stream, place):
+    with stream.writer():
+        stream.undo()
+
+
+def absorb(stream, place):
+    with stream.writer():
+        exchange.absorb(stream, place / "tuned", "mail")
+
+
+def save(stream, place):
+    Working(stream.working, stream.files).save(2, {}, {}, {"step": 2}, {"factor.x": np.zeros(9, np.float32)})
+
+
+def export(stream, place):
+    write_files({"a": b"new", "c": b"new"}, place / "out", force=True)
+
+
+@pytest.mark.parametrize("number", ["EDQUOT", pytest.param("ENOSPC", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("action", [commit, undo, absorb, save, export])
+def test_a_quota_used_up_at_any_operation_is_one_sentence_and_leaves_the_old_or_the_new(quick_path, action, number):
+    """What the system refuses, it refuses to our own calls: fsync, mkdir, rename, symlink; each in turn."""
+    trained(learn(new_stream(quick_path / "base/s"), 2), quick_path / "base/tuned", "mlx")
+    write_files({"a": b"old"}, quick_path / "base/out")
+    before = contents(quick_path / "base")
+    shutil.copytree(quick_path / "base", quick_path / "new", symlinks=True)
+    with failing() as count:
+        action(StreamFolder.open(quick_path / "new/s"), quick_path / "new")
+    after = contents(quick_path / "new")
+    full = QUOTA if number == "EDQUOT" else QUOTA.replace("disk quota is used up", "disk is full")
+    outcomes = set()
+    for at in range(1, count.done + 1):
+        place = quick_path / f"at{at}"
+        shutil.copytree(quick_path / "base", place, symlinks=True)
+        with failing(at, number):
+            try:
+                action(StreamFolder.open(place / "s"), place)
+            except InputError as error:
+                assert re.search(full, str(error))
+                outcomes.add("told")
+        stream = StreamFolder.open(place / "s")
+        stream.verify_all()
+        assert not [n for n in contents(place) if "building" in n or n.endswith(".new") or ".mbf-" in n], at
+        with stream.writer():
+            pass  # tidies up what could not be pruned
+        found = contents(place).keys()
+        assert found in (before.keys(), after.keys()), at
+        outcomes.add(found == before.keys())
+        shutil.rmtree(place)
+    assert outcomes >= {"told", True}
 
 
 def test_a_read_only_disk_is_read_and_not_written(disk):

@@ -164,11 +164,13 @@ def _replace(partial: Path, out: Path) -> None:
         _FILES.rename(place, old)
         try:
             _FILES.rename(partial, place)
+            _FILES.sync_folder(place.parent)
         except (InputError, OSError):
+            if place.exists():
+                _FILES.rename(place, partial)
             _FILES.rename(old, place)
             raise
-        _FILES.sync_folder(place.parent)
-        _FILES.remove(old)
+        _discard(old)
     else:
         _FILES.rename(partial, place)
         _FILES.sync_folder(place.parent)

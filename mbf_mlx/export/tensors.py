@@ -107,17 +107,23 @@ class Writer:
         self._tensors = tensors
         self._start = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in tensors}
         self._file: BinaryIO = open(path, "xb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(8 + len(text) + offset)
+        try:
+            self._file.write(len(text).to_bytes(8, "little") + text)
+            self._file.truncate(8 + len(text) + offset)
+        except OSError:
+            self._file.close()
+            raise
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
 
     def write(self, name: str, array: np.ndarray, first: int = 0) -> None:
         """Write rows `first` and following of a tensor, as NumPy holds them.
