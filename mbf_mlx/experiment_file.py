@@ -18,7 +18,6 @@
 """
 
 import difflib
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mbf_mlx import reading
 from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import make
@@ -165,14 +165,7 @@ def read_plan(path: Path, tasks: Path | None = None) -> Plan:
 
 
 def _read(path: Path) -> tuple[ExperimentFile, Suite]:
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file\nhint: docs/experiments.md shows what an experiment's file holds"
-        ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not readable as TOML: {error}") from error
+    document = reading.toml(path, "docs/experiments.md shows what an experiment's file holds")
     try:
         file = ExperimentFile.model_validate(document)
     except ValidationError as error:

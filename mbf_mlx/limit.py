@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mbf_mlx import backend, machine
+from mbf_mlx import backend, machine, units
 from mbf_mlx.batches import Batch
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.errors import InputError, MemoryLimitError
@@ -56,9 +56,9 @@ class Limit:
         ways = ways_to_fit(self.shape, self.run, load, self.limit - (held - needed.held))
         hint = f"\nhint: it would fit with {'; or '.join(ways)}" if ways else "\nhint: this takes a larger machine"
         return (
-            f"a batch of {load.rows} rows and {load.tokens} tokens takes {_size(needed.batch)} besides the"
-            f" {_size(held)} that are held, and the limit is {_size(self.limit)} (--memory-limit); what was learned"
-            f" before is kept{hint}"
+            f"a batch of {load.rows} rows and {load.tokens} tokens takes {units.size(needed.batch)} besides the"
+            f" {units.size(held)} that are held, and the limit is {units.size(self.limit)} (--memory-limit);"
+            f" what was learned before is kept{hint}"
         )
 
 
@@ -77,7 +77,3 @@ def limit_of(folder: Path, lora: LoRAConfig, by_hand: bool, packed: bool, checkp
         return None
     run = run_of(shape, lora, by_hand=by_hand, packed=packed, checkpoint=checkpoint)
     return Limit(shape, run, memory_limit(given))
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

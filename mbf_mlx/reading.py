@@ -8,9 +8,10 @@ import json
 import os
 import re
 import stat
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.rows import EXAMPLES, BadRow
@@ -153,6 +154,20 @@ def document(file: Path, heard: Callable[[bytes], object] = len) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise InputError(f"{file}:{line}: not UTF-8: byte 0x{raw[error.start]:02x} (save the file as UTF-8)") from None
+
+
+def toml(file: Path, hint: str) -> dict[str, Any]:
+    """Return what a TOML file holds.
+
+    Raises:
+        InputError: it is missing (with the hint: what such a file is), or cannot be read as TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file\nhint: {hint}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{file}: not readable as TOML: {error}") from error
 
 
 class Element(NamedTuple):

@@ -1,13 +1,13 @@
 """Recipes: the base models that we vouch for, one TOML file each, and where their weights come from."""
 
 import os
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mbf_mlx import reading
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.errors import InputError
 
@@ -90,9 +90,7 @@ def read_recipe(path: Path) -> Recipe:
         InputError: not TOML, or other fields than a recipe has.
     """
     try:
-        recipe = Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a TOML file: {error}") from error
+        recipe = Recipe.model_validate(reading.toml(path, "mbf fetch lists the recipes"))
     except ValidationError as error:
         problems = [f"  {'.'.join(map(str, one['loc'])) or 'recipe'}: {one['msg']}" for one in error.errors()]
         raise InputError(f"{path}: not a recipe:\n" + "\n".join(dict.fromkeys(problems))) from error

@@ -14,13 +14,12 @@ Document = dict[str, Any]
 COMPARED = {"average_accuracy": "average accuracy, %", "backward_transfer": "backward transfer, points"}
 
 
-def results_page(name: str, rows: Sequence[Row], size: Any, duration: Any) -> str:
+def results_page(name: str, rows: Sequence[Row]) -> str:
     """Return the page of an experiment's results.
 
     Args:
         name: Of the experiment.
         rows: Its cells.
-        size, duration: Bytes and seconds in words.
     """
     lines = table(rows)
     parts = [html.section("Comparison", "Points of percent: mean over seeds, whiskers one sample standard deviation.")]
@@ -29,7 +28,7 @@ def results_page(name: str, rows: Sequence[Row], size: Any, duration: Any) -> st
         title = "all orders" if order == "all" else order
         if chosen:
             parts += [f"<h3>{escape(title)}</h3>", html.row(_comparisons(chosen, title))]
-    parts.append(html.scroll(html.table(heads(), [cells_of(line, size, duration) for line in lines])))
+    parts.append(html.scroll(html.table(heads(), [cells_of(line) for line in lines])))
     orders = list(dict.fromkeys(row["order"] for row in rows))
     parts.append(html.section("Score over time", "Mean score on the tasks learned so far, mean over seeds."))
     for order in orders:

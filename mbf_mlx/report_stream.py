@@ -6,23 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from mbf_mlx import report_html as html
-from mbf_mlx import report_plots
+from mbf_mlx import report_plots, units
 from mbf_mlx.report import percent, summary
 from mbf_mlx.report_plots import Curve
 
 Document = dict[str, Any]
 
 
-def stream_page(document: Document, size: Any, duration: Any) -> str:
+def stream_page(document: Document) -> str:
     """Return the page of a stream.
 
     Args:
         document: What `mbf status --json` prints.
-        size, duration: Bytes and seconds in words.
     """
     tasks, scores = document["tasks"], document["scores"]
     names, numbered = [task["name"] for task in tasks], [f"{t}. {task['name']}" for t, task in enumerate(tasks, 1)]
-    parts = [html.big(_stream_numbers(document, size)), *(f"<p>{escape(line)}</p>" for line in _words(document))]
+    parts = [html.big(_stream_numbers(document)), *(f"<p>{escape(line)}</p>" for line in _words(document))]
     if any(value is not None for row in scores for value in row):
         lower = [[value if j <= i else None for j, value in enumerate(row)] for i, row in enumerate(scores)]
         parts += [
@@ -41,9 +40,7 @@ def stream_page(document: Document, size: Any, duration: Any) -> str:
             *html.charts(curves, "optimizer step", "loss, nats", "Training loss"),
         ]
     if tasks:
-        rows = [
-            [task[name] for name in ("name", "train_rows", "steps")] + _task_numbers(task, duration) for task in tasks
-        ]
+        rows = [[task[name] for name in ("name", "train_rows", "steps")] + _task_numbers(task) for task in tasks]
         columns = ["task", "rows", "steps", "loss before", "after", "time", "tokens/s"]
         peaks = [Curve("while a task trained", range(1, len(tasks) + 1), [t["peak_memory_bytes"] / 1e9 for t in tasks])]
         parts += [
@@ -53,7 +50,7 @@ def stream_page(document: Document, size: Any, duration: Any) -> str:
             html.scroll(html.table(["held between tasks", "bytes"], _held(document))),
             html.details(
                 "Peak memory as a table",
-                html.table(["task", "peak"], [[t["name"], size(t["peak_memory_bytes"])] for t in tasks]),
+                html.table(["task", "peak"], [[t["name"], units.size(t["peak_memory_bytes"])] for t in tasks]),
             ),
         ]
     fixed = {key: document[key] for key in ("id", "base", "method", "method_options", "settings", "generation")}
@@ -62,14 +59,14 @@ def stream_page(document: Document, size: Any, duration: Any) -> str:
     return html.page(Path(document["stream"]).resolve().name, "What one adapter knows after each task.", parts)
 
 
-def _stream_numbers(document: Document, size: Any) -> list[tuple[str, str]]:
+def _stream_numbers(document: Document) -> list[tuple[str, str]]:
     shown = [("tasks", str(len(document["tasks"])))]
     if document["average_accuracy"] is not None:
         shown.append(("average accuracy", f"{percent(document['average_accuracy'])} %"))
     for name in ("backward_transfer", "forgetting"):
         if document[name] is not None:
             shown.append((f"{name.replace('_', ' ')}, points", f"{100 * document[name]:+.1f}"))
-    return [*shown, ("held between tasks", size(document["kept_bytes"]))]
+    return [*shown, ("held between tasks", units.size(document["kept_bytes"]))]
 
 
 def _task_curves(names: Sequence[str], scores: Sequence[Sequence[float | None]]) -> list[Curve]:
@@ -81,9 +78,9 @@ def _curve(name: str, points: Sequence[Sequence[float]]) -> Curve:
     return Curve(name, [point[0] for point in points], [point[1] for point in points])
 
 
-def _task_numbers(task: Document, duration: Any) -> list[str]:
+def _task_numbers(task: Document) -> list[str]:
     losses = ["-" if task[key] is None else f"{task[key]:.3f}" for key in ("loss_before", "loss_after")]
-    return [*losses, duration(task["seconds"]), f"{task['tokens_per_second']:.0f}"]
+    return [*losses, units.duration(task["seconds"]), f"{task['tokens_per_second']:.0f}"]
 
 
 def _held(document: Document) -> list[list[str]]:

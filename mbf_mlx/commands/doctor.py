@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mbf_mlx import __version__, backend, machine
+from mbf_mlx import __version__, backend, machine, units
 from mbf_mlx.blas import PACKAGE
 from mbf_mlx.commands import console
 from mbf_mlx.errors import InputError
@@ -107,7 +107,7 @@ def _version(package: str) -> str | None:
 
 def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the report as (heading, text) lines."""
-    device, size = report["device"], console.size
+    device, size = report["device"], units.size
     lines = [
         ("mbf-mlx", f"{report['mbf']}, Python {report['python']}"),
         ("system", report["system"]),

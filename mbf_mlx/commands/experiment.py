@@ -103,7 +103,7 @@ def _print(name: str, rows: "list[Row]", json: bool, markdown: bool) -> None:
         return
     lines = results.table(rows)
     if markdown:
-        console.out.print(results.markdown(lines, console.size, console.duration))
+        console.out.print(results.markdown(lines))
         return
     from rich.table import Table
 
@@ -111,5 +111,5 @@ def _print(name: str, rows: "list[Row]", json: bool, markdown: bool) -> None:
     for number, head in enumerate(results.heads()):
         shown.add_column(head, justify="left" if number < 2 else "right", no_wrap=True)
     for line in lines:
-        shown.add_row(*results.cells_of(line, console.size, console.duration))
+        shown.add_row(*results.cells_of(line))
     console.out.print(shown)

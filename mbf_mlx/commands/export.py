@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mbf_mlx.commands.console import err, out, print_json, progress, size, warn
+from mbf_mlx import units
+from mbf_mlx.commands.console import err, out, print_json, progress, warn
 from mbf_mlx.export import TARGETS
 
 _TARGETS = "; ".join(f"{name}: {what}" for name, what in TARGETS.items())
@@ -57,7 +58,7 @@ def export(
 
 
 def _print(document: dict[str, Any], sentences: list[str]) -> None:
-    out.print(f"{document['out']}: {document['target']}, {size(document['bytes'])}")
+    out.print(f"{document['out']}: {document['target']}, {units.size(document['bytes'])}")
     for sentence in sentences:
         out.print(f"  {sentence}")
     for lost in document.get("lost", []):

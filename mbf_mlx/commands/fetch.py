@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mbf_mlx.commands.console import err, out, print_json, size
+from mbf_mlx import units
+from mbf_mlx.commands.console import err, out, print_json
 
 
 def fetch(
@@ -54,6 +55,6 @@ def _list(known: dict[str, Any], json: bool) -> None:
         print_json({"recipes": rows})
         return
     for row in rows:
-        state = "here" if row["fetched"] else size(row["download_bytes"])
+        state = "here" if row["fetched"] else units.size(row["download_bytes"])
         tried = "" if row["run_by_us"] else ", not run by us"
         out.print(f"{row['name']:24} {state:>8}  {row['summary']} ({row['licence']}{tried})")

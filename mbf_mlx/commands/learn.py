@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mbf_mlx import units
 from mbf_mlx.commands import console
 from mbf_mlx.commands.options import Base, Config, Json, Quantize, bytes_of, lora_of, options_of
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, TrainConfig
@@ -212,7 +213,7 @@ def shown() -> Iterator[Any]:
                 console.warn(f"{name}: {note}")
 
         def step(self, name: str, step: "Step", peak_memory: int) -> None:
-            values = {"loss": step.loss, "tokens_per_second": step.tokens_per_second, "peak": console.size(peak_memory)}
+            values = {"loss": step.loss, "tokens_per_second": step.tokens_per_second, "peak": units.size(peak_memory)}
             if step.valid_loss is not None:
                 values["valid"] = step.valid_loss
             self.bar(f"learning {name}", step.steps, "steps")(step.step, **values)
@@ -232,7 +233,7 @@ def shown() -> Iterator[Any]:
             value = record.scores[-1]
             scored = f"scores {100 * value:.1f} %" if value is not None else f"loss {record.losses[-1]}"
             console.err.print(
-                f"learned {record.name} in {console.duration(record.seconds)}: loss {record.loss_before:.3f} ->"
+                f"learned {record.name} in {units.duration(record.seconds)}: loss {record.loss_before:.3f} ->"
                 f" {record.loss_after:.3f}, {scored} on {record.test_rows} test rows"
             )
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mbf_mlx import units
 from mbf_mlx.commands import console
 from mbf_mlx.commands.options import Base, Json, Quantize
 
@@ -51,5 +52,5 @@ def next(
     if json:
         console.print_json({"out": str(place), "format": kind, "task": t, "bytes": written})
         return
-    console.out.print(f"{place}: the start of task {t}, {console.size(written)}, as {kind} reads it")
+    console.out.print(f"{place}: the start of task {t}, {units.size(written)}, as {kind} reads it")
     console.out.print(f"train it with rank and scale as they are, then: mbf absorb {stream} TUNED --name NAME")

@@ -3,7 +3,6 @@
 import difflib
 import json
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,14 +20,9 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file\nhint: --config takes a TOML file with the names of the flags"
-        ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: not readable as TOML: {error}") from error
+    from mbf_mlx import reading
+
+    values = reading.toml(path, "--config takes a TOML file with the names of the flags")
     known = {p.name for p in ctx.command.params if p.param_type_name == "option" and p.name not in (None, "config")}
     defaults: dict[str, Any] = {}
     for key, value in values.items():

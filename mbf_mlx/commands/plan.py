@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mbf_mlx import units
 from mbf_mlx.commands import console
 from mbf_mlx.commands.options import Config, Json, bytes_of, lora_of
 from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
@@ -268,10 +269,10 @@ def _print_table(plans: list[dict[str, Any]]) -> None:
     table.add_column("model")
     table.add_column("needs", justify="right")
     for size in sizes:
-        table.add_column(console.size(size), justify="right")
+        table.add_column(units.size(size), justify="right")
     for name in dict.fromkeys(each["model"] for each in plans):
         row = {each["memory_bytes"]: each for each in plans if each["model"] == name}
-        needed = console.size(max(each["peak_bytes"] for each in row.values()))
+        needed = units.size(max(each["peak_bytes"] for each in row.values()))
         table.add_row(name, needed, *(row[size]["verdict"] for size in sizes))
     console.out.print(table)
     first = plans[0]
@@ -283,11 +284,11 @@ def _print_table(plans: list[dict[str, Any]]) -> None:
     for each in plans:
         if each["would_fit"]:
             ways = "; or ".join(each["would_fit"])
-            console.out.print(f"{each['model']} on {console.size(each['memory_bytes'])} would fit with {ways}")
+            console.out.print(f"{each['model']} on {units.size(each['memory_bytes'])} would fit with {ways}")
 
 
 def _print(document: dict[str, Any]) -> None:
-    size = console.size
+    size = units.size
     for task in document.get("tasks", ()):
         console.out.print(
             f"{task['name']}: {task['rows']} rows to train on, the longest of {task['longest']} tokens;"
@@ -302,7 +303,7 @@ def _print(document: dict[str, Any]) -> None:
                       f" {batch['supervised']} supervised")  # fmt: skip
     if "seconds" in document:
         console.out.print(
-            f"time:   {console.duration(document['seconds'])} ({document['seconds_a_step']:.2f} s a step), by a short"
+            f"time:   {units.duration(document['seconds'])} ({document['seconds_a_step']:.2f} s a step), by a short"
             f" trial now; scoring {document['scored_rows']} rows included, generated answers not"
         )
     if "disk_bytes" in document:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mbf_mlx import units
 from mbf_mlx.commands import console
 from mbf_mlx.commands.options import Json
 
@@ -133,7 +134,7 @@ def _print(result: dict[str, Any], stream: Path, fused: Path) -> None:
     console.out.print(f"\nfused model, touched layers at 8 bits: {fused}")
     console.out.print(f"asked: {result['question']}")
     console.out.print(f"it answers: {result['answer']}   (right: {result['expected']})")
-    console.out.print(f"\ndone in {console.duration(result['seconds'])}. Next:")
+    console.out.print(f"\ndone in {units.duration(result['seconds'])}. Next:")
     console.out.print(f"  mbf learn {stream} YOUR-TASK.jsonl")
     console.out.print(f"  mbf chat {stream}")
     console.out.print(f"  mlx_lm.generate --model {fused} --prompt '...'")

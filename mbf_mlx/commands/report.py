@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mbf_mlx import units
 from mbf_mlx.commands import console
 from mbf_mlx.commands.options import Json
 
@@ -28,11 +29,11 @@ def report(
         from mbf_mlx.status import status_document
         from mbf_mlx.stream import StreamFolder
 
-        kind, page = "stream", stream_page(status_document(StreamFolder.open(source)), console.size, console.duration)
+        kind, page = "stream", stream_page(status_document(StreamFolder.open(source)))
     elif (source / results.RESULTS).exists() or source.is_file():
         kind, rows = "experiment", results.read_results(source)
         name = (source.parent if source.is_file() else source).resolve().name.removesuffix("-results")
-        page = results_page(name, rows, console.size, console.duration)
+        page = results_page(name, rows)
     else:
         raise InputError(f"{source}: expected a stream or the results of mbf experiment, got neither")
     file = out if out is not None else Path(f"{source.resolve().name}.html")
@@ -45,4 +46,4 @@ def report(
     if json:
         console.print_json({"kind": kind, "file": str(file), "bytes": len(page.encode())})
     else:
-        console.out.print(f"{file}: {console.size(len(page.encode()))}")
+        console.out.print(f"{file}: {units.size(len(page.encode()))}")
