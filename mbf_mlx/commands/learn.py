@@ -26,20 +26,32 @@ def _option(flag: str, text: str, panel: str, default: Any = None) -> Any:
     return typer.Option(flag, help=text + shown, rich_help_panel=panel, show_default=default is None)
 
 
+def _tried(default: Any) -> str:
+    return f"the recipe's, or {default}"
+
+
 def learn(
     stream: Annotated[Path, typer.Argument(help="The stream's folder; made with --model where it is not there.")],
     tasks: Annotated[list[Path], typer.Argument(help="Task files or folders, learned in this order.")],
     model: Base = None,
     quantize: Quantize = 0,
     name: Annotated[str | None, typer.Option(help="The task's name, in place of its file's (one task only).")] = None,
-    method: Annotated[str | None, _option("--method", "Continual method.", _NEW, "slao")] = None,
-    method_options: Annotated[
-        str | None, _option("--method-options", "The method's own, by comma: start_a=keep,weight=0.5.", _NEW)
+    method: Annotated[
+        str | None,
+        _option(
+            "--method", "Continual method: slao is the paper's; products, sequential, replay and more.", _NEW, "slao"
+        ),
     ] = None,
-    rank: Annotated[int | None, _option("--rank", "Rank of the factors.", _NEW, _LORA.rank)] = None,
-    scale: Annotated[float | None, _option("--scale", "delta = scale * B @ A.", _NEW, _LORA.scale)] = None,
+    method_options: Annotated[
+        str | None,
+        typer.Option(
+            "--method-options", hidden=True, help="The method's own, for experiments: start_a=keep,weight=0.5."
+        ),
+    ] = None,
+    rank: Annotated[int | None, _option("--rank", "Rank of the factors.", _NEW, _tried(_LORA.rank))] = None,
+    scale: Annotated[float | None, _option("--scale", "delta = scale * B @ A.", _NEW, _tried(_LORA.scale))] = None,
     keys: Annotated[
-        str | None, _option("--keys", "Layers that get factors, by comma.", _NEW, ",".join(_LORA.keys))
+        str | None, _option("--keys", "Layers that get factors, by comma.", _NEW, _tried(",".join(_LORA.keys)))
     ] = None,
     num_layers: Annotated[int | None, _option("--num-layers", "Blocks from the last; -1 is all.", _NEW, -1)] = None,
     dropout: Annotated[float | None, _option("--dropout", "Of the factors' inputs.", _NEW, _LORA.dropout)] = None,
@@ -53,7 +65,7 @@ def learn(
         int, _option("--grad-accumulation-steps", "Passes of an optimizer step.", _TASK)
     ] = _TRAIN.grad_accumulation_steps,
     learning_rate: Annotated[
-        float | None, _option("--learning-rate", "Its peak.", _TASK, f"the recipe's, or {_TRAIN.learning_rate:g}")
+        float | None, _option("--learning-rate", "Its peak.", _TASK, _tried(f"{_TRAIN.learning_rate:g}"))
     ] = None,
     warmup: Annotated[float, _option("--warmup", "Share of the steps that warm up.", _TASK)] = _TRAIN.warmup,
     weight_decay: Annotated[float, _option("--weight-decay", "AdamW's.", _TASK)] = _TRAIN.weight_decay,
