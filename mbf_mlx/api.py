@@ -19,7 +19,7 @@ from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, Tra
 from mbf_mlx.encode import Encoder
 from mbf_mlx.errors import InputError
 from mbf_mlx.events import Events
-from mbf_mlx.methods import Layers, Method, hooks, make, names
+from mbf_mlx.methods import Layers, Method, make
 from mbf_mlx.parallel import Team
 from mbf_mlx.records import FORMAT_VERSION, BaseRecord, Identity, TaskRecord
 from mbf_mlx.status import status_document
@@ -91,12 +91,10 @@ class Stream:
             return stream
         data = DataConfig(template=template) if template else DataConfig()
         chosen = make(method or DEFAULT_METHOD, method_options)
-        if not load and hooks(chosen):
-            plain = ", ".join(name for name in names() if not hooks(make(name)))
-            raise InputError(
-                f"method: expected one that merges what training leaves ({plain}), got {chosen.name!r}, which takes"
-                " part in the training itself, so its tasks cannot be trained elsewhere"
-            )
+        if not load:
+            from mbf_mlx.exchange import check_method
+
+            check_method(chosen)
         if load:
             backend.setup()  # before anything of the base's is converted or loaded
         from mbf_mlx.recipe import lora_config

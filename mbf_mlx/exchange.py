@@ -2,25 +2,26 @@
 
 Shapes: A (rank, in), B (out, rank). What PEFT, Unsloth, axolotl, LLaMA-Factory or mlx-lm trained from our start comes
 back as one adapter, whose update is brought to the stream's own scale: B' = B * their scale / ours. The base is
-compared by its layers and their shapes, because elsewhere training may run on the unquantized model.
+compared by its architecture, its layers and their shapes, because elsewhere training may run on the unquantized model.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mbf_mlx import adapter
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import peft
-from mbf_mlx.methods import Factors, Pair, State, hooks, make
+from mbf_mlx.methods import Factors, Method, Pair, State, hooks, make, names
 from mbf_mlx.records import TaskRecord
 from mbf_mlx.storage import sha256_file
 from mbf_mlx.stream import StreamFolder
 
 FORMATS = ("peft", "mlx")
 PLAUSIBLE = 0.3  # mean cosine between the rows of the start's A and of the tuned one, under which it started elsewhere
+SAME = {"mistral": "llama"}  # what mlx-lm computes with one code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,20 @@ class Absorbed:
     record: TaskRecord
     cosine: float  # mean over the rows of all layers, between the start's A and the tuned one
     notes: tuple[str, ...] = ()
+
+
+def check_method(method: Method) -> None:
+    """Check that a method needs nothing of training but the tuned factors, so that it may happen elsewhere.
+
+    Raises:
+        InputError: it takes part in the training itself.
+    """
+    if hooks(method):
+        plain = ", ".join(name for name in names() if not hooks(make(name)))
+        raise InputError(
+            f"method {method.name}: expected one that merges what training leaves ({plain}); this one takes part in the"
+            " training itself, so its tasks cannot be trained elsewhere\nhint: mbf learn trains them here"
+        )
 
 
 def next_start(stream: StreamFolder, kind: str) -> dict[str, bytes]:
@@ -64,7 +79,7 @@ def absorb(
         folder: The adapter, in PEFT's or mlx-lm's layout.
         name: Of the task.
         source: The task's file or folder, to be scored on later; may be left out.
-        force: Absorb an adapter that does not look as if it started from our start.
+        force: Absorb an adapter that does not look as if it started from our start, or on our architecture.
         again: Absorb under a name that the stream has already.
 
     Raises:
@@ -74,7 +89,7 @@ def absorb(
     if not again and any(record.name == name for record in history):
         raise InputError(f"--name: {stream.path} has learned a task named {name!r}; choose another name, or --again")
     state, method = stream.state(), _method(stream)
-    tuned, notes = read_tuned(stream, folder)
+    tuned, notes = read_tuned(stream, folder, force=force)
     cosine = _cosine(method.start(state), tuned)
     if cosine < PLAUSIBLE and not force:
         raise InputError(
@@ -90,22 +105,22 @@ def absorb(
     return Absorbed(record=record, cosine=cosine, notes=notes)
 
 
-def read_tuned(stream: StreamFolder, folder: Path) -> tuple[Factors, tuple[str, ...]]:
+def read_tuned(stream: StreamFolder, folder: Path, *, force: bool = False) -> tuple[Factors, tuple[str, ...]]:
     """Return an adapter's factors in the stream's own scale and order, and what had to be changed.
 
     Raises:
-        InputError: another rank, other layers or shapes; everything wrong is named at once.
+        InputError: another architecture (not with `force`), rank, layers or shapes; everything wrong is named at once.
     """
     if not (folder / peft.WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise InputError(f"{folder}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
     if (folder / peft.WEIGHTS).exists():
         theirs = peft.read(folder)
-        factors, scale, notes = theirs.factors, theirs.scale, theirs.notes
+        factors, scale, notes, base = theirs.factors, theirs.scale, theirs.notes, theirs.base
     else:
         own = adapter.read(folder)
-        factors, scale, notes = own.factors, own.scale, ()
+        factors, scale, notes, base = own.factors, own.scale, (), own.config.get("model")
     identity = stream.identity
-    problems = []
+    problems = [] if force else _other_architecture(base, identity.base.architecture)
     for layer, (out, inner) in identity.layers.items():
         if layer not in factors:
             problems.append(f"  {layer}: missing")
@@ -130,12 +145,24 @@ def read_tuned(stream: StreamFolder, folder: Path) -> tuple[Factors, tuple[str, 
     return {layer: Pair(factors[layer].a, factors[layer].b * share) for layer in identity.layers}, notes
 
 
-def _method(stream: StreamFolder) -> Any:
+def _other_architecture(base: object, expected: str) -> list[str]:
+    """Return the line that says so where an adapter's base is a folder here and of another architecture.
+
+    A hub id is not looked up: what it trained on is then seen by its layers and their shapes alone.
+    """
+    path = Path(str(base)) / "config.json"
+    try:
+        found = str(json.loads(path.read_bytes())["model_type"]) if path.is_file() else expected
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []  # it does not say
+    if SAME.get(found, found) == SAME.get(expected, expected):
+        return []
+    return [f"  it was trained on {base}: expected architecture {expected!r}, got {found!r} (--force: absorb it still)"]
+
+
+def _method(stream: StreamFolder) -> Method:
     method = make(stream.identity.method, stream.identity.method_options)
-    if hooks(method):
-        raise InputError(
-            f"method {method.name}: takes part in the training itself, so its tasks cannot be trained elsewhere"
-        )
+    check_method(method)
     return method
 
 

@@ -74,15 +74,106 @@ def test_another_scale_goes_into_b(tmp_path):
     assert notes == ("its scale is 8, the stream's 2: the ratio goes into B",)
 
 
-@pytest.mark.parametrize("dtype", [np.float16])
-def test_half_precision_adapters_are_absorbed_too(tmp_path, dtype):
+def as_bfloat16(array):
+    """An array's upper halves of 16 bits, as bfloat16 stores them; cut, not rounded."""
+    return (np.ascontiguousarray(array, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def as_safetensors(tensors, dtype):
+    """A safetensors file of a type that NumPy has no name for: `dtype` as the format calls it."""
+    header, data = {}, b""
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [len(data), len(data) + tensor.nbytes]}
+        data += tensor.tobytes()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data
+
+
+# Name in the format -> (to what is stored, back to float32).
+HALVES = {
+    "F16": (lambda x: x.astype(np.float16), lambda x: x.astype(np.float32)),
+    "BF16": (as_bfloat16, lambda x: (x.astype(np.uint32) << 16).view(np.float32)),
+}
+
+
+@pytest.mark.parametrize("kind", exchange.FORMATS)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_adapters_are_absorbed_too(tmp_path, dtype, kind):
     stream = learn(new_stream(tmp_path / "s"), 1)
-    folder, tuned = trained(stream, tmp_path / "tuned", "peft")
-    tensors = safetensors.numpy.load_file(folder / peft.WEIGHTS)
-    safetensors.numpy.save_file({name: t.astype(dtype) for name, t in tensors.items()}, folder / peft.WEIGHTS)
-    factors, _ = exchange.read_tuned(stream, folder)
+    folder, tuned = trained(stream, tmp_path / "tuned", kind)
+    store, back = HALVES[dtype]
+    file = folder / (peft.WEIGHTS if kind == "peft" else adapter.WEIGHTS)
+    stored = {name: store(tensor) for name, tensor in safetensors.numpy.load_file(file).items()}
+    file.write_bytes(as_safetensors(stored, dtype))
+    with stream.writer():
+        exchange.absorb(stream, folder, "mail")
+    kept = StreamFolder.open(tmp_path / "s").state().kept["tuned_b"]
     for name, pair in tuned.items():
-        np.testing.assert_array_equal(factors[name].a, pair.a.astype(dtype).astype(np.float32))
+        np.testing.assert_array_equal(kept[name], back(store(pair.b)))
+
+
+def test_the_way_through_another_tools_files_changes_no_byte_of_the_state(tmp_path):
+    """Float32 adapters, whose scale times rank is a whole number: what PEFT stores beside the factors."""
+    states = {}
+    for kind in (None, *exchange.FORMATS):
+        stream = learn(new_stream(tmp_path / f"s-{kind}"), 1)
+        if kind is None:  # trained here
+            learn(stream)
+        else:
+            folder, _ = trained(stream, tmp_path / f"tuned-{kind}", kind)
+            with stream.writer():
+                exchange.absorb(stream, folder, "task2")
+        current = stream.path / "current"
+        states[kind] = [(current / name).read_bytes() for name in ("state.safetensors", "adapter/adapters.safetensors")]
+    assert states["peft"] == states["mlx"] == states[None]
+
+
+@pytest.mark.parametrize("name", ["ewc", "replay", "o-lora", "joint"])
+def test_a_method_that_takes_part_in_training_says_so(tmp_path, name):
+    stream = new_stream(tmp_path / "s", method=name, method_options=make(name).options)
+    message = (
+        rf"method {name}: expected one that merges what training leaves \(slao, .*\); this one takes part in the"
+        " training itself, so its tasks cannot be trained elsewhere\nhint: mbf learn trains them here"
+    )
+    with pytest.raises(InputError, match=message):
+        exchange.next_start(stream, "peft")
+    with stream.writer(), pytest.raises(InputError, match=message):
+        exchange.absorb(stream, tmp_path, "mail")
+
+
+@pytest.mark.parametrize("name", ["slao", "sequential", "products", "running-mean", "task-arithmetic", "magmax", "ties",
+                                  "dare", "opcm"])  # fmt: skip
+def test_every_method_that_only_merges_absorbs(tmp_path, name):
+    stream = learn(new_stream(tmp_path / "s", method=name, method_options=make(name).options), 1)
+    folder, _ = trained(stream, tmp_path / "tuned", "peft")
+    with stream.writer():
+        exchange.absorb(stream, folder, "mail")
+    there = learn(new_stream(tmp_path / "t", method=name, method_options=make(name).options), 2)
+    for layer, pair in there.state().deployed.items():
+        np.testing.assert_array_equal(
+            stream.state().deployed[layer].b @ stream.state().deployed[layer].a, pair.b @ pair.a
+        )
+
+
+@pytest.mark.parametrize("kind", exchange.FORMATS)
+def test_an_adapter_of_another_architecture_is_refused_where_its_base_is_here(tmp_path, kind):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    folder, _ = trained(stream, tmp_path / "tuned", kind)
+    base = tmp_path / "qwen"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "qwen2"}')
+    file = folder / (peft.CONFIG if kind == "peft" else adapter.CONFIG)
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"base_model_name_or_path": str(base), "model": str(base)}))
+    refused(
+        stream, folder, rf"trained on {base}: expected architecture 'llama', got 'qwen2' \(--force: absorb it still"
+    )
+    (base / "config.json").write_text('{"model_type": "mistral"}')  # what mlx-lm loads as a Llama
+    assert exchange.read_tuned(stream, folder)
+    (base / "config.json").write_text('{"model_type": "qwen2"}')
+    with stream.writer():
+        assert exchange.absorb(stream, folder, "mail", force=True).record.t == 2
 
 
 def refused(stream, folder, message, **options):
