@@ -1,14 +1,17 @@
 """`mbf plan`, and the limit that stops a run by the same formula."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
 from mbf_mlx import commands, plan
+from mbf_mlx.commands import console
 from mbf_mlx.config import LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.recipe import recipes
+from tests.conftest import ROOT
 from tests.test_train import rows_of
 
 GB = 10**9
@@ -52,6 +55,19 @@ def test_a_table_for_models_that_are_not_here(no_models):
     assert large["parts"]["weights"] == pytest.approx(4.5e9, rel=0.02)
     assert large["available_bytes"] == 27 * GB
     assert "llama-3.1-8b-instruct" in run("--model", names, *TABLE).stdout
+
+
+def test_the_readmes_table_is_what_its_command_says(no_models):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Will it fit")[2].partition("\n## ")[0]
+    command = re.search(r"\$ mbf plan (--model (?:[^\\\n]|\\\n)+)\n", section)[1].replace("\\\n", " ")
+    done = run(*command.split(), "--json")
+    assert done.exit_code == 0, done.output
+    rows = {}
+    for each in json.loads(done.stdout)["plans"]:
+        rows.setdefault(each["model"], [console.size(each["peak_bytes"])]).append(each["verdict"])
+    table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    assert [row[1:] for row in table[2:]] == list(rows.values())
+    assert [f"{row[0].lower().replace(' ', '-')}-instruct" for row in table[2:]] == list(rows)
 
 
 @pytest.mark.parametrize(("peak", "says"), [(80, "fits"), (81, "tight"), (100, "tight"), (101, "no")])
