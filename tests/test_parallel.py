@@ -119,15 +119,12 @@ def pair(tmp_path):
     def start(*words):
         hosts = tmp_path / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+        command = [sys.executable, *map(str, words)]
         for rank in range(2):
             environment = {**os.environ, "MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank), "PYTHONPATH": str(ROOT)}
             with (tmp_path / f"out{rank}").open("w") as out, (tmp_path / f"err{rank}").open("w") as err:
-                started.append(
-                    subprocess.Popen(
-                        [sys.executable, *map(str, words)], stdout=out, stderr=err, cwd=tmp_path, env=environment
-                    )
-                )
-        return started
+                started.append(subprocess.Popen(command, stdout=out, stderr=err, cwd=tmp_path, env=environment))
+        return started[-2:]
 
     yield start
     for process in started:
@@ -190,14 +187,35 @@ def test_mlx_launch_starts_mbf_learn_and_one_process_writes_and_prints(tmp_path,
 @pytest.mark.parametrize("dead", [1, 0])
 def test_a_dead_process_ends_the_run_and_the_stream_is_whole(pair, tmp_path, task, tiny_llama, dead):
     words = ["learn", "stream", task, "--model", tiny_llama, "--rank", 4, "--iters", 400, "--save-every", 1]
-    processes = pair(ROOT / "cli.py", *words)
-    working, deadline = tmp_path / "stream" / "working", time.monotonic() + 200
-    while not list(working.glob("step-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    processes[dead].kill()
-    left = processes[1 - dead]
-    assert left.wait(timeout=200) == 1, said(tmp_path, 1 - dead)
+    lose_one(pair(ROOT / "cli.py", *words), dead, tmp_path / "stream", tmp_path)
     assert f"error: process {1 - dead} of 2: another process of this run is gone" in said(tmp_path, 1 - dead)[1][-2]
     folder = StreamFolder.open(tmp_path / "stream")
     folder.verify_all()
     assert folder.history() == [] and folder.interrupted()
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_process_goes_on_to_the_same_bits_when_started_again(pair, tmp_path, task, tiny_llama):
+    found = {}
+    for name in ("whole", "cut"):
+        words = ["learn", name, task, "--model", tiny_llama, "--rank", 4, "--iters", 100, "--save-every", 5]
+        if name == "cut":
+            lose_one(pair(ROOT / "cli.py", *words), 1, tmp_path / name, tmp_path)
+            assert StreamFolder.open(tmp_path / name).interrupted()
+        processes = pair(ROOT / "cli.py", *words)
+        assert [process.wait(timeout=300) for process in processes] == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+        folder = StreamFolder.open(tmp_path / name)
+        folder.verify_all()
+        assert [record.steps for record in folder.history()] == [100] and not folder.interrupted()
+        current = tmp_path / name / "current"
+        found[name] = [(current / file).read_bytes() for file in ("state.safetensors", "adapter/adapters.safetensors")]
+    assert found["cut"] == found["whole"]
+
+
+def lose_one(processes, dead, stream, folder):
+    """Kill one of the two when the first save is there; the other has to end by itself, as a user's mistake would."""
+    deadline = time.monotonic() + 200
+    while not list((stream / "working").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    processes[dead].kill()
+    assert processes[1 - dead].wait(timeout=200) == 1, said(folder, 1 - dead)
