@@ -6,8 +6,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from mbf_mlx import commands, plan
-from mbf_mlx.commands import console
+from mbf_mlx import commands, plan, units
 from mbf_mlx.config import LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.recipe import recipes
@@ -64,7 +63,7 @@ def test_the_readmes_table_is_what_its_command_says(no_models):
     assert done.exit_code == 0, done.output
     rows = {}
     for each in json.loads(done.stdout)["plans"]:
-        rows.setdefault(each["model"], [console.size(each["peak_bytes"])]).append(each["verdict"])
+        rows.setdefault(each["model"], [units.size(each["peak_bytes"])]).append(each["verdict"])
     table = [[cell.strip() for cell in line.strip("| ").split("|")] for line in section.splitlines() if line[:1] == "|"]
     assert [row[1:] for row in table[2:]] == list(rows.values())
     assert [f"{row[0].lower().replace(' ', '-')}-instruct" for row in table[2:]] == list(rows)
