@@ -24,6 +24,7 @@ from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.events import Step
 from mbf_mlx.parallel import Message, Team
 from mbf_mlx.tuning import Arrays, Tuning
+from mbf_mlx.working import SaveClock
 
 FLOOR = 0.1  # share of the peak rate at which the decay ends
 SAMPLE_ROWS = 16  # rows whose loss is compared before and after
@@ -91,7 +92,8 @@ def train(
         valid: To choose the best step by; may be empty.
         config: Epochs or steps, rates, batch sizes.
         report: Called after every optimizer step.
-        save: Called with what continues the run, as often as `config.save_every` says and at the end.
+        save: Called with what continues the run, as often as `config.save_every` says (`working.SaveClock`), and at
+            the end.
         resume: What `save` was given last.
         guard: Stop a run whose loss has exploded.
         team: Processes that share each step's rows; they have been told of the task.
@@ -103,7 +105,7 @@ def train(
     tuning.model.train()
     run = _Run(tuning, engine, rows, config, team)
     progress = run.restore(resume) if resume else replace(Progress(), loss_before=run.sample_loss())
-    last_save = time.monotonic()
+    clock = SaveClock(config.save_steps, config.save_seconds, time.monotonic())
     for number, group in enumerate(run.groups(progress.step), start=progress.step + 1):
         if progress.stopped:
             break
@@ -130,12 +132,10 @@ def train(
                 valid_loss=valid_loss,
             )
         )
-        due = (config.save_steps and number % config.save_steps == 0) or (
-            config.save_seconds is not None and time.monotonic() - last_save >= config.save_seconds
-        )
-        if save and (due or number == run.steps or progress.stopped):
+        began = time.monotonic()
+        if save and (clock.is_due(number, began) or number == run.steps or progress.stopped):
             save(progress, run.tensors())
-            last_save = time.monotonic()
+            clock.saved(began, time.monotonic())
     run.restore_best()
     return Trained(progress=progress, loss_after=run.sample_loss(f"step {progress.step}: the loss after training"))
 
