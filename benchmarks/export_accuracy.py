@@ -59,11 +59,13 @@ def main() -> None:
         began = time.monotonic()
         stream = taught(options.work / f"stream-{kind}", base, tasks, options)
         print(f"{kind}: taught in {time.monotonic() - began:.0f} s", flush=True)
-        rows = list(measure(stream, base, options.work / "fused"))
+        rows: list[dict[str, Any]] = []
         document = {"date": str(date.today()), "machine": platform.machine(), "base": kind, "rows": rows}
         document["versions"] = {name: version(name) for name in ("mlx", "mlx-lm", "numpy")}
         document["settings"] = {name: str(value) for name, value in vars(options).items()}
-        (options.work / f"{kind}.json").write_text(json.dumps(document, indent=1) + "\n")
+        for row in measure(stream, base, options.work / "fused"):
+            rows.append(row)
+            (options.work / f"{kind}.json").write_text(json.dumps(document, indent=1) + "\n")
         print(table(kind, rows), flush=True)
 
 
@@ -116,7 +118,7 @@ def measure(stream: Any, base: Path, out: Path) -> Iterator[dict[str, Any]]:
 
     identity, factors = stream.folder.identity, stream.folder.state().deployed
     quality.KEPT_BYTES = 1 << 30  # all rows count
-    live = model.load_base(base, dtype="float32")
+    live = model.load_base(base, dequantize=True, dtype="float32")
     model.attach(live.model, LoRAConfig(rank=identity.rank, scale=identity.scale, keys=tuple(identity.keys)))
     model.write_factors(live.model, factors)
     encoder = Encoder(live.tokenizer, DataConfig(template=identity.template))
@@ -142,7 +144,7 @@ def measure(stream: Any, base: Path, out: Path) -> Iterator[dict[str, Any]]:
     del live
 
     def ask(name: str, retention: float | None = None, seconds: float = 0.0) -> dict[str, Any]:
-        found = reference.compare(model.load_base(out, dtype="float32").model)
+        found = reference.compare(model.load_base(out, dequantize=True, dtype="float32").model)
         row = row_of(name, found, bare, weight_bytes(out), size)
         print(f"  {name}: {found.exported:.3f}, KL {found.kl:.4f}", file=sys.stderr, flush=True)
         shutil.rmtree(out)
