@@ -8,10 +8,11 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbf_mlx import adapter
+from mbf_mlx import adapter, exchange
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import peft
 from mbf_mlx.methods import Pair
+from tests.streams import learn, new_stream
 from tests.tiny_llama import write_tiny_llama
 
 RANK = 4
@@ -136,6 +137,26 @@ def test_alpha_and_rank_patterns_are_folded_in(tmp_path):
         expected = scales[name] * mixed[name].b.astype(np.float64) @ mixed[name].a
         np.testing.assert_allclose(delta, expected, rtol=1e-5, atol=1e-6)
     assert len(back.notes) == 2 and "2 layers have another alpha" in back.notes[0]
+
+
+def test_an_adapter_from_anywhere_is_the_start_of_a_stream_with_its_update_unchanged(tmp_path):
+    stream = new_stream(tmp_path / "s")
+    generator, rank = np.random.default_rng(3), stream.identity.rank
+    factors = {
+        name: Pair(*(generator.normal(size=shape).astype(np.float32) for shape in ((rank, inner), (out, rank))))
+        for name, (out, inner) in stream.identity.layers.items()
+    }
+    folder = export(tmp_path / "peft", factors, use_rslora=True, lora_alpha=6, alpha_pattern={"q_proj": 3})
+    scales = {name: (3 if name.endswith("q_proj") else 6) / np.sqrt(rank) for name in factors}
+    with stream.writer():
+        done = exchange.absorb(stream, folder, "theirs", force=True)
+    assert done.record.t == 1 and "have another alpha" in done.notes[0]
+    state = stream.state()
+    for name, delta in deltas(state.deployed, stream.identity.scale).items():
+        expected = scales[name] * factors[name].b.astype(np.float64) @ factors[name].a
+        np.testing.assert_allclose(delta, expected, rtol=1e-5, atol=1e-5)
+    learn(stream)
+    assert [record.name for record in stream.history()] == ["theirs", "task2"]
 
 
 @pytest.mark.parametrize(
