@@ -11,6 +11,7 @@ from mbf_mlx import adapter
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import TARGETS, check_options, peft, run
 from mbf_mlx.export.card import About, read_base_card
+from mbf_mlx.export.gguf import planned_bytes
 from mbf_mlx.export.job import ExportRows, Job
 from mbf_mlx.export.outcome import check, fused_document, least_agreement
 from mbf_mlx.export.targets import WRITERS
@@ -152,10 +153,23 @@ def test_an_export_that_lost_too_much_is_refused_with_what_the_alternatives_cost
     assert document["lost"] and job.out.exists()
 
 
+@pytest.mark.parametrize(("target", "kind"), [("gguf", "Q4_0"), ("ollama", "Q4_1"), ("lmstudio", "Q4_0")])
+def test_what_the_alternatives_cost_is_said_of_gguf_files_too(job, target, kind, tmp_path):
+    lossy = replace(job, factors=make_factors(job.base, size=0.002), read_rows=ExportRows, kind=kind)
+    with pytest.raises(InputError) as error:
+        run(lossy, target)
+    assert not job.out.exists()
+    for bits in (8, 16):
+        planned = planned_bytes(job.base, lossy.factors, bits)
+        assert f"--bits {bits}: {planned / 1e6:.1f} MB" in str(error.value)
+        written = run(replace(lossy, kind=None, bits=bits, allow_loss=True, out=tmp_path / f"at{bits}"), "gguf")
+        assert 0 < written["bytes"] - planned < 20_000  # the vocabulary
+
+
 def test_an_update_that_is_not_in_the_weights_is_refused(job):
     document = fused_document([], 100, 100) | {"retention": 0.13}
     with pytest.raises(InputError, match=r"it keeps 0\.13 of the update; expected at least 0\.8"):
-        check(job, document)
+        check(job, document, lambda bits: 0)
 
 
 def test_a_few_rows_have_to_disagree_more_than_by_chance_and_many_do_not():
@@ -168,7 +182,7 @@ def test_answers_that_changed_refuse_an_export_whatever_its_retention(job):
     with pytest.raises(
         InputError, match=r"says what the live adapter says at 80\.0 % of 200 places; expected at least 95"
     ):
-        check(job, document)
+        check(job, document, lambda bits: 0)
 
 
 def test_without_rows_the_retention_alone_is_said(job):

@@ -21,7 +21,7 @@ from mbf_mlx.export.checkpoint import Checkpoint
 from mbf_mlx.export.fuse import Fused, codes_on_grid, delta_rows, find_layers
 from mbf_mlx.export.gguf_adapter import MAKER, OURS, is_ours
 from mbf_mlx.export.gguf_check import check
-from mbf_mlx.export.gguf_names import read_names
+from mbf_mlx.export.gguf_names import Names, read_names
 from mbf_mlx.export.gguf_plan import Matrix, Vector, plan
 from mbf_mlx.export.gguf_rope import Rope, read_rope
 from mbf_mlx.export.gguf_vocab import Vocabulary, read_vocabulary
@@ -93,9 +93,8 @@ def write_gguf(
     """
     chosen = _parse_kind(kind, out)
     base = Checkpoint(base_folder)
-    names, rope = read_names(base.config, base_folder), read_rope(base.config, base_folder)
+    names, rope, tensors = _plan(base, factors, chosen)
     vocabulary = read_vocabulary(base_folder, base.config)
-    tensors = plan(base, factors, names, rope, chosen)
     needs = sum(tensor.nbytes for tensor in tensors)
     with fresh_file(out, force=force, needs=needs, forbidden=(base_folder, *forbidden), is_ours=is_ours) as path:
         writer = gguf.GGUFWriter(path, names.architecture)
@@ -121,6 +120,18 @@ def write_gguf(
         if finish:
             finish(path, report)
     return report
+
+
+def _plan(
+    base: Checkpoint, factors: Factors, kind: gguf.GGMLQuantizationType | None
+) -> tuple[Names, Rope, list[Matrix | Vector]]:
+    names, rope = read_names(base.config, base.folder), read_rope(base.config, base.folder)
+    return names, rope, plan(base, factors, names, rope, kind)
+
+
+def planned_bytes(base_folder: Path, factors: Factors, bits: int) -> int:
+    """Return the bytes of tensors that an export with these bits would have."""
+    return sum(tensor.nbytes for tensor in _plan(Checkpoint(base_folder), factors, types.BITS[bits])[2])
 
 
 def keeps_few_bits(base_folder: Path, factors: Factors, kind: str | None) -> bool:

@@ -50,7 +50,7 @@ def fused_document(layers: list[Fused], bytes_base: int, bytes_out: int) -> Docu
     }
 
 
-def check(job: Job, document: Document, planned: Callable[[int], int] | None = None) -> None:
+def check(job: Job, document: Document, planned: Callable[[int], int]) -> None:
     """Refuse an export that lost too much, unless the user allowed it.
 
     How its answers agree with the live adapter's decides; without rows to ask for, its retention and its error.
@@ -76,8 +76,8 @@ def check(job: Job, document: Document, planned: Callable[[int], int] | None = N
         lost.append(f"it says what the live adapter says at {same}; expected at least {100 * MIN_AGREEMENT:.0f} %")
     document["lost"] = lost
     if lost and not job.allow_loss:
-        others = [bits for bits in (8, 16) if bits > (job.bits or 8)]
-        costs = [f"  --bits {bits}" + (f": {planned(bits) / 1e6:,.1f} MB" if planned else "") for bits in others]
+        has = job.bits or (4 if (job.kind or "").upper().startswith("Q4") else 8)
+        costs = [f"  --bits {bits}: {planned(bits) / 1e6:,.1f} MB" for bits in (8, 16) if bits > has]
         raise InputError(
             f"{job.out} was not written: {'; '.join(lost)} (it would have {document['bytes'] / 1e6:,.1f} MB)\n"
             + "\n".join([*costs, "  the adapter target: nothing is lost, and the base stays as it is"])

@@ -83,7 +83,7 @@ def peft_adapter(job: Job) -> Document:
 
 def gguf(job: Job) -> Document:
     """Write the whole model as one GGUF file."""
-    from mbf_mlx.export.gguf import GGUFReport, quantize_line, write_gguf
+    from mbf_mlx.export.gguf import GGUFReport, planned_bytes, quantize_line, write_gguf
     from mbf_mlx.export.gguf_adapter import is_ours
 
     check_place(job.out, force=job.force, needs=0, forbidden=(*job.forbidden, job.base), is_ours=is_ours)
@@ -95,7 +95,7 @@ def gguf(job: Job) -> Document:
         document["next"] = [f"llama-server -m {job.out}"]
         if kind in ("F16", "F32", "BF16"):
             document["next"].append(quantize_line(job.out))
-        check(job, document)
+        check(job, document, partial(planned_bytes, job.base, job.factors))
 
     named = {"name": job.out.stem, "license_id": job.about.licence}
     _write(job, write_gguf, kind=kind, rounders=live.rounder, finish=finish, **named)
@@ -113,6 +113,7 @@ def gguf_adapter(job: Job) -> Document:
 
 def ollama(job: Job) -> Document:
     """Write a folder for `ollama create`."""
+    from mbf_mlx.export.gguf import planned_bytes
     from mbf_mlx.export.ollama import OllamaReport, write_ollama
 
     check_folder_place(job.out, force=job.force, forbidden=(*job.forbidden, job.base))
@@ -123,7 +124,7 @@ def ollama(job: Job) -> Document:
         document.update(_gguf_document(job, live, folder / report.gguf.out.name, report.gguf))
         document.update(template=report.template, next=report.next)
         document["notes"] += report.notes
-        check(job, document)
+        check(job, document, partial(planned_bytes, job.base, job.factors))
         add_card(job, folder, "ollama", document)
 
     named = {"name": job.out.name, "license_id": job.about.licence}
@@ -133,6 +134,7 @@ def ollama(job: Job) -> Document:
 
 def lmstudio(job: Job) -> Document:
     """Write a folder in LM Studio's layout: a GGUF file, or with `--type mlx` a folder for its MLX engine."""
+    from mbf_mlx.export import gguf, mlx_folder
     from mbf_mlx.export.gguf import GGUFReport
     from mbf_mlx.export.live import Live
     from mbf_mlx.export.lmstudio import LMStudioReport, write_lmstudio
@@ -153,7 +155,8 @@ def lmstudio(job: Job) -> Document:
         else:
             document.update(_folder_document(job, live, model, written))
         document["next"] = report.next
-        check(job, document)
+        planned = gguf.planned_bytes if isinstance(written, GGUFReport) else mlx_folder.planned_bytes
+        check(job, document, partial(planned, job.base, job.factors))
         add_card(job, folder, "lmstudio", document)
 
     named = {"name": job.out.name, "license_id": job.about.licence}
