@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 TASKS = ("amazon", "langid", "sarcasm")  # of 2, 12 and 2 labels, the shortest texts
 DATA = ROOT.parent / "shared" / "data" / "tasks"
+EXPORTS = ("default", "16", "plain", "chance", "4", "one", "nearest", "new", "search")
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, for grids that are searched
 
 
@@ -41,6 +42,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--train-rows", type=int, default=160)
     parser.add_argument("--test-rows", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=1000, help="test rows of a task that exports are asked, at most")
+    parser.add_argument("--exports", nargs="+", default=list(EXPORTS), choices=list(EXPORTS))
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--keys", nargs="+", default=["q_proj", "v_proj"])
@@ -63,7 +66,7 @@ def main() -> None:
         document = {"date": str(date.today()), "machine": platform.machine(), "base": kind, "rows": rows}
         document["versions"] = {name: version(name) for name in ("mlx", "mlx-lm", "numpy")}
         document["settings"] = {name: str(value) for name, value in vars(options).items()}
-        for row in measure(stream, base, options.work / "fused"):
+        for row in measure(stream, base, options.work / "fused", options.rows, options.exports):
             rows.append(row)
             (options.work / f"{kind}.json").write_text(json.dumps(document, indent=1) + "\n")
         print(table(kind, rows), flush=True)
@@ -103,8 +106,8 @@ def taught(path: Path, base: Path, tasks: list[Path], options: argparse.Namespac
     return stream
 
 
-def measure(stream: Any, base: Path, out: Path) -> Iterator[dict[str, Any]]:
-    """Yield one row of the table for the base, the live adapter and each export."""
+def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield one row of the table for the base, the live adapter and each export in `only`, on so many rows a task."""
     from mbf_mlx import model
     from mbf_mlx.config import DataConfig, LoRAConfig
     from mbf_mlx.encode import Encoder
@@ -123,7 +126,11 @@ def measure(stream: Any, base: Path, out: Path) -> Iterator[dict[str, Any]]:
     model.write_factors(live.model, factors)
     encoder = Encoder(live.tokenizer, DataConfig(template=identity.template))
     history = stream.folder.history()
-    rows = [row for record in history for row in encoder.all(read_task(Path(record.path)).test, Path(record.path))]
+    rows = [
+        row
+        for record in history
+        for row in encoder.all(read_task(Path(record.path)).test[:measured], Path(record.path))
+    ]
     reference = quality.Reference(live.model, rows)
     inputs: dict[str, np.ndarray] = {}
     for names, matrix in moments(
@@ -156,32 +163,34 @@ def measure(stream: Any, base: Path, out: Path) -> Iterator[dict[str, Any]]:
         report = write_mlx_folder(base, factors, identity.scale, out, bits=bits, rounders=rounders)
         return ask(name, report.retention, time.monotonic() - began)
 
-    yield ours("default: touched layers at 8 bits", None, None)
-    yield ours("--bits 16", 16, None)
-    command = [
-        sys.executable,
-        "-m",
-        "mlx_lm",
-        "fuse",
-        "--model",
-        base,
-        "--adapter-path",
-        stream.folder.path / "adapter",
-    ]
-    shutil.rmtree(out, ignore_errors=True)
-    subprocess.run([*map(str, command), "--save-path", str(out)], check=True, capture_output=True)
-    yield ask("mlx_lm.fuse, 4 bits")
-    yield ours("4 bits: nearest on the base's grid", 4, lambda h: nearest)
-    yield ours("4 bits: by chance on the base's grid", 4, None)
-    yield ours("4 bits: one input after the other, base's grid", 4, lambda h: OneByOne(h))
-    yield ours("4 bits: the same and improved (--bits 4)", 4, Rounder)
-    kept = fuse._encode_on_grid
-    try:
-        for name, shrink in (("a new grid", (1.0,)), ("a new grid, scale searched", SHRINK)):
-            fuse._encode_on_grid = new_grid(shrink)
-            yield ours(f"4 bits: the same and improved, {name}", 4, Rounder)
-    finally:
-        fuse._encode_on_grid = kept
+    def plain() -> dict[str, Any]:
+        adapter = stream.folder.path / "adapter"
+        command = [sys.executable, "-m", "mlx_lm", "fuse", "--model", base, "--adapter-path", adapter]
+        shutil.rmtree(out, ignore_errors=True)
+        subprocess.run([*map(str, command), "--save-path", str(out)], check=True, capture_output=True)
+        return ask("mlx_lm.fuse, 4 bits")
+
+    def anew(name: str, shrink: tuple[float, ...]) -> dict[str, Any]:
+        kept = fuse._encode_on_grid
+        fuse._encode_on_grid = new_grid(shrink)
+        try:
+            return ours(f"4 bits: codes chosen together, {name}", 4, Rounder)
+        finally:
+            fuse._encode_on_grid = kept
+
+    exports: dict[str, Callable[[], dict[str, Any]]] = {
+        "default": lambda: ours("default: touched layers at 8 bits", None, None),
+        "16": lambda: ours("--bits 16", 16, None),
+        "plain": plain,
+        "chance": lambda: ours("4 bits: by chance on the base's grid", 4, None),
+        "4": lambda: ours("4 bits: codes chosen together (--bits 4)", 4, Rounder),
+        "one": lambda: ours("4 bits: one input after the other (GPTQ), base's grid", 4, lambda h: OneByOne(h)),
+        "nearest": lambda: ours("4 bits: nearest on the base's grid", 4, lambda h: nearest),
+        "new": lambda: anew("a new grid", (1.0,)),
+        "search": lambda: anew("a new grid, scale searched", SHRINK),
+    }
+    for name in only:
+        yield exports[name]()
 
 
 def nearest(target: np.ndarray, grid: Any, bits: int) -> np.ndarray:
