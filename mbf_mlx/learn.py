@@ -31,7 +31,7 @@ from mbf_mlx.parallel import Team
 from mbf_mlx.records import SCORE_DIGITS, TaskRecord
 from mbf_mlx.sources import unpacked_bytes
 from mbf_mlx.stream import StreamFolder
-from mbf_mlx.tasks import Task, read_task
+from mbf_mlx.tasks import Task, find_again
 from mbf_mlx.train import Progress, Trained, progress_to_json, train
 from mbf_mlx.tuning import Tuning
 from mbf_mlx.working import Working, check_same_run
@@ -100,16 +100,8 @@ class TestRows:
         """Return the encoded test rows of a learned task, or why they are not there any more."""
         if record.sha256 in self._rows:
             return self._rows[record.sha256]
-        path = Path(record.path)
-        if not path.exists():
-            return f"{record.name}: {path} is not there any more"
-        try:
-            task = read_task(path, name=record.name)
-        except InputError as error:
-            return f"{record.name}: {str(error).splitlines()[0]}"
-        if task.sha256 != record.sha256:
-            return f"{record.name}: {path} has changed since it was learned"
-        return self.of_task(task)
+        found = find_again(record)
+        return found if isinstance(found, str) else self.of_task(found)
 
 
 def known(stream: StreamFolder, task: Task, again: bool) -> bool:

@@ -17,6 +17,7 @@ from mbf_mlx.benchmark_formats import OLora, SuperNaturalInstructions
 from mbf_mlx.errors import InputError
 from mbf_mlx.formats import JsonLines, Reader, Table
 from mbf_mlx.reading import open_binary
+from mbf_mlx.records import TaskRecord
 from mbf_mlx.rows import NAMES, Row
 from mbf_mlx.splits import MAX_LABELS, Problems, Rows, Scan, lowest, repeated, standing_in
 
@@ -118,6 +119,18 @@ def read_task(path: Path | str, *, name: str | None = None, report: Report = lam
         warnings=tuple(warnings),
         held_out=held_out,
     )
+
+
+def find_again(record: TaskRecord) -> Task | str:
+    """Return a learned task read again from where it was, or why it cannot be: its files are gone, bad or others."""
+    path = Path(record.path)
+    if not path.exists():
+        return f"{record.name}: {path} is not there any more"
+    try:
+        task = read_task(path, name=record.name)
+    except InputError as error:
+        return f"{record.name}: {str(error).splitlines()[0]}"
+    return task if task.sha256 == record.sha256 else f"{record.name}: {path} has changed since it was learned"
 
 
 def check_name(name: str) -> str:

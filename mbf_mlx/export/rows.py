@@ -14,7 +14,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export.job import ExportRows
 from mbf_mlx.records import TaskRecord
 from mbf_mlx.rows import Row
-from mbf_mlx.tasks import Task, read_task
+from mbf_mlx.tasks import find_again, read_task
 
 FIT_ROWS = 96  # over all tasks
 COMPARE_ROWS = 64
@@ -26,7 +26,7 @@ def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, template: str) 
     found, notes = [], []
     newest = {record.name: record for record in records}
     for record in newest.values():
-        task = _find(record)
+        task = find_again(record)
         if isinstance(task, str):
             notes.append(task)
         else:
@@ -60,17 +60,6 @@ def rows_of_file(path: Path, tokenizer: Any, template: str) -> ExportRows:
     if len(encoded) < 2:
         raise InputError(f"{path}: expected at least 2 rows or paragraphs that fit, got {len(encoded)}")
     return ExportRows(encoded[::2][:FIT_ROWS], encoded[1::2][:COMPARE_ROWS], f"rows of {path.name}")
-
-
-def _find(record: TaskRecord) -> Task | str:
-    path = Path(record.path)
-    if not path.exists():
-        return f"{record.name}: {path} is not there any more"
-    try:
-        task = read_task(path, name=record.name)
-    except InputError as error:
-        return f"{record.name}: {str(error).splitlines()[0]}"
-    return task if task.sha256 == record.sha256 else f"{record.name}: {path} has changed since it was learned"
 
 
 def _encoded(encoder: Encoder, rows: Sequence[Row], count: int) -> list[Encoded]:
