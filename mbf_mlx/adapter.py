@@ -17,9 +17,10 @@ import safetensors.numpy
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import Factors, Layers, Pair
+from mbf_mlx.records import CONFIG as CONFIG
+from mbf_mlx.records import WEIGHTS as WEIGHTS
 from mbf_mlx.storage import read_file
 
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 _LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # what torch.save and pickle begin with
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}

@@ -5,15 +5,17 @@ https://github.com/huggingface/safetensors. Bytes are handed on as they are; wha
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mbf_mlx import storage
 from mbf_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_LENGTH = (1 << 31) - 1  # of one dimension: MLX counts in 32 bits
@@ -143,7 +145,7 @@ class Declared(NamedTuple):
     shape: tuple[int, ...]
 
 
-def write(path: Path, declared: list[Declared], arrays: Iterable[np.ndarray]) -> None:
+def write(path: Path, declared: list[Declared], arrays: "Iterable[np.ndarray]") -> None:
     """Write a safetensors file from arrays that come one at a time, in the declared order.
 
     Args:
@@ -154,10 +156,12 @@ def write(path: Path, declared: list[Declared], arrays: Iterable[np.ndarray]) ->
     Raises:
         ValueError: an array whose bytes are not what was declared.
     """
+    import numpy as np  # reading headers does without
+
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
     for tensor in declared:
-        begin, end = end, end + int(np.prod(tensor.shape, dtype=np.int64)) * DTYPE_BYTES[tensor.dtype]
+        begin, end = end, end + math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
         header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # readers want the data aligned
@@ -165,7 +169,7 @@ def write(path: Path, declared: list[Declared], arrays: Iterable[np.ndarray]) ->
         with open(path, "xb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for tensor, array in zip(declared, arrays, strict=True):
-                if array.nbytes != np.prod(tensor.shape, dtype=np.int64) * DTYPE_BYTES[tensor.dtype]:
+                if array.nbytes != math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]:
                     raise ValueError(f"{tensor.name}: declared {tensor.dtype} {tensor.shape}, got {array.nbytes} bytes")
                 file.write(np.ascontiguousarray(array).data)
             file.flush()

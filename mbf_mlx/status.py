@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from mbf_mlx import adapter, metrics
-from mbf_mlx.records import TaskRecord
-from mbf_mlx.stream import STATE, StreamFolder
+from mbf_mlx import metrics
+from mbf_mlx.records import STATE, WEIGHTS, TaskRecord
+from mbf_mlx.stream import StreamFolder
 
 
 def status_document(folder: StreamFolder) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def status_document(folder: StreamFolder) -> dict[str, Any]:
     counted = [[value for value in row] for row in scores]
     kinds = {record.metric for record in history if record.metric != "loss"}
     files = manifest.files
-    weights = files.get(f"adapter/{adapter.WEIGHTS}")
+    weights = files.get(f"adapter/{WEIGHTS}")
     return {
         "stream": str(folder.path),
         "tasks": [_task_of(record) for record in history],
@@ -28,7 +28,7 @@ def status_document(folder: StreamFolder) -> dict[str, Any]:
         "mixed_metrics": len(kinds) > 1,
         "adapter_bytes": weights.bytes if weights else 0,
         "state_bytes": files[STATE].bytes,
-        "kept_bytes": folder.state().kept_bytes(),
+        "kept_bytes": folder.kept_bytes(),
         "base": {
             "name": identity.base.name,
             "fingerprint": identity.base.fingerprint,

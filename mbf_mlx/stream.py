@@ -17,22 +17,33 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import psutil
-
-from mbf_mlx import __version__, adapter
+from mbf_mlx import __version__
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods import State, empty_state
-from mbf_mlx.records import FORMAT_VERSION, FileRecord, Identity, Manifest, NewerFormatError, TaskRecord, parse
+from mbf_mlx.records import (
+    CONFIG,
+    FORMAT_VERSION,
+    STATE,
+    WEIGHTS,
+    FileRecord,
+    Identity,
+    Manifest,
+    NewerFormatError,
+    TaskRecord,
+    parse,
+)
+from mbf_mlx.safetensors_file import read_header
 from mbf_mlx.storage import Files, read_file, refusal, require_space, sha256_file
 from mbf_mlx.working import Working
 
-IDENTITY, MANIFEST, HISTORY, STATE = "stream.json", "manifest.json", "history.jsonl", "state.safetensors"
-# Of a generation, beside its manifest.
-FILES = (IDENTITY, HISTORY, STATE, f"adapter/{adapter.WEIGHTS}", f"adapter/{adapter.CONFIG}")
+if TYPE_CHECKING:  # NumPy comes with it, and `mbf status` is to be there in an instant
+    from mbf_mlx.methods import State
+
+IDENTITY, MANIFEST, HISTORY = "stream.json", "manifest.json", "history.jsonl"
+FILES = (IDENTITY, HISTORY, STATE, f"adapter/{WEIGHTS}", f"adapter/{CONFIG}")  # of a generation, beside its manifest
 SMALL_FILE = 1 << 20  # bytes; smaller files are hashed at every opening, larger ones on request
 # What a run that was killed while making a stream leaves behind.
 _BEFORE_IDENTITY = {"lock", "lock.json", "lock.json.new", "generations", "adapter", "adapter.new", "current"} | {
@@ -74,6 +85,8 @@ class StreamFolder:
         Raises:
             InputError: `path` holds something else, or cannot be written.
         """
+        from mbf_mlx import state_files
+
         files = files or Files()
         stream, there = cls(path, identity, files), os.path.lexists(path)
         try:
@@ -86,7 +99,7 @@ class StreamFolder:
             if (path / IDENTITY).exists():
                 raise InputError(f"{path}: another process has just made this stream\nhint: run the command again")
             try:
-                state = empty_state(dict(identity.layers), identity.rank, seed)
+                state = state_files.empty(identity, seed)
                 stream._discard(stream._folder(0))
                 stream._write_generation(0, state, b"", base_path, {})
                 stream._link("adapter", "current/adapter")
@@ -225,26 +238,28 @@ class StreamFolder:
             return folder, None
         return folder, (found.st_ino, found.st_ctime_ns)
 
-    def state(self) -> State:
+    def state(self) -> "State":
         """Return the state of the current generation, every byte of it checked."""
         return self._read(self._state_of)
 
-    def _state_of(self, generation: Generation) -> State:
-        manifest, identity = generation.manifest, self.identity
-        state = empty_state(dict(identity.layers), identity.rank, manifest.seed)
+    def _state_of(self, generation: Generation) -> "State":
+        from mbf_mlx import state_files
+
+        manifest = generation.manifest
         if manifest.t == 0:
-            return state
-        tensors = [
-            adapter.decode_tensors(self._content(generation, name), generation.folder / name, integers=name == STATE)
-            for name in (f"adapter/{adapter.WEIGHTS}", STATE)
-        ]
-        factors = adapter.pair_up(tensors[0], generation.folder / "adapter" / adapter.WEIGHTS)
-        kept: dict[str, dict[str, Any]] = {}
-        for key, tensor in tensors[1].items():
-            layer, _, name = key.rpartition(".")
-            kept.setdefault(name, {})[layer] = tensor
-        deployed = {name: factors[name] for name in identity.layers}
-        return replace(state, t=manifest.t, deployed=deployed, kept=kept)
+            return state_files.empty(self.identity, manifest.seed)
+        names = (f"adapter/{WEIGHTS}", STATE)
+        found = [(self._content(generation, name), generation.folder / name) for name in names]
+        return state_files.read(self.identity, manifest.t, manifest.seed, *found)
+
+    def kept_bytes(self) -> int:
+        """Return the bytes of the arrays held between tasks, deployed pair included: what `state()` would hold."""
+        return self._read(self._kept_bytes_of)
+
+    def _kept_bytes_of(self, generation: Generation) -> int:
+        names = [name for name in (f"adapter/{WEIGHTS}", STATE) if name in generation.manifest.files]
+        headers = [read_header(generation.folder / name)[0] for name in names]
+        return sum(entry.nbytes for header in headers for entry in header.values())
 
     def history(self) -> list[TaskRecord]:
         """Return one record a learned task, in order."""
@@ -363,7 +378,7 @@ class StreamFolder:
         except (InputError, OSError):
             return
 
-    def commit(self, state: State, record: TaskRecord, base_path: str, settings: dict[str, Any]) -> Generation:
+    def commit(self, state: "State", record: TaskRecord, base_path: str, settings: dict[str, Any]) -> Generation:
         """Make the state after a task the current one. Needs the writer's lock.
 
         Raises:
@@ -418,19 +433,12 @@ class StreamFolder:
     # How it is done
 
     def _write_generation(
-        self, number: int, state: State, history: bytes, base_path: str, settings: dict[str, Any]
+        self, number: int, state: "State", history: bytes, base_path: str, settings: dict[str, Any]
     ) -> None:
+        from mbf_mlx import state_files
+
         identity = self.identity
-        contents = {IDENTITY: identity.to_json(), HISTORY: history, STATE: adapter.encode_tensors(_flatten(state))}
-        if state.t:
-            named = adapter.encode(
-                state.deployed,
-                scale=identity.scale,
-                num_layers=identity.num_layers,
-                base=identity.base.name,
-                extra={"base_fingerprint": identity.base.fingerprint, "method": identity.method, "tasks": state.t},
-            )
-            contents |= {f"adapter/{name}": data for name, data in named.items()}
+        contents = {IDENTITY: identity.to_json(), HISTORY: history, **state_files.contents(state, identity)}
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             written_by=f"mbf-mlx {__version__}",
@@ -627,10 +635,6 @@ def _identity_damage(path: Path, what: str = "its content is not what was commit
     )
 
 
-def _flatten(state: State) -> dict[str, Any]:
-    return {f"{layer}.{name}": tensor for name, kept in state.kept.items() for layer, tensor in kept.items()}
-
-
 def _record(data: bytes) -> FileRecord:
     return FileRecord(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
@@ -647,6 +651,8 @@ def _describe(holder: Path) -> str:
 
 
 def _is_running(process: Any) -> bool:
+    import psutil
+
     try:
         return isinstance(process, int) and psutil.pid_exists(process)
     except (OverflowError, ValueError):

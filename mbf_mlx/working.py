@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mbf_mlx import adapter
 from mbf_mlx.errors import InputError
 from mbf_mlx.storage import Files, read_file
 
@@ -27,7 +24,7 @@ class Saved:
     run: dict[str, Any]
     machine: dict[str, Any]
     progress: dict[str, Any]
-    tensors: dict[str, np.ndarray]
+    tensors: dict[str, Any]  # NumPy arrays
 
 
 class SaveClock:
@@ -60,6 +57,8 @@ class Working:
         self, step: int, run: dict[str, Any], machine: dict[str, Any], progress: dict[str, Any], tensors: dict[str, Any]
     ) -> None:
         """Keep this place of the run in place of the one before."""
+        from mbf_mlx import adapter
+
         data = adapter.encode_tensors(tensors)
         document = {
             "run": run,
@@ -129,6 +128,8 @@ def _read(folder: Path) -> Saved:
     Raises:
         InputError: it does not hold what was saved.
     """
+    from mbf_mlx import adapter  # NumPy with it: only where there is a save to read
+
     try:
         text, data = read_file(folder / PROGRESS), read_file(folder / TENSORS)
         document = json.loads(text)

@@ -53,6 +53,25 @@ def test_state_and_adapter_keep_their_size_to_the_byte(quick_path):
     assert stream.state().kept_bytes() == held
 
 
+def test_what_is_held_between_tasks_is_counted_without_reading_it(quick_path):
+    stream = new_stream(quick_path / "s")
+    assert stream.kept_bytes() == stream.state().kept_bytes() == 0
+    learn(stream, 2)
+    assert stream.kept_bytes() == stream.state().kept_bytes() > 0
+
+
+def test_status_and_help_import_neither_numpy_nor_what_trains(quick_path):
+    learn(new_stream(quick_path / "s"), 2)
+    for words in (["--help"], ["status", str(quick_path / "s")]):
+        code = f"import atexit, sys; sys.argv = ['mbf', *{words!r}]\n"
+        code += "atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+        code += "from mbf_mlx.commands import main; main()"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        loaded = set(done.stderr.split())
+        assert "mbf_mlx.commands" in loaded and not loaded & {"numpy", "mlx", "mlx_lm", "transformers", "psutil"}
+
+
 def test_history_grows_by_a_bounded_line_a_task(quick_path):
     full = record(1, labels=["x" * 60] * 64, curve=[(10**6, 12.3456)] * 24, scores=[0.123456] * 50, losses=[1.5] * 50)
     assert len(full.to_json()) <= LINE_BYTES + 50 * 32

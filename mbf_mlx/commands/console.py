@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mbf_mlx import units
 
@@ -69,6 +68,8 @@ def progress(title: str, total: int | None = None, unit: str = "steps") -> Itera
 
 @contextmanager
 def _bar(title: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     name, values = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[values]}"))
     with Progress(name, BarColumn(), MofNCompleteColumn(), values, TimeRemainingColumn(), console=err) as bar:
         task = bar.add_task(title, total=total, values="")

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from mbf_mlx.config import LoRAConfig
 from mbf_mlx.errors import InputError
 
 
@@ -42,6 +41,8 @@ def lora_of(keys: str | None, **given: Any) -> dict[str, Any]:
     Raises:
         InputError: a value that cannot be one.
     """
+    from mbf_mlx.config import LoRAConfig
+
     chosen = {name: value for name, value in given.items() if value is not None}
     if keys is not None:
         chosen["keys"] = tuple(key.strip() for key in keys.split(",") if key.strip())
