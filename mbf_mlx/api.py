@@ -195,7 +195,8 @@ class Stream:
             with self.folder.writer():
                 learner = self._load()
                 method = make(self.folder.identity.method, self.folder.identity.method_options)
-                tests = learning.TestRows(Encoder(learner.tokenizer, settings.data), settings.score_rows)
+                encoder = Encoder(learner.tokenizer, settings.data, self.folder.path)
+                tests = learning.TestRows(encoder, settings.score_rows)
                 for number, task in enumerate(todo):
                     if self._skip(task, settings.again, events):
                         continue  # another process has learned it meanwhile, or it is named twice

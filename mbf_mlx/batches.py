@@ -7,7 +7,7 @@ token i is predicted at input i - 1. The forward pass is left to engine.py, and 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, overload
 
 import numpy as np
 
@@ -44,7 +44,38 @@ class Batch:
         return len(self.prefix) + self.tokens.size
 
 
-def plan_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def lengths_of(rows: Sequence[Row]) -> Sequence[int] | np.ndarray:
+    """Return the tokens of each row; rows that know them are not read for that."""
+    known: np.ndarray | None = getattr(rows, "lengths", None)
+    return [len(row.tokens) for row in rows] if known is None else known
+
+
+class Plan(Sequence[list[int]]):
+    """The batches of an epoch, each a list of row indices that is made when it is asked for.
+
+    Ten million rows as lists of Python's own numbers would be half a gigabyte.
+    """
+
+    def __init__(self, rows: np.ndarray, ends: np.ndarray, order: np.ndarray):
+        self._rows = rows  # uint32, of one batch after the other
+        self._ends = ends  # of each batch among them
+        self._order = order  # in which the batches come
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, place: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[list[int]]: ...
+    def __getitem__(self, place: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        batch = self._order[place]
+        return self._rows[self._ends[batch - 1] if batch else 0 : self._ends[batch]].tolist()
+
+
+def plan_batches(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, epoch: int) -> Plan:
     """Return the batches of one epoch as lists of row indices; every row stands in exactly one.
 
     Rows of similar length (a bucket) go together; which of them, and the order of the batches, is drawn from `seed` and
@@ -58,15 +89,16 @@ def plan_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int)
     if batch_size < 1:
         raise ValueError(f"plan_batches: expected at least 1 row in a batch, got {batch_size}")
     rng = np.random.default_rng([seed, epoch])
-    buckets = np.floor(BUCKETS_PER_DOUBLING * np.log2(np.maximum(np.asarray(lengths, dtype=np.int64), 1)))
-    shuffled = rng.permutation(len(lengths))
+    lengths = np.maximum(np.asarray(lengths, dtype=np.uint32), 1)
+    bucket_of = np.floor(BUCKETS_PER_DOUBLING * np.log2(np.maximum(np.arange(lengths.max(initial=1) + 1), 1)))
+    buckets = bucket_of.astype(np.int16)[lengths]
+    shuffled = rng.permutation(len(lengths)).astype(np.uint32)
     ordered = shuffled[np.argsort(buckets[shuffled], kind="stable")]
     sizes = [batch_size] * (len(ordered) // batch_size)
     if rest := len(ordered) % batch_size:
         # Always at the end, it would always hold the longest rows, and an optimizer step would weigh them more.
         sizes.insert(int(rng.integers(len(sizes) + 1)), rest)
-    batches = [[int(i) for i in part] for part in np.split(ordered, np.cumsum(sizes[:-1]))] if sizes else []
-    return [batches[i] for i in rng.permutation(len(batches))]
+    return Plan(ordered, np.cumsum(sizes, dtype=np.int64), rng.permutation(len(sizes)))
 
 
 def make_batch(encoded: Sequence[Row], indices: Sequence[int], *, share_prefix: bool = True) -> Batch:

@@ -14,7 +14,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mbf_mlx import rows as task_rows
-from mbf_mlx.batches import make_batch, plan_batches
+from mbf_mlx.batches import lengths_of, make_batch, plan_batches
 from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Engine
 from mbf_mlx.methods import Method, Row, State
@@ -27,7 +27,7 @@ KEPT = Path("(a row that the stream keeps)")
 Advance = Callable[[int, int], None]  # rows done, of so many
 
 
-def with_extra(method: Method, state: State, rows: Sequence[Encoded]) -> list[Encoded]:
+def with_extra(method: Method, state: State, rows: Sequence[Encoded]) -> Sequence[Encoded]:
     """Return the rows that a task trains on: its own, and those that the method mixes in."""
     extra: list[Row] = getattr(method, "extra_rows", lambda *_: [])(state, len(rows))
     kept = [
@@ -40,7 +40,7 @@ def with_extra(method: Method, state: State, rows: Sequence[Encoded]) -> list[En
         )
         for number, row in enumerate(extra, start=1)
     ]
-    return [*rows, *kept]
+    return [*rows, *kept] if kept else rows
 
 
 def conclude(
@@ -63,8 +63,10 @@ def conclude(
     tuned, asks, needs = tuning.named(), getattr(method, "measure", None), getattr(method, "needs", None)
     tuning.model.eval()
     grams = input_grams(tuning.model, engine, rows, asks(state, tuned), advance) if asks else None
-    what: Any = [Row(row.tokens, row.supervised) for row in rows]
-    if needs == "gradients":
+    what: Any = None
+    if needs == "rows":
+        what = [Row(row.tokens, row.supervised) for row in rows]
+    elif needs == "gradients":
         what = squared_gradients(tuning, engine, rows, advance)
     finish: Any = method.finish
     after = finish(state, tuned) if grams is None else finish(state, tuned, inputs=grams)
@@ -137,7 +139,7 @@ def input_grams(
     model.update_modules(tree_unflatten([(name, Watching(layer, watch(name))) for name, layer in layers.items()]))
     count = done = 0
     try:
-        for indices in plan_batches([len(row.tokens) for row in rows], BATCH_ROWS, 0, 0):
+        for indices in plan_batches(lengths_of(rows), BATCH_ROWS, 0, 0):
             batch = make_batch(rows, indices, share_prefix=False)
             mask = mx.array((np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]).reshape(-1, 1), mx.float32)
             out = way.hidden(batch) if way.picks_positions else way.logits(batch)

@@ -4,17 +4,20 @@ A row's tokens are a prompt, exactly the one from which an answer is generated, 
 ends with the token that ends a turn and holds nothing after it. The answer is tokenized apart from the prompt: no
 token may reach over the seam, or training would see a prompt that generation never sees.
 
-What a template writes is left to template.py, pieces of text and their tokens to pieces.py, batches to batches.py.
+What a template writes is left to template.py, pieces of text and their tokens to pieces.py, how tokens are kept to
+encoded_rows.py, batches to batches.py.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mbf_mlx.config import DataConfig
+from mbf_mlx.encoded_rows import Encoded as Encoded
+from mbf_mlx.encoded_rows import EncodedRows
 from mbf_mlx.pieces import Pieces
 from mbf_mlx.rows import BadRow, Row
 from mbf_mlx.splits import Problems
@@ -23,17 +26,6 @@ from mbf_mlx.template import MOVED, Answer, ChatTemplate, Rendered
 CHUNK = 512  # rows that are rendered and tokenized together, fewer where they have more letters than
 CHUNK_LETTERS = 1_000_000
 NOTHING = "no supervised token: the model's template or tokenizer leaves none of the answer"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Encoded:
-    """A row's tokens; `supervised[i]` says that token i is a label, to be predicted from the tokens before it."""
-
-    tokens: np.ndarray  # int32 (n,)
-    supervised: np.ndarray  # bool (n,); never the first, which nothing predicts
-    prompt_length: int  # tokens before the last answer: what a generation starts from
-    cut: int  # tokens that were cut because the row was too long
-    row: Row
 
 
 def encode(
@@ -63,21 +55,23 @@ class Encoder:
     Args:
         tokenizer: mlx-lm's TokenizerWrapper, or the transformers tokenizer inside it.
         data: Template, mask and length. The template "chat" means "none" for a model without one.
+        spill: A folder for tokens that are too many for memory; None is the system's own.
     """
 
-    def __init__(self, tokenizer: Any, data: DataConfig):
+    def __init__(self, tokenizer: Any, data: DataConfig, spill: Path | None = None):
         self.data = data
+        self._spill = spill
         self._pieces = Pieces(tokenizer)
         has_template = getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", None) is not None)
         self._template = ChatTemplate(tokenizer) if data.template == "chat" and has_template else None
 
-    def all(self, rows: Iterable[Row], path: Path) -> list[Encoded]:
+    def all(self, rows: Sequence[Row], path: Path) -> EncodedRows:
         """Return all rows' tokens; `path` is what an error calls the task.
 
         Raises:
             InputError: with every row that does not fit, as `file:line: reason`.
         """
-        problems, encoded = Problems(), []
+        problems, encoded = Problems(), EncodedRows(rows, self._spill)
         for row, found in self.stream(rows):
             if isinstance(found, BadRow):
                 problems.add(row.file, row.line, str(found))

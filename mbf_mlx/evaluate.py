@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mbf_mlx.batches import make_batch, plan_batches
+from mbf_mlx.batches import lengths_of, make_batch, plan_batches
 from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Engine
 from mbf_mlx.errors import InputError
@@ -33,12 +33,11 @@ class Score:
     rows: int
     close_calls: tuple[int, ...] = ()  # rows that rounding may have decided
     verdicts: tuple[bool, ...] = ()  # exact matches, row by row
-    answers: tuple[str, ...] = ()  # generated texts, row by row
 
 
 def metric_of(rows: Sequence[Encoded]) -> str:
     """Return the metric that fits a task's test rows."""
-    if any(row.row.kind == "text" for row in rows):
+    if rows[0].row.kind == "text":  # all rows of a task are of one kind
         return LOSS
     longest = max(int(row.supervised.sum()) - 1 for row in rows)
     return EXACT_MATCH if longest <= SHORT_ANSWER else ROUGE_L
@@ -68,8 +67,9 @@ def score(
     if metric == EXACT_MATCH:
         value = sum(verdicts) / len(rows)
         return Score(metric=metric, value=value, loss=loss, rows=len(rows), close_calls=close, verdicts=tuple(verdicts))
-    answers = [_answer(model, tokenizer, row, advance) for row in rows]
-    return Score(metric=metric, value=_rouge_l(answers, rows), loss=loss, rows=len(rows), answers=tuple(answers))
+    measure = RougeL()
+    values = [measure(_answer(model, tokenizer, row, advance), row) for row in rows]
+    return Score(metric=metric, value=float(np.mean(values)), loss=loss, rows=len(rows))
 
 
 def _teacher_forced(
@@ -78,7 +78,7 @@ def _teacher_forced(
     """Return the loss, whether each row is an exact match, and the rows that were close calls."""
     right, close = np.ones(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
     total, count = 0.0, 0
-    for indices in plan_batches([len(row.tokens) for row in rows], BATCH_ROWS, 0, 0):
+    for indices in plan_batches(lengths_of(rows), BATCH_ROWS, 0, 0):
         batch = make_batch(rows, indices)
         losses, argmax, margin = (np.array(array) for array in engine.score(batch))
         places = np.array(batch.indices)[batch.row_of]
@@ -105,13 +105,16 @@ def _answer(model: Any, tokenizer: Any, row: Encoded, advance: Callable[[int], N
     return text
 
 
-def _rouge_l(answers: Sequence[str], rows: Sequence[Encoded]) -> float:
-    """Return the mean F-measure against the best of each row's right answers, with stemming as published suites do."""
-    from rouge_score.rouge_scorer import RougeScorer
+class RougeL:
+    """The F-measure of an answer against the best of a row's right ones, with stemming as published suites do."""
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    best = [
-        max(scorer.score(right, answer)["rougeL"].fmeasure for right in row.row.answers or (reference_text(row.row),))
-        for answer, row in zip(answers, rows, strict=True)
-    ]
-    return float(np.mean(best))
+    def __init__(self) -> None:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        self._scorer = RougeScorer(["rougeL"], use_stemmer=True)
+
+    def __call__(self, answer: str, row: Encoded) -> float:
+        """Return it, in [0, 1]."""
+        read = row.row
+        rights = read.answers or (reference_text(read),)
+        return max(float(self._scorer.score(right, answer)["rougeL"].fmeasure) for right in rights)

@@ -59,7 +59,7 @@ class Experiment:
         self._known_scores = {row["key"]: row for row in self._scores.read() if "key" in row}
         self._source = resolve_base(plan.file.base)
         self._learners: dict[LoRAConfig, Learner] = {}
-        self._encoded: dict[tuple[str, str, str], list[Encoded]] = {}
+        self._encoded: dict[tuple[str, str, str], Sequence[Encoded]] = {}
         from mbf_mlx.fingerprint import fingerprint
 
         backend.setup()
@@ -257,7 +257,7 @@ class Experiment:
             self._scores.add(self._known_scores[key])
         return self._known_scores[key]
 
-    def _rows(self, cell: Cell, learner: Learner, name: str, split: str, limit: int) -> list[Encoded]:
+    def _rows(self, cell: Cell, learner: Learner, name: str, split: str, limit: int) -> Sequence[Encoded]:
         """Return encoded rows of a task's split, as many as asked for, drawn once for all cells."""
         place = (name, split, json.dumps(settings_of(cell.data)))
         if place not in self._encoded:

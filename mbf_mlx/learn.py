@@ -19,6 +19,7 @@ from mbf_mlx import backend
 from mbf_mlx.conclude import conclude, with_extra
 from mbf_mlx.config import LearnConfig, LoRAConfig, settings_of
 from mbf_mlx.encode import Encoded, Encoder
+from mbf_mlx.encoded_rows import EncodedRows
 from mbf_mlx.engine import Engine, prepare
 from mbf_mlx.errors import InputError
 from mbf_mlx.evaluate import Score, metric_of, score
@@ -87,16 +88,16 @@ class TestRows:
 
     def __init__(self, encoder: Encoder, limit: int = 0) -> None:
         self.encoder, self.limit = encoder, limit
-        self._rows: dict[str, list[Encoded]] = {}
+        self._rows: dict[str, EncodedRows] = {}
 
-    def of_task(self, task: Task) -> list[Encoded]:
+    def of_task(self, task: Task) -> EncodedRows:
         """Return the encoded test rows of a task at hand."""
         if task.sha256 not in self._rows:
             rows = task.test[: self.limit] if self.limit else task.test
             self._rows[task.sha256] = self.encoder.all(rows, task.path)
         return self._rows[task.sha256]
 
-    def of_record(self, record: TaskRecord) -> list[Encoded] | str:
+    def of_record(self, record: TaskRecord) -> EncodedRows | str:
         """Return the encoded test rows of a learned task, or why they are not there any more."""
         if record.sha256 in self._rows:
             return self._rows[record.sha256]
@@ -200,7 +201,7 @@ def score_all(
     tests: TestRows,
 ) -> list[Score | None]:
     """Score the model as it stands on the test rows of every task, `newest` last; None where rows are gone."""
-    sources: list[tuple[str, Callable[[], list[Encoded] | str], str | None]] = [
+    sources: list[tuple[str, Callable[[], EncodedRows | str], str | None]] = [
         (record.name, partial(tests.of_record, record), record.metric) for record in history
     ]
     if newest is not None:
@@ -218,7 +219,7 @@ def score_all(
 
 
 def _score_one(
-    name: str, rows: list[Encoded], metric: str, learner: Learner, settings: LearnConfig, events: Events
+    name: str, rows: Sequence[Encoded], metric: str, learner: Learner, settings: LearnConfig, events: Events
 ) -> Score:
     done = 0
 
@@ -269,13 +270,13 @@ def _run_of(task: Task, generation: int, settings: LearnConfig) -> dict[str, Any
     return {"task": task.name, "sha256": task.sha256, "generation": generation, **chosen}
 
 
-def _encoded(task: Task, tests: TestRows) -> tuple[list[Encoded], list[Encoded], list[Encoded]]:
+def _encoded(task: Task, tests: TestRows) -> tuple[EncodedRows, EncodedRows, EncodedRows]:
     """Return the tokens of training, validation and test rows.
 
     Raises:
         InputError: rows that do not fit, those of all three at once.
     """
-    found: list[list[Encoded]] = []
+    found: list[EncodedRows] = []
     problems = []
     for read in (
         partial(tests.encoder.all, task.train, task.path),
@@ -291,12 +292,12 @@ def _encoded(task: Task, tests: TestRows) -> tuple[list[Encoded], list[Encoded],
     return found[0], found[1], found[2]
 
 
-def _notes(task: Task, rows: Sequence[Encoded]) -> list[str]:
+def _notes(task: Task, rows: EncodedRows) -> list[str]:
     notes = list(task.warnings)
     if task.held_out:
         notes.append(f"no test rows were given: {task.held_out} rows are held out for scoring")
-    if cut := sum(row.cut > 0 for row in rows):
-        notes.append(f"{cut} rows were too long: their last user message is cut on its left")
+    if rows.cut_rows:
+        notes.append(f"{rows.cut_rows} rows were too long: their last user message is cut on its left")
     return notes
 
 
@@ -312,7 +313,7 @@ def _record(
     task: Task,
     t: int,
     trained: Trained,
-    rows: Sequence[Encoded],
+    rows: EncodedRows,
     valid_rows: int,
     test_rows: Sequence[Encoded],
     peak: int,
@@ -332,7 +333,7 @@ def _record(
         valid_rows=valid_rows,
         test_rows=len(test_rows),
         held_out=task.held_out,
-        cut_rows=sum(row.cut > 0 for row in rows),
+        cut_rows=rows.cut_rows,
         train_tokens=progress.real_tokens,
         computed_tokens=progress.computed_tokens,
         steps=progress.step,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mbf_mlx.batches import Batch, make_batch, plan_batches
+from mbf_mlx.batches import Batch, lengths_of, make_batch, plan_batches
 from mbf_mlx.config import LoRAConfig, TrainConfig
 from mbf_mlx.encode import Encoded
 from mbf_mlx.errors import InputError
@@ -123,19 +123,19 @@ class Work:
     other_tokens: float  # computed without a way back: validation, losses before and after, scoring
 
 
-def work_of(rows: Sequence[Encoded], others: Sequence[Encoded], config: TrainConfig) -> Work:
+def work_of(rows: Sequence[Encoded], valid: Sequence[Encoded], test: Sequence[Encoded], config: TrainConfig) -> Work:
     """Return the work of one task.
 
     Args:
-        rows: Training rows.
-        others: Validation rows (once an epoch) and test rows, each read once in training of one epoch.
+        rows, valid, test: Its rows; those of `valid` are read once an epoch, those of `test` once.
         config: Epochs or steps, batch sizes.
     """
-    plan = plan_batches([len(row.tokens) for row in rows], config.batch_size, config.seed, 0)
+    lengths = lengths_of(rows)
+    plan = plan_batches(lengths, config.batch_size, config.seed, 0)
     groups = math.ceil(len(plan) / config.grad_accumulation_steps)
     steps = config.iters or config.epochs * groups
     chosen = [plan[i] for i in np.linspace(0, len(plan) - 1, min(PLANNED_BATCHES, len(plan))).astype(int)]
-    longest = max(plan, key=lambda batch: max(len(rows[i].tokens) for i in batch))
+    longest = max(plan, key=lambda batch: max(lengths[i] for i in batch))
     batches = sorted((make_batch(rows, indices) for indices in [*chosen, longest]), key=lambda b: b.computed_tokens)
     each = float(np.mean([_real(batch) for batch in batches]))
     return Work(
@@ -143,7 +143,7 @@ def work_of(rows: Sequence[Encoded], others: Sequence[Encoded], config: TrainCon
         loads=tuple(dict.fromkeys(Load.of(batch) for batch in batches)),
         typical=batches[len(batches) // 2],
         train_tokens=each * steps * config.grad_accumulation_steps,
-        other_tokens=float(sum(len(row.tokens) for row in others)),
+        other_tokens=config.epochs * float(np.sum(lengths_of(valid))) + float(np.sum(lengths_of(test))),
     )
 
 

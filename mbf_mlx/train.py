@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from mbf_mlx.batches import Batch, make_batch, plan_batches
+from mbf_mlx.batches import Batch, lengths_of, make_batch, plan_batches
 from mbf_mlx.config import TrainConfig
 from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Engine
@@ -181,7 +181,7 @@ class _Run:
         self, tuning: Tuning, engine: Engine, rows: Sequence[Encoded], config: TrainConfig, team: Team | None
     ) -> None:
         self.tuning, self.engine, self.rows, self.config, self.team = tuning, engine, rows, config, team
-        self.lengths = [len(row.tokens) for row in rows]
+        self.lengths = lengths_of(rows)
         groups_per_epoch = math.ceil(math.ceil(len(rows) / config.batch_size) / config.grad_accumulation_steps)
         self.steps = config.iters or config.epochs * groups_per_epoch
         self.val_every = config.val_every or groups_per_epoch
@@ -273,7 +273,7 @@ class _Run:
     def mean_loss(self, rows: Sequence[Encoded], what: str = "") -> float:
         """Loss per supervised token over `rows`; one that has to be finite is named by `what`."""
         total, count = 0.0, 0
-        for indices in plan_batches([len(row.tokens) for row in rows], self.config.batch_size, 0, 0):
+        for indices in plan_batches(lengths_of(rows), self.config.batch_size, 0, 0):
             batch = make_batch(rows, indices)
             loss = float(self.engine.loss_sum(batch))
             if what and not math.isfinite(loss):

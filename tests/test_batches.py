@@ -109,7 +109,7 @@ def test_an_epoch_holds_every_row_once_in_full_batches_but_one(lengths, batch_si
     batches = plan_batches(lengths, batch_size, seed, epoch)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert sorted(map(len, batches))[1:] == [batch_size] * max(len(batches) - 1, 0)
-    assert batches == plan_batches(lengths, batch_size, seed, epoch)
+    assert list(batches) == list(plan_batches(lengths, batch_size, seed, epoch))
 
 
 def test_rows_of_a_batch_have_nearly_one_length():
@@ -121,7 +121,7 @@ def test_rows_of_a_batch_have_nearly_one_length():
 
 def test_epochs_and_seeds_differ():
     lengths = [20] * 64
-    plans = {str(plan_batches(lengths, 8, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    plans = {str(list(plan_batches(lengths, 8, seed, epoch))) for seed in range(3) for epoch in range(3)}
     assert len(plans) == 9
     together = [{frozenset(batch) for batch in plan_batches(lengths, 8, 0, epoch)} for epoch in range(2)]
     assert together[0] != together[1]
@@ -131,6 +131,17 @@ def test_the_smaller_batch_does_not_always_hold_the_longest_rows():
     lengths = list(range(10, 43))
     smallest = [min(plan_batches(lengths, 8, seed, 0), key=len) for seed in range(20)]
     assert len({lengths[batch[0]] for batch in smallest}) > 2
+
+
+EPOCH = [[6, 1, 3, 8], [2, 9, 7], [10, 4, 5, 0]]
+
+
+def test_an_epoch_is_the_one_that_was_drawn_before_batches_were_made_on_demand():
+    # The draw decides what a stream learns: it may not change from one version to the next.
+    lengths = [int(n) for n in np.random.default_rng(5).integers(5, 60, size=11)]
+    assert list(plan_batches(lengths, 4, 3, 2)) == EPOCH
+    assert plan_batches(lengths, 4, 3, 2)[1:] == EPOCH[1:]
+    assert list(plan_batches(np.array(lengths, np.uint32), 4, 3, 2)) == EPOCH
 
 
 def test_a_batch_size_below_one_is_refused():

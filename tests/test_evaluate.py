@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-m
 
 from mlx_lm import stream_generate
 
-from mbf_mlx.encode import Encoder
-from mbf_mlx.evaluate import EXACT_MATCH, LOSS, ROUGE_L, metric_of, score
+from mbf_mlx.encode import Encoded, Encoder
+from mbf_mlx.evaluate import EXACT_MATCH, LOSS, ROUGE_L, RougeL, metric_of, score
+from mbf_mlx.rows import Row
 from mbf_mlx.tasks import read_task
 from tests.test_train import QUICK, Bench, rows_of
 
@@ -76,8 +78,19 @@ def test_long_answers_are_generated_and_scored_by_rouge_l(bench, write_jsonl):
     bench.run(TrainConfig(epochs=60, batch_size=4, learning_rate=2e-2), start=False)
     bench.base.model.eval()
     result = score(bench.engine, rows, ROUGE_L, model=bench.base.model, tokenizer=bench.base.tokenizer)
-    assert result.answers == (answer,) * len(rows)
     assert result.value == pytest.approx(1.0)
+
+
+def test_rouge_l_takes_the_best_of_a_rows_right_answers():
+    def of(*answers):
+        return Encoded(
+            np.zeros(2, np.int32), np.ones(2, bool), 1, 0, Row("completion", Path(), 1, "a", answers[0], answers)
+        )
+
+    measure = RougeL()
+    assert measure("the red train", of("the red train")) == pytest.approx(1.0)
+    assert measure("the trains", of("the red train")) == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))  # stemmed
+    assert measure("boats", of("a boat", "the red train")) == pytest.approx(2 * 1 * (1 / 2) / (1 + 1 / 2))
 
 
 def test_the_metric_follows_the_longest_answer(bench, write_jsonl):

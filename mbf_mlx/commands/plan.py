@@ -13,7 +13,7 @@ from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from mbf_mlx.encode import Encoded
+    from mbf_mlx.encoded_rows import EncodedRows
     from mbf_mlx.memory import Load, Memory, Run, Shape
     from mbf_mlx.tasks import Task
 
@@ -139,13 +139,13 @@ class _Plans:
             document["note"] = "no tasks were named" if folder else "the model is not fetched: rows were not counted"
             return document
         encoded = [self._encoded(task, folder) for task in read]
-        works = [plan.work_of(rows, others, self.train) for rows, others in encoded]
+        works = [plan.work_of(train, valid, test, self.train) for train, valid, test in encoded]
         loads = list(dict.fromkeys(load for work in works for load in work.loads))
         document, run = self._memory(model, folder, shape, loads, size)
         tests = sum(len(task.test) for task in read) + sum(record.test_rows for record in earlier)
         document["tasks"] = [
-            {"name": task.name, "rows": len(rows), "longest": max(len(row.tokens) for row in rows), "steps": work.steps}
-            for task, (rows, _), work in zip(read, encoded, works, strict=True)
+            {"name": task.name, "rows": len(rows), "longest": int(max(rows.lengths)), "steps": work.steps}
+            for task, (rows, _, _), work in zip(read, encoded, works, strict=True)
         ]
         document["scored_rows"] = tests
         document["disk_bytes"] = plan.disk_bytes(_all_layers(shape, run), run.rank)
@@ -167,7 +167,7 @@ class _Plans:
         recipe = recipes().get(name)
         return self.lora or lora_config(recipe.lora if recipe else tried(folder) if folder else None, self.given)
 
-    def _encoded(self, task: "Task", folder: Path) -> "tuple[list[Encoded], list[Encoded]]":
+    def _encoded(self, task: "Task", folder: Path) -> "tuple[EncodedRows, EncodedRows, EncodedRows]":
         from mbf_mlx import backend
         from mbf_mlx.encode import Encoder
 
@@ -175,8 +175,8 @@ class _Plans:
         from mbf_mlx.model import load_tokenizer
 
         encoder = Encoder(load_tokenizer(folder), self.data)
-        rows, valid, test = (encoder.all(part, task.path) for part in (task.train, task.valid, task.test))
-        return rows, [*(self.train.epochs * valid), *test]
+        train, valid, test = (encoder.all(part, task.path) for part in (task.train, task.valid, task.test))
+        return train, valid, test
 
     def _memory(
         self, name: str, folder: Path | None, shape: "Shape", loads: "list[Load]", size: int | None
