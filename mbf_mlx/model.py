@@ -68,7 +68,7 @@ def load_base(
     _check_sizes(folder)
     try:
         model, config = mlx_lm.load_model(folder, lazy=True)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         said = f"missing in config.json: {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{folder}: mlx-lm cannot load this model: {said}") from error
     tokenizer = load_tokenizer(folder, config)

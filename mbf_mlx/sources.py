@@ -18,7 +18,7 @@ from mbf_mlx import safetensors_file, units
 from mbf_mlx.download import fetch_hub_model, fetch_packaged_file
 from mbf_mlx.errors import InputError
 from mbf_mlx.recipe import HubSource, Recipe, TriedLoRA, models_folder, recipes
-from mbf_mlx.safetensors_file import read_header
+from mbf_mlx.safetensors_file import MAX_LENGTH, read_header
 from mbf_mlx.storage import Files, refusal, sha256_file
 
 ORIGIN = "mbf_origin.json"  # in a folder that we made: what it was made from
@@ -130,11 +130,32 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def _is_size(value: Any) -> bool:
+    """Some architectures have a list here, a size for each block."""
+    return isinstance(value, list) or (type(value) is int and 0 < value <= MAX_LENGTH)
+
+
+# Of config.json: names, what fits (null always does), how that is said. What they mean is mlx-lm's business.
+_CONFIG_FIELDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+        _is_size,
+        f"a whole number from 1 to {MAX_LENGTH:,}",
+    ),
+    (
+        ("rope_theta", "rms_norm_eps"),
+        lambda value: type(value) in (int, float) and 0 < value < math.inf,
+        "a number above 0",
+    ),
+    (("quantization",), lambda value: isinstance(value, dict), "group_size and bits"),
+)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Read a model folder's config.json.
 
     Raises:
-        InputError: it is missing or no JSON object.
+        InputError: it is missing, no JSON object, or has sizes that no model has.
     """
     try:
         config = json.loads((folder / "config.json").read_bytes())
@@ -146,6 +167,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}/config.json: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{folder}/config.json: expected a JSON object, got {type(config).__name__}")
+    for names, fits, expected in _CONFIG_FIELDS:
+        for name in names:
+            if config.get(name) is not None and not fits(config[name]):
+                raise InputError(f"{folder}/config.json: {name}: expected {expected}, got {repr(config[name])[:80]}")
     return config
 
 
