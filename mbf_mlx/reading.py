@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.rows import EXAMPLES, BadRow
+from mbf_mlx.storage import read_file
 
 MAX_LINE = 8_000_000  # bytes of one row; a longer one is a file without line ends, or one that cannot be learned
 MAX_DOCUMENT = 64_000_000  # bytes of a benchmark's JSON, which is read whole
@@ -163,10 +164,12 @@ def toml(file: Path, hint: str) -> dict[str, Any]:
         InputError: it is missing (with the hint: what such a file is), or cannot be read as TOML.
     """
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(read_file(file).decode())
     except FileNotFoundError:
         raise InputError(f"{file}: no such file\nhint: {hint}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not readable as TOML: {error}") from error
 
 

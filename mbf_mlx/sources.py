@@ -19,7 +19,7 @@ from mbf_mlx.download import fetch_hub_model, fetch_packaged_file
 from mbf_mlx.errors import InputError
 from mbf_mlx.recipe import HubSource, Recipe, TriedLoRA, models_folder, recipes
 from mbf_mlx.safetensors_file import MAX_LENGTH, read_header
-from mbf_mlx.storage import Files, refusal, sha256_file
+from mbf_mlx.storage import Files, read_file, refusal, sha256_file
 
 ORIGIN = "mbf_origin.json"  # in a folder that we made: what it was made from
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -158,11 +158,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: it is missing, no JSON object, or has sizes that no model has.
     """
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(read_file(folder / "config.json"))
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{folder}: not a model folder: expected a config.json in it") from None
-    except OSError as error:
-        raise InputError(f"{folder}/config.json: cannot read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{folder}/config.json: not JSON: {error}") from error
     if not isinstance(config, dict):

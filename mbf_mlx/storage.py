@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from mbf_mlx.errors import InputError
@@ -122,6 +123,9 @@ def read_file(path: Path) -> bytes:
         InputError: it cannot be read.
     """
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # it may never end, or never begin
+            raise InputError(f"{path}: cannot read: a device, pipe or socket is there\nhint: {_PATH}")
         return path.read_bytes()
     except FileNotFoundError:
         raise

@@ -137,7 +137,24 @@ def test_the_command_writes_a_file_and_says_where(stream, tmp_path):
     assert done.exit_code == 1
     assert "expected a stream or the results of mbf experiment" in done.output
     done = CliRunner().invoke(app, ["report", str(stream.path), "--out", str(tmp_path / "no" / "x.html")])
-    assert done.exit_code == 1 and "no such folder" in done.output
+    assert done.exit_code == 1 and "expected its parent folder to exist" in done.output
+
+
+def test_a_report_never_takes_the_place_of_something_else(stream, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    before = (stream.path / "stream.json").read_bytes()
+    for out in (
+        tmp_path / "notes.txt",
+        tmp_path,
+        tmp_path / "loop",
+        stream.path / "stream.json",
+        stream.path / "x.html",
+    ):
+        done = CliRunner().invoke(app, ["report", str(stream.path), "--out", str(out)])
+        assert done.exit_code == 1 and done.stderr.startswith(f"error: {out}"), done.output
+    assert (tmp_path / "notes.txt").read_text() == "mine" and (stream.path / "stream.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "notes.txt"]
 
 
 def test_matplotlib_is_loaded_for_a_plot_alone():

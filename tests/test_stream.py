@@ -252,3 +252,16 @@ def test_an_unknown_method_field_in_stream_json_is_an_error_with_its_place(quick
 def test_identity_round_trips_through_json():
     one = identity()
     assert parse(type(one), one.to_json(), "here") == one
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(quick_path):
+    stream = learn(new_stream(quick_path / "s"), 1)
+    for name in ("stream.json", "generations/000001/manifest.json"):
+        whole = (stream.path / name).read_bytes()
+        (stream.path / name).unlink()
+        os.mkfifo(stream.path / name)
+        with pytest.raises(InputError, match=f"{name}: .*a device, pipe or socket is there"):
+            StreamFolder.open(stream.path)
+        (stream.path / name).unlink()
+        (stream.path / name).write_bytes(whole)
+    assert StreamFolder.open(stream.path).state().t == 1

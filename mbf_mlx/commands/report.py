@@ -21,9 +21,10 @@ def report(
     """
     from mbf_mlx import results
     from mbf_mlx.errors import InputError
+    from mbf_mlx.export.place import fresh_file
     from mbf_mlx.report_results import results_page
     from mbf_mlx.report_stream import stream_page
-    from mbf_mlx.storage import refusal
+    from mbf_mlx.storage import Files
 
     if (source / "stream.json").exists():
         from mbf_mlx.status import status_document
@@ -37,13 +38,17 @@ def report(
     else:
         raise InputError(f"{source}: expected a stream or the results of mbf experiment, got neither")
     file = out if out is not None else Path(f"{source.resolve().name}.html")
-    if not file.resolve().parent.is_dir():
-        raise InputError(f"{file}: no such folder as {file.parent}")
-    try:
-        file.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise refusal(error, file) from error
+    with fresh_file(file, force=True, forbidden=(source,) if kind == "stream" else (), is_ours=_is_page) as place:
+        Files().write(place, page.encode())
     if json:
         console.print_json({"kind": kind, "file": str(file), "bytes": len(page.encode())})
     else:
         console.out.print(f"{file}: {units.size(len(page.encode()))}")
+
+
+def _is_page(file: Path) -> bool:
+    """Return whether a page may take its place: whatever else is there stays."""
+    if not file.is_file():
+        return False
+    with open(file, "rb") as opened:
+        return opened.read(15).lower() == b"<!doctype html>"

@@ -90,7 +90,7 @@ def check_place(
     """Raise InputError if nothing may be written to `out`; see `fresh_folder`."""
     place = out.absolute()
     for other in forbidden:
-        inside, around = place.resolve(), other.resolve()
+        inside, around = (Path(os.path.realpath(path)) for path in (place, other))  # links may lead in a circle
         if inside == around or around in inside.parents or inside in around.parents:
             raise InputError(f"{out}: an export goes beside {other}, neither into nor around it; choose another place")
     if not place.parent.is_dir():
