@@ -62,6 +62,33 @@ def test_a_stream_goes_on_learning_after_an_absorbed_task(tmp_path):
     assert [record.name for record in stream.history()] == ["task1", "mail", "task3"]
 
 
+@pytest.mark.parametrize("tasks", [0, 1, 2])
+@pytest.mark.parametrize("kind", exchange.FORMATS)
+def test_an_absorbed_task_is_undone_and_absorbed_again_to_the_same_bytes(tmp_path, kind, tasks):
+    """As the first task of a stream, too; a second step back is refused."""
+    stream = learn(new_stream(tmp_path / "s"), tasks)
+    before = contents(stream.current().folder)
+    folder, _ = trained(stream, tmp_path / "tuned", kind)
+
+    def absorb():
+        with stream.writer():
+            exchange.absorb(stream, folder, "mail")
+        return contents(stream.current().folder)
+
+    absorbed = absorb()
+    with stream.writer():
+        assert stream.undo().name == "mail"
+        assert contents(stream.current().folder) == before
+        with pytest.raises(InputError, match="one step back is kept, and it was taken|nothing to undo: it has learned"):
+            stream.undo()
+    again = absorb()
+    assert again == absorbed
+    learn(stream)
+    with stream.writer():
+        assert stream.undo().t == tasks + 2
+    assert contents(stream.current().folder) == again
+
+
 def test_another_scale_goes_into_b(tmp_path):
     stream = learn(new_stream(tmp_path / "s"), 1)
     folder, tuned = trained(stream, tmp_path / "tuned", "mlx")
