@@ -1,9 +1,9 @@
 """What an export takes in memory beside the size of the base's file: a Llama of 1 billion parameters, random, 4 bits.
 
 Makes a base of Llama-3.2-1B's shapes with random codes (MLX affine, group 64), a stream on it with random factors on q
-and v, and runs `mbf export` once for each target in a process of its own, measured by the system. Two of them are
-compared with the live adapter on a few rows, as an export is whose stream still finds its tasks. Everything is deleted
-at the end. The limit is the base's file plus 1 GB.
+and v, and runs `mbf export` once for each target in a process of its own, measured by the system. Where ROWS stands the
+export is compared with the live adapter on a few rows, as one is whose stream still finds its tasks. Everything is
+deleted at the end. The limit is the base's file plus 1 GB.
 
     python benchmarks/export_memory.py [--targets mlx rows mlx-4 mlx-16 gguf gguf-F16] [--work DIR]
 """
@@ -42,8 +42,8 @@ TARGETS = {  # name -> words of `mbf export`
     "mlx": ["mlx"],
     "rows": ["mlx", "--calibration", "ROWS"],
     "mlx-4": ["mlx", "--bits", "4", "--allow-loss", "--calibration", "ROWS"],
-    "mlx-16": ["mlx", "--bits", "16"],
-    "gguf": ["gguf"],
+    "mlx-16": ["mlx", "--bits", "16", "--calibration", "ROWS"],
+    "gguf": ["gguf", "--calibration", "ROWS"],
     "gguf-F16": ["gguf", "--bits", "16"],
 }
 ALLOWED = 1_000_000_000  # bytes beside the base's file
@@ -54,26 +54,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--work", type=Path, help="a folder with some 5 GB; a temporary one by default")
+    parser.add_argument("--out", type=Path, help="a JSON file for what was measured")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="blocks; fewer for a try")
     options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
     work = Path(tempfile.mkdtemp(dir=options.work))
     try:
         base = write_base(work / "base", options.layers)
         write_stream(work / "stream", base, options.layers)
         (work / "rows.txt").write_text(ROWS)
         size = (base / "model.safetensors").stat().st_size
-        rows = [measure(work, name, size) for name in options.targets]
+        print(f"base: {size / 1e6:.0f} MB; {date.today()}, {platform.machine()}, mlx {version('mlx')}\n")
+        print("| export | out | seconds | peak of the process | beside the base's file |\n|---|---|---|---|---|")
+        for name in options.targets:  # each is written down at once: the whole takes long
+            rows.append(measure(work, name, size))
+            print(_line(rows[-1]), flush=True)
+            if options.out:
+                options.out.write_text(json.dumps(_document(size, rows), indent=1) + "\n")
     finally:
         shutil.rmtree(work)
-    print(f"base: {size / 1e6:.0f} MB; {date.today()}, {platform.machine()}, mlx {version('mlx')}\n")
-    print("| export | out | seconds | peak of the process | beside the base's file |\n|---|---|---|---|---|")
-    for row in rows:
-        over = "" if row["beside"] <= ALLOWED else " (over the limit)"
-        print(
-            f"| {' '.join(TARGETS[row['name']])} | {row['out'] / 1e6:.0f} MB | {row['seconds']:.0f}"
-            f" | {row['peak'] / 1e6:.0f} MB | {row['beside'] / 1e6:.0f} MB{over} |"
-        )
     sys.exit(any(row["beside"] > ALLOWED for row in rows))
+
+
+def _line(row: dict[str, Any]) -> str:
+    over = "" if row["beside"] <= ALLOWED else " (over the limit)"
+    return (
+        f"| `{' '.join(TARGETS[row['name']])}` | {row['out'] / 1e6:.0f} MB | {row['seconds']:.0f}"
+        f" | {row['peak'] / 1e6:.0f} MB | {row['beside'] / 1e6:.0f} MB{over} |"
+    )
+
+
+def _document(size: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    machine = {"date": str(date.today()), "machine": platform.machine(), "mlx": version("mlx")}
+    return {**machine, "base_bytes": size, "allowed_beside": ALLOWED, "exports": rows}
 
 
 def write_base(folder: Path, blocks: int) -> Path:
