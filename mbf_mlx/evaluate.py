@@ -36,8 +36,8 @@ class Score:
 
 
 def metric_of(rows: Sequence[Encoded]) -> str:
-    """Return the metric that fits a task's test rows."""
-    if rows[0].row.kind == "text":  # all rows of a task are of one kind
+    """Return the metric that fits a task's test rows; that of plain text where there are none."""
+    if not len(rows) or rows[0].row.kind == "text":  # all rows of a task are of one kind
         return LOSS
     longest = max(int(row.supervised.sum()) - 1 for row in rows)
     return EXACT_MATCH if longest <= SHORT_ANSWER else ROUGE_L

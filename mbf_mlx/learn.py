@@ -212,6 +212,7 @@ def score_all(
         rows = read()
         if isinstance(rows, str):
             events.note(f"not scored: {rows}")
+        if isinstance(rows, str) or not len(rows):  # reading the task has said that it has none
             scores.append(None)
             continue
         scores.append(_score_one(name, rows, metric or metric_of(rows), learner, settings, events))

@@ -255,6 +255,19 @@ def test_any_other_base_is_taught_with_the_defaults(tiny_llama, tmp_path):
     assert stream.learning_rate == TrainConfig.learning_rate
 
 
+def test_a_task_of_one_row_is_learned_and_never_scored(tiny_llama, tasks, write_jsonl, tmp_path):
+    one = write_jsonl("one.jsonl", [{"prompt": "red or green?", "completion": "green"}])
+    stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LORA)
+    stream.learn(one, tasks[0], train=QUICK)
+    status = stream.status()
+    assert [task["test_rows"] for task in status["tasks"]][0] == 0
+    assert status["scores"] == [[None], [None, status["average_accuracy"]]]
+    assert [task["score"] is None for task in stream.evaluate()["tasks"]] == [True, False]
+    assert stream.evaluate(one)["tasks"][0]["rows"] == 0
+    stream.undo()
+    assert stream.status()["average_accuracy"] is None
+
+
 def test_sequential_keeps_nothing_beside_the_adapter(tiny_llama, tasks, tmp_path):
     stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LORA, method="sequential")
     stream.learn(*tasks[:2], train=QUICK)
