@@ -401,6 +401,7 @@ class Stream:
 
 
 def _identity(base: BaseRecord, method: Method, lora: LoRAConfig, layers: Layers, template: str | None) -> Identity:
+    lora.check_rank(layers)
     return Identity(
         format_version=FORMAT_VERSION,
         id=uuid.uuid4().hex,

@@ -1,6 +1,7 @@
 """Frozen settings, checked when made: the one place where a default is written."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from mbf_mlx.errors import InputError
@@ -39,6 +40,14 @@ class LoRAConfig:
         _check(self, "num_layers", self.num_layers == -1 or _is_count(self.num_layers, 1), "-1 or at least 1")
         _check(self, "dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)")
 
+    def check_rank(self, layers: Mapping[str, tuple[int, int]]) -> None:
+        """Raise InputError where a layer, given by its (out, in), has no room for so many orthonormal rows of A."""
+        smallest = min(layers, key=lambda name: layers[name][1])
+        if self.rank > layers[smallest][1]:
+            raise InputError(
+                f"LoRAConfig.rank: expected at most {layers[smallest][1]}, the inputs of {smallest}, got {self.rank}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -75,7 +84,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "grad_accumulation_steps"):
             _check(self, name, _is_count(getattr(self, name), 1), "a whole number of at least 1")
-        for name in ("val_every", "patience", "seed"):
+        _check(self, "seed", _is_count(self.seed, 0) and self.seed < 1 << 32, "a whole number from 0 to 4,294,967,295")
+        for name in ("val_every", "patience"):
             _check(self, name, _is_count(getattr(self, name), 0), "a whole number of at least 0")
         _check(self, "iters", self.iters is None or _is_count(self.iters, 1), "a whole number of at least 1")
         _check(self, "learning_rate", _is_number(self.learning_rate) and self.learning_rate > 0, "a number above 0")

@@ -140,9 +140,10 @@ def attach(model: nn.Module, config: LoRAConfig) -> Layers:
         The (out, in) of every layer that got factors, by its path in the model, first block first.
 
     Raises:
-        InputError: keys that name no layer, layers that cannot get factors, more blocks than there are.
+        InputError: keys that name no layer, layers that cannot get factors, more blocks or rows of A than fit.
     """
     chosen = find_layers(model, config)
+    config.check_rank({name: (0, _inputs(module)) for name, module in chosen.items()})  # before they are made
     model.freeze()
     adapted = {
         name: LoRALinear.from_base(module, r=config.rank, dropout=config.dropout, scale=config.scale)
@@ -152,6 +153,12 @@ def attach(model: nn.Module, config: LoRAConfig) -> Layers:
     mx.eval(model.trainable_parameters())
     model.eval()
     return {name: (layer.lora_b.shape[1], layer.lora_a.shape[0]) for name, layer in adapted.items()}
+
+
+def _inputs(layer: nn.Module) -> int:
+    """Return how many inputs a linear layer has, packed or not."""
+    stored = int(layer.weight.shape[-1])
+    return stored * 32 // layer.bits if "scales" in layer else stored
 
 
 def find_layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:

@@ -261,7 +261,7 @@ def test_a_task_of_one_row_is_learned_and_never_scored(tiny_llama, tasks, write_
     stream.learn(one, tasks[0], train=QUICK)
     status = stream.status()
     assert status["tasks"][0]["test_rows"] == 0
-    assert status["scores"] == [[None], [None, status["average_accuracy"]]]
+    assert status["scores"] == [[None, None], [None, status["average_accuracy"]]]
     assert [task["score"] is None for task in stream.evaluate()["tasks"]] == [True, False]
     assert stream.evaluate(one)["tasks"][0]["rows"] == 0
     stream.undo()

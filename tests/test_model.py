@@ -221,6 +221,16 @@ def test_more_blocks_than_there_are_is_an_error(model):
         attach(model, LoRAConfig(num_layers=3))
 
 
+def test_a_rank_above_a_layers_inputs_is_refused_before_anything_is_made(model, tiny_llama):
+    """QR would have no such basis after the first task; a rank of thousands of millions would take all memory."""
+    message = "LoRAConfig.rank: expected at most 64, the inputs of model.layers.*proj, got "
+    for rank in (65, 9_999_999_999):
+        with pytest.raises(InputError, match=f"{message}{rank}"):
+            attach(model, LoRAConfig(rank=rank))
+    layers = attach(model, LoRAConfig(rank=64))
+    assert set(layers.values()) <= {(64, 64), (32, 64)}
+
+
 def test_unknown_keys_are_named_with_those_that_exist(model):
     with pytest.raises(InputError) as refusal:
         attach(model, LoRAConfig(keys=("q_proj", "query", "proj")))

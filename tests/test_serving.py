@@ -89,7 +89,8 @@ def test_chat_talks_until_the_input_ends(taught):
 def test_a_prompt_or_setting_that_does_not_fit_is_one_clear_error(taught):
     done = mbf("generate", taught.folder.path, "hi", "--temp", "-1")
     assert done.exit_code == 1
-    assert done.stderr == "error: expected --max-tokens of at least 1, --temp of at least 0, --top-p in [0, 1]\n"
+    expected = "--max-tokens of at least 1, --temp of at least 0, --top-p in [0, 1], --seed from 0 to 4,294,967,295"
+    assert done.stderr == f"error: expected {expected}\n"
 
 
 def test_an_adapter_that_changes_nothing_is_noticed_before_the_first_answer(tiny_llama, tmp_path):

@@ -1,5 +1,6 @@
 """`mbf generate`: one answer."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -32,8 +33,11 @@ def generate(
         prompt = sys.stdin.read()
     if not prompt.strip():
         raise InputError("prompt: expected some text, got none\nhint: mbf generate STREAM - reads it from stdin")
-    if max_tokens < 1 or temp < 0 or not 0 <= top_p <= 1:
-        raise InputError("expected --max-tokens of at least 1, --temp of at least 0, --top-p in [0, 1]")
+    if max_tokens < 1 or not 0 <= temp < math.inf or not 0 <= top_p <= 1 or not 0 <= seed < 1 << 32:
+        raise InputError(
+            "expected --max-tokens of at least 1, --temp of at least 0, --top-p in [0, 1],"
+            " --seed from 0 to 4,294,967,295"
+        )
     opened = Stream.open(stream, base=model)
     turns = [{"role": "system", "content": system}] if system else []
     pieces = opened.generate(
