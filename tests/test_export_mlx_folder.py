@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.checkpoint import Checkpoint
-from mbf_mlx.export.mlx_folder import write_mlx_folder
+from mbf_mlx.export.mlx_folder import planned_bytes, write_mlx_folder
 from mbf_mlx.methods import Pair
 from tests.tiny_llama import write_tiny_llama
 
@@ -135,6 +135,18 @@ def test_the_output_is_a_valid_safetensors_file_with_an_mlx_header(tiny_llama, f
     with safe_open(tmp_path / "out" / "model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "mlx"}
         assert set(file.keys()) == set(Checkpoint(tiny_llama).tensors)
+
+
+def test_6_bits_are_for_the_layers_whose_update_survives_them_and_8_for_the_others(tiny_llama, tmp_path):
+    large, small = (make_factors(tiny_llama, keys, size=size) for keys, size in (("q_proj", 0.1), ("v_proj", 0.003)))
+    report = write_mlx_folder(tiny_llama, large | small, SCALE, tmp_path / "out", bits=6)
+    after = {layer.name: layer.after for layer in report.layers}
+    assert {after[name].partition(",")[0] for name in large} == {"6 bits"}
+    assert {after[name].partition(",")[0] for name in small} == {"8 bits"}
+    assert planned_bytes(tiny_llama, large | small, SCALE, 6) == report.bytes_out
+    assert report.bytes_out < planned_bytes(tiny_llama, large | small, SCALE, None)
+    difference = abs(logits(tmp_path / "out") - logits(tiny_llama, large | small)).max()
+    assert difference < 0.3 < abs(logits(tiny_llama) - logits(tiny_llama, large | small)).max()
 
 
 def test_a_layer_that_learned_nothing_stays_byte_for_byte(tiny_llama, factors, tmp_path):

@@ -16,6 +16,7 @@ from mbf_mlx.export.job import ExportRows, Job
 from mbf_mlx.export.outcome import check, fused_document, least_agreement
 from mbf_mlx.export.targets import WRITERS
 from tests.test_export_mlx_folder import SCALE, make_factors
+from tests.test_gguf_adapter import ALL_KEYS
 
 STATUS = {
     "tasks": [{"name": "mail", "metric": "exact_match"}, {"name": "a|b", "metric": "exact_match"}],
@@ -127,6 +128,16 @@ def test_what_other_servers_get_is_asked_the_same_rows(job, target, options, kep
     assert document["retention"] > kept and document["lost"] == []
     sentence = "made-up rows: the live adapter's token at"
     assert sentence in (job.out / "README.md").read_text()
+
+
+def test_an_export_that_many_layers_make_much_larger_says_what_6_bits_would_take(job, tmp_path):
+    wide = replace(job, factors=make_factors(job.base, ALL_KEYS, size=0.1), read_rows=ExportRows)
+    document = run(wide, "mlx")
+    assert document["bytes"] > 1.2 * document["bytes_base"]
+    (note,) = document["notes"]
+    mixed = run(replace(wide, bits=6, out=tmp_path / "mixed"), "mlx")
+    assert note.endswith(f"takes {mixed['bytes'] / 1e6:,.1f} MB") and mixed["bytes"] < document["bytes"]
+    assert run(replace(job, out=tmp_path / "narrow"), "mlx")["notes"] == []
 
 
 def test_a_gguf_file_of_the_bases_own_size_is_fitted_to_the_rows_on_the_bases_grid(job, tmp_path):

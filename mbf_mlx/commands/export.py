@@ -18,7 +18,10 @@ def export(
     place: Annotated[Path, typer.Argument(metavar="OUT", help="The folder (for gguf: file) to make.")],
     model: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
     bits: Annotated[
-        int | None, typer.Option("--bits", help="Of the layers that learned: 4, 5, 6, 8 (the default), 16 or 32.")
+        int | None,
+        typer.Option(
+            "--bits", help="Of the layers that learned: 4, 5, 6 (8 where it has to be), 8 (the default), 16 or 32."
+        ),
     ] = None,
     kind: Annotated[
         str | None, typer.Option("--type", help="A GGUF type, in place of --bits; mlx for LM Studio's MLX engine.")

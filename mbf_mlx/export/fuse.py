@@ -19,6 +19,9 @@ from mbf_mlx.export.tensors import Tensor, from_float32, to_float32
 from mbf_mlx.methods import Factors, Pair
 
 SAFE_BITS = 8  # at which an update of 1 % of the weights keeps .99 of itself; at 4 bits it keeps .15
+# Under these an update counts as lost. MAX_ERROR is |stored - meant| / |update|: rounding by chance keeps all of an
+# update, under noise that may be larger.
+MIN_RETENTION, MAX_ERROR = 0.8, 1.0
 GROUP_SIZE = 64  # of a layer that goes to more bits; the whole numbers of 8 bits need no finer groups
 
 

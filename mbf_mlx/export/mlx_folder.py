@@ -16,13 +16,27 @@ import numpy as np
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.checkpoint import Checkpoint, Layer
-from mbf_mlx.export.fuse import Form, Fused, Survival, delta_rows, find_layers, keeps_grid, store, touched_form
+from mbf_mlx.export.fuse import (
+    MAX_ERROR,
+    MIN_RETENTION,
+    SAFE_BITS,
+    DeltaRows,
+    Form,
+    Fused,
+    Survival,
+    delta_rows,
+    find_layers,
+    keeps_grid,
+    store,
+    touched_form,
+)
 from mbf_mlx.export.place import LICENCES, fresh_folder
 from mbf_mlx.export.rounding import Rounders, no_rounder
 from mbf_mlx.export.tensors import Tensor, Writer
 from mbf_mlx.methods import Factors
 
 BITS = (4, 5, 6, 8, 16, 32)
+MIXED_BITS = 6  # of the layers where an update survives them; the others get 8
 PARTS = ("weight", "scales", "biases")  # of a layer; a linear layer's own bias is left as it is
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", *LICENCES)
 INDEX = "model.safetensors.index.json"
@@ -65,7 +79,8 @@ def write_mlx_folder(
         factors: The deployed pair of every layer.
         scale: delta = scale * B @ A.
         out: The folder to make; see `place.fresh_folder` for what is refused.
-        bits: Of the layers with factors; None is 8. 16 and 32 dequantize the whole model.
+        bits: Of the layers with factors; None is 8. 6 is 6 where the update survives it, and 8 elsewhere. 16 and 32
+            dequantize the whole model.
         force: Replace an earlier export.
         forbidden: Folders to stay out of beside the base: the stream.
         rounders: Layer -> the rounder of its inputs, for layers that keep few bits.
@@ -79,7 +94,7 @@ def write_mlx_folder(
         raise InputError(f"bits: expected one of {', '.join(map(str, BITS))}, got {bits}")
     base = Checkpoint(base_folder)
     touched = find_layers(base, factors)
-    forms = _forms(base, touched, factors, bits)
+    forms = _forms(base, touched, factors, scale, bits)
     plans = {path: _plan(base, forms, path) for path in base.files}
     bytes_out = sum(tensor.nbytes for plan in plans.values() for tensor in plan.values())
     with fresh_folder(out, force=force, needs=bytes_out, forbidden=(base_folder, *forbidden)) as folder:
@@ -102,10 +117,10 @@ def write_mlx_folder(
     return report
 
 
-def planned_bytes(base_folder: Path, factors: Factors, bits: int | None) -> int:
+def planned_bytes(base_folder: Path, factors: Factors, scale: float, bits: int | None) -> int:
     """Return the bytes of tensors that an export with these bits would have."""
     base = Checkpoint(base_folder)
-    forms = _forms(base, find_layers(base, factors), factors, bits)
+    forms = _forms(base, find_layers(base, factors), factors, scale, bits)
     return sum(tensor.nbytes for path in base.files for tensor in _plan(base, forms, path).values())
 
 
@@ -115,11 +130,18 @@ def keeps_few_bits(base_folder: Path, factors: Factors, bits: int | None) -> boo
     return bits not in (16, 32) and any(keeps_grid(layer, touched_form(layer, bits)) for layer in layers.values())
 
 
-def _forms(base: Checkpoint, touched: dict[str, Layer], factors: Factors, bits: int | None) -> dict[str, Form]:
+def _forms(
+    base: Checkpoint, touched: dict[str, Layer], factors: Factors, scale: float, bits: int | None
+) -> dict[str, Form]:
     """Return the form of every layer that does not stay as it is."""
     moved = [name for name in touched if np.any(factors[name].b)]
     if bits not in (16, 32):
-        return {name: touched_form(touched[name], bits) for name in moved}
+        forms = {name: touched_form(touched[name], bits) for name in moved}
+        if bits == MIXED_BITS:
+            for name, form in forms.items():
+                if not _survives(touched[name], form, partial(delta_rows, factors[name], scale)):
+                    forms[name] = touched_form(touched[name], SAFE_BITS)
+        return forms
     forms = {}
     for name in base.layer_names():
         layer = touched.get(name) or base.layer(name)
@@ -127,6 +149,14 @@ def _forms(base: Checkpoint, touched: dict[str, Layer], factors: Factors, bits: 
         if name in moved or layer.setting or layer.dtype != form.dtype:
             forms[name] = form
     return forms
+
+
+def _survives(layer: Layer, form: Form, delta: DeltaRows) -> bool:
+    """Return whether an update is there in a form, under rounding noise that is no larger than itself."""
+    survival = Survival()
+    for _ in store(layer, form, delta, survival):
+        pass
+    return survival.retention >= MIN_RETENTION and survival.error <= MAX_ERROR
 
 
 def _half_type(base: Checkpoint, layer: Layer) -> str:

@@ -11,16 +11,12 @@ import numpy as np
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import card
-from mbf_mlx.export.fuse import Fused
+from mbf_mlx.export.fuse import MAX_ERROR, MIN_RETENTION, Fused
 from mbf_mlx.export.job import Job
 from mbf_mlx.export.place import LICENCES
 
-# Under these an export is refused. An answer in twenty that turns out otherwise, or a fifth of the update gone, is
-# something a user has to know of and agree to.
-MIN_RETENTION = 0.8
-MAX_ERROR = (
-    1.0  # |stored - meant| / |update|: rounding by chance keeps all of an update, under noise that may be larger
-)
+# Under this, or beyond fuse.py's limits for the weights, an export is refused. An answer in twenty that turns out
+# otherwise, or a fifth of the update gone, is something a user has to know of and agree to.
 MIN_AGREEMENT = 0.95
 ERRORS = 2  # standard errors by which few rows may miss it by chance
 Document = dict[str, Any]

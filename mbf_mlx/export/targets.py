@@ -17,9 +17,11 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export import peft
 from mbf_mlx.export.adapter_folder import read_back, write_files
 from mbf_mlx.export.job import Job
-from mbf_mlx.export.mlx_folder import FolderReport, keeps_few_bits, planned_bytes, write_mlx_folder
+from mbf_mlx.export.mlx_folder import MIXED_BITS, FolderReport, keeps_few_bits, planned_bytes, write_mlx_folder
 from mbf_mlx.export.outcome import Document, add_card, check, fused_document, small_document
 from mbf_mlx.export.place import check_folder_place, check_place
+
+MUCH_LARGER = 0.2  # than the base: an export of which its user hears that there is a smaller one
 
 
 def mlx(job: Job) -> Document:
@@ -35,7 +37,7 @@ def mlx(job: Job) -> Document:
             f'mlx_lm.generate --model {job.out} --prompt "..."',
             f"mlx_lm.server --model {job.out}",
         ]
-        check(job, document, partial(planned_bytes, job.base, job.factors))
+        check(job, document, partial(planned_bytes, job.base, job.factors, job.scale))
         add_card(job, folder, "mlx", document)
 
     _write(job, write_mlx_folder, bits=job.bits, rounders=live.rounder, finish=finish)
@@ -134,7 +136,7 @@ def ollama(job: Job) -> Document:
 
 def lmstudio(job: Job) -> Document:
     """Write a folder in LM Studio's layout: a GGUF file, or with `--type mlx` a folder for its MLX engine."""
-    from mbf_mlx.export import gguf, mlx_folder
+    from mbf_mlx.export import gguf
     from mbf_mlx.export.gguf import GGUFReport
     from mbf_mlx.export.live import Live
     from mbf_mlx.export.lmstudio import LMStudioReport, write_lmstudio
@@ -155,8 +157,10 @@ def lmstudio(job: Job) -> Document:
         else:
             document.update(_folder_document(job, live, model, written))
         document["next"] = report.next
-        planned = gguf.planned_bytes if isinstance(written, GGUFReport) else mlx_folder.planned_bytes
-        check(job, document, partial(planned, job.base, job.factors))
+        if isinstance(written, GGUFReport):
+            check(job, document, partial(gguf.planned_bytes, job.base, job.factors))
+        else:
+            check(job, document, partial(planned_bytes, job.base, job.factors, job.scale))
         add_card(job, folder, "lmstudio", document)
 
     named = {"name": job.out.name, "license_id": job.about.licence}
@@ -220,6 +224,13 @@ def _folder_document(job: Job, live: Any, folder: Path, report: FolderReport) ->
     document = fused_document(report.layers, report.bytes_base, report.bytes_out)
     document["quality"] = live.compare(folder)
     document["notes"] += job.rows.notes
+    more = report.bytes_out / report.bytes_base - 1
+    if job.bits is None and more > MUCH_LARGER:
+        mixed = planned_bytes(job.base, job.factors, job.scale, MIXED_BITS) / 1e6
+        document["notes"].append(
+            f"{100 * more:.0f} % larger than the base: many layers have learned, and each goes to 8 bits; "
+            f"--bits {MIXED_BITS}, where their update survives it, takes {mixed:,.1f} MB"
+        )
     return document
 
 
