@@ -13,6 +13,7 @@ import pytest
 from mbf_mlx import backend, blas, machine
 from mbf_mlx.errors import InputError, MissingPackageError
 from mbf_mlx.reference import orthogonal_init
+from tests.conftest import ROOT
 
 
 def python(code, **environment):
@@ -241,3 +242,17 @@ def test_the_control_groups_of_this_process_lead_up_to_their_root():
     for controller in ("", "memory", "cpu"):
         folders = machine._control_groups(controller)
         assert all(outer in inner.parents for inner, outer in itertools.pairwise(folders))
+
+
+@pytest.mark.slow
+def test_the_script_for_an_nvidia_gpu_runs_with_the_cpu_in_its_place(tiny_llama, write_jsonl, tmp_path):
+    """benchmarks/cuda.py waits for somebody with a GPU; until then the CPU held against itself keeps it running."""
+    rows = [{"prompt": f"yes or no, {i}?", "completion": "yes" if i % 2 else "no"} for i in range(12)]
+    write_jsonl("task/test.jsonl", rows[:4])
+    task, script = write_jsonl("task/train.jsonl", rows).parent, ROOT / "benchmarks" / "cuda.py"
+    words = ["--device", "cpu", "--model", tiny_llama, "--task", task, "--steps", 3, "--timed", 1, "--peers", "mlx_lm"]
+    done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("- agrees: ") == 4 and "largest relative difference 0.0e+00" in done.stdout
+    assert re.search(r"\| mbf-mlx \| [\d.]+ \| \d+ \|", done.stdout)
+    assert re.search(r"\| mlx_lm.lora \| [\d.]+ \| \d+ \|", done.stdout)
