@@ -26,15 +26,47 @@ MODELS = Path(os.environ.get("MBF_MODELS") or ROOT / "models")
 SMOLLM2 = MODELS / "smollm2-135m-instruct"
 
 
-def alternating(ways: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Return what each way gave in each of `repeats` rounds; a first round is run and thrown away."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(repeats + 1):
-        for name, way in ways.items():
-            value = way()
-            print(f"{number} {name}: {value:.3f}", file=sys.stderr)
-            if number:
-                found[name].append(value)
+class Kept:
+    """What a run has measured so far, written after every case: the same command goes on where one was interrupted.
+
+    Args:
+        case: What is measured.
+        out: Where `finish` will write; without it nothing is kept.
+    """
+
+    def __init__(self, case: str, out: Path | None):
+        self.case, self.out = case, out
+        self.results: dict[str, Any] = {}
+        if out and out.exists():
+            before, now = json.loads(out.read_text(encoding="utf-8")), document(case, {})
+            if not before.get("complete", True) and all(before[key] == now[key] for key in ("command", "versions")):
+                self.results = before["results"]
+                print(f"goes on after {', '.join(self.results)}", file=sys.stderr)
+
+    def once(self, name: str, work: Callable[[], Any]) -> Any:
+        """Return a case's result: as it was kept, or what `work()` gives, which is kept."""
+        if name not in self.results:
+            self.save(name, work())
+        return self.results[name]
+
+    def save(self, name: str, result: Any) -> None:
+        """Keep a case's result."""
+        self.results[name] = result
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.out.write_text(json.dumps(document(self.case, self.results) | {"complete": False}, indent=1) + "\n")
+
+
+def alternating(ways: dict[str, Callable[[], float]], repeats: int, kept: Kept) -> dict[str, list[float]]:
+    """Return what each way gave in each of `repeats` rounds, kept as "rounds"; one before them is thrown away."""
+    found: dict[str, list[float]] = kept.results.get("rounds") or {name: [] for name in ways}
+    done = len(found[next(iter(ways))])
+    for number in range(done, repeats + 1 if done < repeats else done):
+        values = {name: way() for name, way in ways.items()}
+        print(f"{number}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()), file=sys.stderr)
+        if number > done:
+            found = {name: [*found[name], value] for name, value in values.items()}
+            kept.save("rounds", found)
     return found
 
 
@@ -89,6 +121,11 @@ def mbf(*words: Any) -> list[str]:
     return [sys.executable, str(ROOT / "cli.py"), *map(str, words)]
 
 
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return a median with the smallest and the largest, for a table."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
 def document(case: str, results: Any) -> dict[str, Any]:
     """Return results with the date, the machine and the versions that made them."""
     from mbf_mlx import machine
@@ -133,5 +170,5 @@ def finish(document: dict[str, Any], lines: Iterable[str], out: Path | None) -> 
     print(text)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(document | {"complete": True}, indent=1) + "\n", encoding="utf-8")
         out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")

@@ -30,22 +30,27 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=common.SMOLLM2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    results, lines = {}, ["| target | seconds | peak |", "|---|---|---|"]
+    kept, lines = common.Kept("export", options.out), ["| target | seconds | peak |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         task = flatness.write_task(folder, 0)
         command = common.mbf("learn", folder / "s", task, "--iters", 4, "--model", options.model)
         common.command_seconds(command)
         for target in options.targets:
-            out = folder / (f"{target}.gguf" if target.startswith("gguf") else target)
-            code = WORK.format(root=str(common.ROOT), stream=str(folder / "s"), target=target, out=str(out))
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            results[target] = found = json.loads(done.stdout.splitlines()[-1])
+            found = kept.once(target, lambda target=target: measured(folder, target))
             lines.append(f"| {target} | {found['seconds']:.1f} | {found['peak_bytes'] / 1e6:.0f} MB |")
             print(lines[-1], file=sys.stderr)
-    common.finish(common.document("export", results), lines, options.out)
+    common.finish(common.document("export", kept.results), lines, options.out)
+
+
+def measured(folder: Path, target: str) -> dict[str, float]:
+    """Export the stream to `target` in a process of its own."""
+    out = folder / (f"{target}.gguf" if target.startswith("gguf") else target)
+    code = WORK.format(root=str(common.ROOT), stream=str(folder / "s"), target=target, out=str(out))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

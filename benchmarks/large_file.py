@@ -59,20 +59,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "large.jsonl"
         rows = write(file, options.bytes)
-        # The peak of children is the largest of all so far, so the smaller one comes first.
-        read = measured([sys.executable, "-c", READ.format(root=str(common.ROOT), file=str(file))])
-        check = measured([sys.executable, str(common.ROOT / "cli.py"), "check", str(file)])
+        kept = common.Kept("large_file", options.out)
         size = os.path.getsize(file)
-    document = common.document(
-        "large_file", {"file_bytes": size, "rows": rows, "read": read, "check": check, "limit_bytes": LIMIT_BYTES}
-    )
+        kept.save("file", {"bytes": size, "rows": rows, "limit_bytes": LIMIT_BYTES})
+        # The peak of children is the largest of all so far, so the smaller one comes first.
+        code = READ.format(root=str(common.ROOT), file=str(file))
+        read = kept.once("read", lambda: measured([sys.executable, "-c", code]))
+        check = kept.once("check", lambda: measured(common.mbf("check", file)))
     lines = ["| what | seconds | peak resident |", "|---|---|---|"]
     for name, found in (("read_task, as in mbf learn", read), ("mbf check", check)):
         lines.append(
             f"| {name}, {rows:,} rows, {size / 1e9:.2f} GB | {found['seconds']:.0f} |"
             f" {found['peak_bytes'] / 1e6:.0f} MB |"
         )
-    common.finish(document, lines, options.out)
+    common.finish(common.document("large_file", kept.results), lines, options.out)
     if check["peak_bytes"] > LIMIT_BYTES and size >= 10**9:
         raise SystemExit("over 500 MB")
 

@@ -75,7 +75,7 @@ def ours(
 
 def mlx_lm_lora(
     model: Path, rows: int, length: int, answer: int, checkpoint: bool, packed: bool, steps: int
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """The same in mlx-lm's own loss, in the dtype that is fastest here; `--packed` does not apply."""
     import mlx.core as mx
     import mlx.optimizers as optim
@@ -88,7 +88,8 @@ def mlx_lm_lora(
     from mbf_mlx import machine
 
     network, config = load_model(model)
-    network.set_dtype(step._fastest_dtype(mx, network))
+    dtype = step._fastest_dtype(mx, network)
+    network.set_dtype(dtype)
     network.freeze()
     keys = {"rank": 8, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}
     linear_to_lora_layers(network, len(network.layers), keys)
@@ -102,10 +103,10 @@ def mlx_lm_lora(
         (loss, _), gradients = loss_and_grad(network, tokens, spans)
         optimizer.update(network, gradients)
         mx.eval(loss, network.trainable_parameters(), optimizer.state)
-    return {"measured": machine.resident_peak(), "predicted": 0}
+    return {"measured": machine.resident_peak(), "dtype": str(dtype).removeprefix("mlx.core.")}
 
 
-def measured(who: str, **configuration: Any) -> dict[str, int]:
+def measured(who: str, **configuration: Any) -> dict[str, Any]:
     command = [sys.executable, __file__, "--who", who, "--one", json.dumps(configuration)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -129,29 +130,40 @@ def main() -> None:
     chosen = CONFIGURATIONS | (CASE_H if options.peer else {})
     if options.only:
         chosen = {name: each for name, each in chosen.items() if any(part in name for part in options.only)}
-    results, lines = (
-        {},
-        ["| configuration | measured | by the formula | difference | mlx_lm.lora |", "|---|---|---|---|---|"],
-    )
+    kept = common.Kept("memory", options.out)
+    lines = ["| configuration | ours | by the formula | difference | mlx_lm.lora |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         for name, (shape, rows, length, answer, checkpoint, packed) in chosen.items():
             model = common.SMOLLM2 if shape == "smollm2" else synthetic.write_model(Path(folder) / shape, shape)
             given = {"model": str(model), "rows": rows, "length": length, "answer": answer, "checkpoint": checkpoint,
                      "packed": packed, "steps": 2}  # fmt: skip
-            found = measured("ours", **given)
-            found["difference"] = found["predicted"] / found["measured"] - 1
-            if options.peer and name in CASE_H:
-                found["peer"] = measured("mlx_lm", **given | {"steps": 1})["measured"]
-            results[name] = found
-            peer = f"{found['peer'] / 1e6:.0f} MB ({found['measured'] / found['peer']:.2f})" if "peer" in found else ""
-            lines.append(
-                f"| {name} | {found['measured'] / 1e6:.0f} MB | {found['predicted'] / 1e6:.0f} MB |"
-                f" {found['difference']:+.0%} | {peer} |"
-            )
+            found = kept.once(name, lambda name=name, given=given: beside_peer(given, options.peer and name in CASE_H))
+            lines.append(line(name, found))
             print(lines[-1], file=sys.stderr)
-    common.finish(common.document("memory", results), lines, options.out)
-    if any(abs(found["difference"]) > TOLERANCE for found in results.values()):
+    common.finish(common.document("memory", kept.results), lines, options.out)
+    if any(abs(found["difference"]) > TOLERANCE for found in kept.results.values()):
         raise SystemExit("the formula is off by more than 15 %")
+
+
+def beside_peer(given: dict[str, Any], peer: bool) -> dict[str, Any]:
+    """Measure one configuration, and the peer's where it is asked for."""
+    found = measured("ours", **given)
+    found["difference"] = found["predicted"] / found["measured"] - 1
+    if peer:
+        theirs = measured("mlx_lm", **given | {"steps": 1})
+        found |= {"peer": theirs["measured"], "peer_dtype": theirs["dtype"]}
+    return found
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    """Return a configuration's line of the table."""
+    peer = ""
+    if "peer" in found:
+        peer = (
+            f"{found['peer'] / 1e6:.0f} MB in {found['peer_dtype']}, ours {found['measured'] / found['peer']:.2f} of it"
+        )
+    sizes = f"{found['measured'] / 1e6:.0f} MB | {found['predicted'] / 1e6:.0f} MB | {found['difference']:+.0%}"
+    return f"| {name} | {sizes} | {peer} |"
 
 
 if __name__ == "__main__":

@@ -109,12 +109,11 @@ def main() -> None:
         "mbf_absorb": whole,
         "bytes": sizes,
     }
-    middle = [sorted(values)[len(values) // 2] for values in (taken[1:], whole)]
     lines = [
         "| what | seconds |",
         "|---|---|",
-        f"| merge {len(layers)} layers of rank {options.rank}, disk to disk | {middle[0]:.2f} |",
-        f"| `mbf absorb`, process included | {middle[1]:.2f} |",
+        f"| merge {len(layers)} layers of rank {options.rank}, disk to disk | {common.spread(taken[1:])} |",
+        f"| `mbf absorb`, process included | {common.spread(whole)} |",
         "",
         ", ".join(f"{name} {count / 1e6:.0f} MB" for name, count in sizes.items()),
     ]

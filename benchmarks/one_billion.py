@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import common
 import numpy as np
@@ -28,6 +29,28 @@ def batches(count: int, vocabulary: int) -> list[list[SimpleNamespace]]:
     return [[SimpleNamespace(tokens=row, supervised=supervised) for row in batch] for batch in tokens]
 
 
+def timed(name: str, model: Path, rows: list[list[SimpleNamespace]]) -> dict[str, Any]:
+    """Return what steps take; a peer's takes minutes on a CPU, and is done once."""
+    worker = step.Worker(name, model, KEYS)
+    taken = [worker.ask(step=step._encoded(batch))["seconds"] for batch in (rows if name == "ours" else rows[:1])]
+    worker.close()
+    # Our first step is slower: threads start, memory is taken.
+    return {"dtype": worker.dtype, "seconds": taken, "median": float(np.median(taken[1:] or taken))}
+
+
+def held_packed(model: Path, steps: int) -> dict[str, int]:
+    """Return the measured and the predicted peak of steps with quantized weights kept and `--grad-checkpoint`."""
+    given = {"model": str(model), "rows": 1, "length": LENGTH + 1, "answer": LENGTH, "checkpoint": True, "packed": True}
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("memory.py")),
+        "--one",
+        json.dumps(given | {"steps": steps}),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-1b", choices=list(synthetic.SHAPES))
@@ -41,18 +64,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = synthetic.write_model(Path(folder) / options.shape, options.shape)
         rows = batches(options.steps + 1, synthetic.SHAPES[options.shape][6])
-        found = {}
-        for name in [] if options.memory else ["ours", *options.peers]:
-            worker = step.Worker(name, model, KEYS)
-            # The first step is slower; a peer's takes minutes on a CPU, and is done once.
-            chosen = rows if name == "ours" else rows[:1]
-            taken = [worker.ask(step=step._encoded(batch))["seconds"] for batch in chosen]
-            found[name] = {"dtype": worker.dtype, "seconds": taken, "median": float(np.median(taken[1:] or taken))}
-            worker.close()
-        command = [sys.executable, str(Path(__file__).with_name("memory.py")), "--one", json.dumps(
-            {"model": str(model), "rows": 1, "length": LENGTH + 1, "answer": LENGTH, "checkpoint": True,
-             "packed": True, "steps": options.steps})]  # fmt: skip
-        kept = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        kept = common.Kept("one_billion", options.out)
+        who = [] if options.memory else ["ours", *options.peers]
+        found = {name: kept.once(name, lambda name=name: timed(name, model, rows)) for name in who}
+        held = kept.once("kept", lambda: held_packed(model, options.steps))
     lines = [] if options.memory else ["| who | dtype | s a step | times ours |", "|---|---|---|---|"]
     for name, each in found.items():
         ratio = each["median"] / found["ours"]["median"]
@@ -60,11 +75,11 @@ def main() -> None:
     lines += [
         "",
         f"quantized weights kept, --grad-checkpoint, {options.steps} steps of 1 x {LENGTH} tokens:"
-        f" {kept['measured'] / 1e9:.2f} GB at the peak, {kept['predicted'] / 1e9:.2f} GB by the formula; the bound is"
+        f" {held['measured'] / 1e9:.2f} GB at the peak, {held['predicted'] / 1e9:.2f} GB by the formula; the bound is"
         f" {BOUND:g} times the formula",
     ]
-    common.finish(common.document("one_billion", {"steps": found, "kept": kept}), lines, options.out)
-    if kept["measured"] > BOUND * kept["predicted"]:
+    common.finish(common.document("one_billion", kept.results), lines, options.out)
+    if held["measured"] > BOUND * held["predicted"]:
         raise SystemExit("over the bound")
 
 

@@ -27,6 +27,16 @@ def rows_of(count: int) -> list[dict[str, str]]:
     ]
 
 
+def first_answers(model: Path, repeats: int) -> list[float]:
+    """Return the seconds that `mbf generate` takes for one token, process included."""
+    with tempfile.TemporaryDirectory() as place:
+        stream, task = Path(place) / "s", Path(place) / "t.jsonl"
+        task.write_text("".join(json.dumps(row) + "\n" for row in rows_of(20)))
+        common.command_seconds(common.mbf("learn", stream, task, "--model", model, "--iters", 1))
+        command = common.mbf("generate", stream, "Which word?", "--max-tokens", 1)
+        return [common.command_seconds(command) for _ in range(repeats)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200)
@@ -75,24 +85,20 @@ def main() -> None:
         verdicts["generation"] = right
         return time.perf_counter() - started
 
-    found = common.alternating({"ours": forced, "generation": generated}, options.repeats)
+    kept = common.Kept("scoring", options.out)
+    found = common.alternating({"ours": forced, "generation": generated}, options.repeats, kept)
+    if not verdicts:  # all rounds were measured before an interruption
+        forced(), generated()
     summary = common.compared(found, "ours")
     differ = [i for i, (a, b) in enumerate(zip(verdicts["ours"], verdicts["generation"], strict=True)) if a != b]
     results = {"rows": len(rows), "scores": summary, "verdicts_that_differ": differ, "close_calls": list(close)}
     results["right"] = sum(verdicts["ours"])
-    lines = common.table(summary, f"s for {len(rows)} rows", {"ours": "one teacher-forced pass"})
+    names = {"ours": "one teacher-forced pass", "generation": "mlx-lm's generation, the same model in the same dtype"}
+    lines = common.table(summary, f"s for {len(rows)} rows", names)
     lines += ["", f"{results['right']} rows right; verdicts that differ: {len(differ)}; close calls: {len(close)}"]
-    first = common.command_seconds
-    with tempfile.TemporaryDirectory() as folder:
-        stream = Path(folder) / "s"
-        task_file = Path(folder) / "t.jsonl"
-        task_file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(20)))
-        first(common.mbf("learn", stream, task_file, "--model", options.model, "--iters", 1))
-        answers = [
-            first(common.mbf("generate", stream, "Which word?", "--max-tokens", 1)) for _ in range(options.repeats)
-        ]
+    answers = kept.once("first_answer_seconds", lambda: first_answers(options.model, options.repeats))
     results["first_answer_seconds"] = answers
-    lines.append(f"mbf generate, from start to its first token: {sorted(answers)[len(answers) // 2]:.2f} s")
+    lines.append(f"mbf generate, from its start to its first token: {common.spread(answers)} s")
     common.finish(common.document("scoring", results), lines, options.out)
     if set(differ) - set(close):
         raise SystemExit("a verdict differs")

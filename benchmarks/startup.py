@@ -4,7 +4,6 @@ python benchmarks/startup.py [--repeats 5] [--model FOLDER] [--out FILE]
 """
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -31,11 +30,11 @@ def main() -> None:
             "mbf status": lambda: common.command_seconds(common.mbf("status", folder / "s")),
             "mbf learn, one step": lambda: common.command_seconds([*command, "--again"]),
         }
-        found = common.alternating(ways, options.repeats)
+        found = common.alternating(ways, options.repeats, common.Kept("startup", options.out))
     lines = ["| command | seconds | goal |", "|---|---|---|"]
     for name, values in found.items():
-        lines.append(f"| {name} | {statistics.median(values):.2f} | {GOALS.get(name, '')} |")
-    common.finish(common.document("startup", found), lines, options.out)
+        lines.append(f"| {name} | {common.spread(values)} | {GOALS.get(name, '')} |")
+    common.finish(common.document("startup", {"rounds": found}), lines, options.out)
 
 
 if __name__ == "__main__":

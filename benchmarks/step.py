@@ -15,22 +15,19 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import common
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common import ROOT
 
 RANK, SCALE, RATE = 8, 2.0, 1e-4
 ROWS, LENGTH, SUPERVISED = 8, 64, 8
@@ -150,7 +147,7 @@ def mlx_lm_lora(model: Path, keys: list[str]) -> None:
     paths = [f"{prefix[key]}.{key}" for key in keys]
     linear_to_lora_layers(network, len(network.layers), {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": paths})
     answers = _answers()
-    answers({"dtype": str(dtype)})
+    answers({"dtype": str(dtype).removeprefix("mlx.core.")})
 
     def batches(**_: Any) -> Iterator[tuple[Any, Any]]:
         for command in _commands():
@@ -316,10 +313,11 @@ class Worker:
 def batches_of(case: str, model: Path, count: int) -> list[list[Any]]:
     rng = np.random.default_rng(0)
     if case != "rows":
-        tokens = rng.integers(1, 40_000, (count, ROWS, LENGTH + 1)).astype(np.int32)
+        vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+        tokens = rng.integers(1, min(40_000, vocabulary), (count, ROWS, LENGTH + 1)).astype(np.int32)
         supervised = np.arange(LENGTH + 1) > (LENGTH - SUPERVISED if case == "last8" else 0)
         return [[SimpleNamespace(tokens=row, supervised=supervised) for row in batch] for batch in tokens]
-    from mbf_mlx.batches import plan_batches
+    from mbf_mlx.batches import lengths_of, plan_batches
     from mbf_mlx.config import DataConfig
     from mbf_mlx.encode import Encoder
     from mbf_mlx.model import load_tokenizer
@@ -329,7 +327,7 @@ def batches_of(case: str, model: Path, count: int) -> list[list[Any]]:
     encoder, found = Encoder(load_tokenizer(model), DataConfig()), []
     for name in REAL_TASKS:
         rows = encoder.all(list(read_task(folder / name).train)[:400], folder / name)
-        plan = plan_batches([len(row.tokens) for row in rows], ROWS, 0, 0)
+        plan = plan_batches(lengths_of(rows), ROWS, 0, 0)
         found.append([[rows[i] for i in indices] for indices in plan if len(indices) == ROWS])
     return [found[i % len(found)][i // len(found)] for i in range(count)]
 
@@ -381,7 +379,7 @@ def summary(
     return document
 
 
-def markdown(document: dict[str, Any]) -> str:
+def markdown(document: dict[str, Any]) -> list[str]:
     lines = []
     for who in ("ours", *PEERS):
         if who not in document:
@@ -392,13 +390,12 @@ def markdown(document: dict[str, Any]) -> str:
         cells = [document["case"], name, found["dtype"], f"{found['median_seconds']:.2f}"]
         cells += [f"{found['tokens_per_second']:.0f}", f"{found['rows_per_second']:.2f}", ratio]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = Path(os.environ.get("MBF_MODELS") or ROOT / "models")
-    parser.add_argument("--model", type=Path, default=models / "smollm2-135m-instruct")
+    parser.add_argument("--model", type=Path, default=common.SMOLLM2)
     parser.add_argument("--cases", nargs="+", default=["last8", "all", "rows"])
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--keys", nargs="+", default=["q_proj", "v_proj"])
@@ -409,32 +406,24 @@ def main() -> None:
     keys = ALL_KEYS if options.keys == ["all"] else options.keys
     if options.worker:
         return work(options.worker, options.model, keys)
-    results = [measure(case, options.model, keys, options.peers, options.repeats) for case in options.cases]
-    document = {"date": str(date.today()), "machine": platform.machine(), "cores": os.cpu_count(), "keys": keys}
-    document["versions"] = _versions()
-    document["results"] = results
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(document, indent=1) + "\n")
-    print("| case | who | dtype | s a step | tokens/s | rows/s | times ours |\n|---|---|---|---|---|---|---|")
+    kept = common.Kept("step", options.out)
+    kept.save("keys", keys)
+    results = [
+        kept.once(case, lambda case=case: measure(case, options.model, keys, options.peers, options.repeats))
+        for case in options.cases
+    ]
+    lines = ["| case | who | dtype | s a step | tokens/s | rows/s | times ours |", "|---|---|---|---|---|---|---|"]
+    lines += [line for result in results for line in markdown(result)]
     for result in results:
-        print(markdown(result))
-    for result in results:
-        print(
-            f"\n{result['case']}: matrix products alone {result['matmul_floor_seconds']:.2f} s,"
+        lines += [
+            "",
+            f"{result['case']}: matrix products alone {result['matmul_floor_seconds']:.2f} s,"
             f" {result['share_of_floor']:.0%} of our step; losses of {CURVE_STEPS} steps differ from a plain"
-            f" computation's by at most {result['curve_difference']:.1e}"
-        )
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("mlx", "mlx-lm", "numpy", "torch", "peft", "transformers", "cmeel-openblas"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            f" computation's by at most {result['curve_difference']:.1e}",
+        ]
+    common.finish(common.document("step", kept.results), lines, options.out)
+    if off := [result["case"] for result in results if not result["curve_within_tolerance"]]:
+        raise SystemExit(f"{', '.join(off)}: the loss curve is off by more than {CURVE_TOLERANCE:g}")
 
 
 if __name__ == "__main__":
