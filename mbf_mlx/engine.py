@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mbf_mlx import cpu_ops, llama
 from mbf_mlx.batches import Batch
@@ -82,6 +82,8 @@ class Engine:
         targets = mx.array(batch.targets)
         if not self.picks_positions:
             return _cross_entropy(self.forward.logits(batch, self.checkpoint), targets)[0].sum()
+        if self.checkpoint and not self._head_is_trained and len(list(self._chunks(len(targets)))) > 1:
+            return self._loss_within_budget(batch, targets)
         return self._chunked_loss(self.forward.hidden(batch, self.checkpoint), targets)
 
     def score(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -183,6 +185,40 @@ class Engine:
         loss_of_all: mx.array = loss_and_gradient(hidden)[0]  # type: ignore[index]
         return loss_of_all
 
+    def _loss_within_budget(self, batch: Batch, targets: mx.array) -> mx.array:
+        """Return the loss with never more than one chunk of logits alive, for one more forward pass.
+
+        While mlx takes gradients it keeps all that it has evaluated, and else it allocates ahead of what it computes:
+        so the hidden states that the loss is made of come from a pass of their own, without gradients.
+        """
+        trained, seed = tree_flatten(self.model.trainable_parameters()), seed_of_now()
+        copies = [(name, _copy(value)) for name, value in trained]
+        try:
+            self.model.update(tree_unflatten(copies))
+            mx.random.seed(seed)
+            states = self.forward.hidden(batch)
+            mx.eval(states)
+        finally:
+            self.model.update(tree_unflatten(trained))
+            mx.random.seed(seed)  # the pass that is differentiated drops the same inputs
+        losses, gradients = [], []
+        for start, stop in self._chunks(len(targets)):
+            value, gradient = self._loss_and_d_hidden(states[start:stop], targets[start:stop])
+            mx.eval(value, gradient)
+            losses.append(_copy(value))
+            gradients.append(_copy(gradient))
+        total, d_hidden = mx.stack(losses).sum(), mx.concatenate(gradients)
+
+        @mx.custom_function
+        def loss(_: mx.array) -> mx.array:
+            return total
+
+        @loss.vjp
+        def backward(_: Any, cotangent: mx.array, __: mx.array) -> mx.array:
+            return (cotangent * d_hidden).astype(states.dtype)
+
+        return loss(self.forward.hidden(batch, self.checkpoint))  # type: ignore[return-value]
+
     def _loss_and_d_hidden(self, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
         """Return the summed loss of one chunk, and its gradient with respect to the hidden states (N, D)."""
         raw = self.head(hidden)
@@ -192,6 +228,16 @@ class Engine:
         d_logits = (mx.softmax(logits, axis=-1) - right).astype(raw.dtype)
         (gradient,) = mx.vjp(self.head, [hidden], [d_logits])[1]
         return losses.sum(), gradient
+
+
+def seed_of_now() -> int:
+    """Return a seed that is a function of the state of mlx's random numbers."""
+    return int.from_bytes(np.array(mx.random.state[0]).tobytes(), "little")  # type: ignore[index]
+
+
+def _copy(array: mx.array) -> mx.array:
+    """Return a copy without history, which while mlx takes gradients would hold all that the array was made of."""
+    return mx.array(np.array(array.astype(mx.float32))).astype(array.dtype)
 
 
 def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:

@@ -10,8 +10,8 @@ vocabulary; r the rank; b bytes of a number (4 on a CPU, else the model's own 2)
     weights       on a CPU every number in float32, or packed as in the file with one piece unpacked at a time
     factors       16 r (in + out) a layer: the factors, their gradient, AdamW's two moments, all in float32
     activations   what the blocks keep for the way back, as below, and what one block's way back takes besides
-    logits        4 V bytes a position and array; on a CPU under a fixed budget, whatever N is. Through mlx-lm's own
-                  pass 3 arrays of N: mlx runs ahead of what it computes, so chunks are alive together
+    logits        4 V bytes a position and array, under a fixed budget whatever N is; but 3 arrays of N through mlx-lm's
+                  own pass without --grad-checkpoint: mlx runs ahead of what it computes, so chunks are alive together
 
 A block keeps, on a CPU (llama.py), 4 bytes times
     T (4 D + H d + 2 I) + (P + R W) (H + 2 G) d, and its attention weights H W (R W + P R) + H P P where they are small;
@@ -211,9 +211,11 @@ def _through_mlx(shape: Shape, load: Load) -> tuple[int, int]:
 
 def _logits(shape: Shape, run: Run, load: Load) -> int:
     line, states = 4 * shape.vocabulary, 12 * load.supervised * shape.hidden
-    if not run.by_hand:
-        return LOGITS_COPIES * line * load.supervised + states
-    return min(load.supervised, max(1, LOGITS_BYTES // (LOGITS_COPIES * line))) * line + states
+    chunk = min(load.supervised, max(1, LOGITS_BYTES // (LOGITS_COPIES * line))) * line
+    if run.by_hand:
+        return chunk + states
+    # mlx's own functions do not work in place.
+    return LOGITS_COPIES * (chunk if run.checkpoint else line * load.supervised) + states
 
 
 def ways_to_fit(shape: Shape, run: Run, load: Load, limit: int) -> list[str]:

@@ -154,9 +154,44 @@ def test_loss_and_gradients_equal_all_logits_on_a_padded_batch(bits, share, chec
     assert prepared.picks_positions and prepared.shares_prefix
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("budget", [1, 3 * 4 * VOCABULARY * 5])
-def test_logits_in_chunks_give_the_same_loss(budget):
-    assert_same_as_plain(build(LLAMA), rows_with(3, [9, 4, 8]), logits_bytes=budget)
+def test_logits_in_chunks_give_the_same_loss(budget, checkpoint):
+    assert_same_as_plain(build(LLAMA), rows_with(3, [9, 4, 8]), logits_bytes=budget, checkpoint=checkpoint)
+
+
+def test_with_checkpointing_logits_keep_to_their_budget_on_mlx_lms_way_too():
+    model = build(LLAMA, vocab_size=30_000)
+    rows = [Row(np.arange(1, 130, dtype=np.int32) + i, np.arange(129) > 0) for i in range(2)]
+    batch = make_batch(rows, range(2))
+    one_array = 4 * 30_000 * len(batch.targets)
+    peaks, values = [], []
+    for budget in (10**12, one_array * 3 // 16):
+        way = engine.prepare(model, checkpoint=True, logits_bytes=budget, by_hand=False)
+        gradients(model, way.loss_sum, batch)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        values.append(gradients(model, way.loss_sum, batch))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] > 2 * one_array and peaks[1] < 0.75 * one_array
+    assert values[0][0] == pytest.approx(values[1][0], rel=1e-5)
+
+
+def test_the_pass_apart_drops_the_same_inputs():
+    model = build(LLAMA)
+    for block in model.layers:
+        block.self_attn.q_proj.dropout = nn.Dropout(0.3)
+    model.train()
+    way, rows = engine.prepare(model, logits_bytes=1, by_hand=False), rows_with(3, [9, 4, 8])
+    batch, targets = make_batch(rows, range(3)), mx.array(make_batch(rows, range(3)).targets)
+    mx.random.seed(7)
+    seed = engine.seed_of_now()
+    found = [gradients(model, lambda: way._loss_within_budget(batch, targets))]
+    mx.random.seed(seed)
+    found.append(gradients(model, way.loss_sum, batch))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, gradient in found[0][1].items():
+        np.testing.assert_allclose(np.array(found[1][1][name]), np.array(gradient), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(

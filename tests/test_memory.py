@@ -46,6 +46,8 @@ def test_logits_never_take_more_than_their_budget():
     shape = Shape(**{**SHAPE.__dict__, "vocabulary": 128_256})
     few, many = (predict(shape, RUN, Load.full(rows, 513)).logits for rows in (1, 64))
     assert few < many < LOGITS_BYTES + 12 * 64 * 512 * 256
+    through_mlx = Run(**{**RUN.__dict__, "by_hand": False, "checkpoint": True})
+    assert predict(shape, through_mlx, Load.full(64, 513)).logits < LOGITS_BYTES + 12 * 64 * 512 * 256
 
 
 def test_the_flags_that_would_fit_really_fit_and_the_cheapest_comes_first():
