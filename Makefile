@@ -65,9 +65,11 @@ test-all: install-all
 	$(BIN)/mypy mbf_mlx
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not release"
 
-bench: install-dev
+# A case that was interrupted goes on after what it has measured; one that was finished is measured anew.
+bench: install-all
 	@for case in $(CASES); do echo "$$case"; \
 	    $(BIN)/python benchmarks/$$case.py --out benchmarks/results/$$case.json || exit 1; done
+	$(BIN)/python benchmarks/step.py --keys all --peers torch32 torch16 --out benchmarks/results/step_all_keys.json
 
 bench-check: install-dev
 	$(BIN)/python benchmarks/check.py

@@ -1,9 +1,9 @@
 """The memory formula of `mbf plan` against the measured peak, and case h: peak training memory against mlx_lm.lora.
 
 Every configuration is a process of its own that learns as `mbf learn` does; its peak is the largest resident set, from
-its start. `--peer` adds the same batches in mlx_lm.lora (minutes on a CPU).
+its start. Case h has the same batches in mlx_lm.lora beside ours (minutes on a CPU).
 
-    python benchmarks/memory.py [--peer] [--only NAME...] [--out benchmarks/results/memory.json]
+    python benchmarks/memory.py [--peers mlx_lm] [--only NAME...] [--out benchmarks/results/memory.json]
 """
 
 import argparse
@@ -117,7 +117,9 @@ def measured(who: str, **configuration: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="names of configurations, or parts of them")
-    parser.add_argument("--peer", action="store_true", help="case h, with mlx_lm.lora beside ours")
+    parser.add_argument(
+        "--peers", nargs="*", default=["mlx_lm"], choices=["mlx_lm"], help="of case h; none leaves it out"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--who", default="ours", help=argparse.SUPPRESS)
@@ -127,7 +129,7 @@ def main() -> None:
         work = {"ours": ours, "mlx_lm": mlx_lm_lora}[options.who]
         print(json.dumps(work(**{**given, "model": Path(given["model"])})))
         return
-    chosen = CONFIGURATIONS | (CASE_H if options.peer else {})
+    chosen = CONFIGURATIONS | (CASE_H if options.peers else {})
     if options.only:
         chosen = {name: each for name, each in chosen.items() if any(part in name for part in options.only)}
     kept = common.Kept("memory", options.out)
@@ -137,7 +139,9 @@ def main() -> None:
             model = common.SMOLLM2 if shape == "smollm2" else synthetic.write_model(Path(folder) / shape, shape)
             given = {"model": str(model), "rows": rows, "length": length, "answer": answer, "checkpoint": checkpoint,
                      "packed": packed, "steps": 2}  # fmt: skip
-            found = kept.once(name, lambda name=name, given=given: beside_peer(given, options.peer and name in CASE_H))
+            found = kept.once(
+                name, lambda name=name, given=given: beside_peer(given, bool(options.peers) and name in CASE_H)
+            )
             lines.append(line(name, found))
             print(lines[-1], file=sys.stderr)
     common.finish(common.document("memory", kept.results), lines, options.out)
