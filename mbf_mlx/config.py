@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from mbf_mlx.errors import InputError
 
 TEMPLATES = ("chat", "none")
+SAMPLE_ROWS = 16  # training rows whose loss is compared before and after a task
 
 
 def _check(config: object, name: str, fits: bool, expected: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mbf_mlx.batches import Batch, lengths_of, make_batch, plan_batches
-from mbf_mlx.config import LoRAConfig, TrainConfig
+from mbf_mlx.config import SAMPLE_ROWS, LoRAConfig, TrainConfig
 from mbf_mlx.encode import Encoded
 from mbf_mlx.errors import InputError
 from mbf_mlx.memory import Load, Run, Shape
@@ -26,7 +26,8 @@ SHARE = 0.8  # of what is there, up to which a plan fits; past it and up to all 
 # What Metal recommends to take of a Mac's memory, by what Apple's tools print for these machines; not measured by us.
 MAC_SHARE, LARGE_MAC, LARGE_MAC_SHARE = 2 / 3, 36_000_000_000, 3 / 4
 TRIAL_BLOCKS = 4  # of the model that is timed; what each of them takes is what the real one's take
-TRIAL_VOCABULARY = 64  # of the model that is timed; the head is timed as a matrix product
+TRIAL_VOCABULARY = 64  # of the model that is timed
+HEAD_VOCABULARY = 4096  # of the one that says what a wider head takes, at most
 PLANNED_BATCHES = 400  # of an epoch whose shapes are looked at
 
 
@@ -123,12 +124,19 @@ class Work:
     other_tokens: float  # computed without a way back: validation, losses before and after, scoring
 
 
-def work_of(rows: Sequence[Encoded], valid: Sequence[Encoded], test: Sequence[Encoded], config: TrainConfig) -> Work:
+def work_of(
+    rows: Sequence[Encoded],
+    valid: Sequence[Encoded],
+    test: Sequence[Encoded],
+    config: TrainConfig,
+    scored: int = 1,
+) -> Work:
     """Return the work of one task.
 
     Args:
-        rows, valid, test: Its rows; those of `valid` are read once an epoch, those of `test` once.
+        rows, valid, test: Its rows.
         config: Epochs or steps, batch sizes.
+        scored: How often its test rows are scored: after it, and after each task that is learned after it.
     """
     lengths = lengths_of(rows)
     plan = plan_batches(lengths, config.batch_size, config.seed, 0)
@@ -143,7 +151,9 @@ def work_of(rows: Sequence[Encoded], valid: Sequence[Encoded], test: Sequence[En
         loads=tuple(dict.fromkeys(Load.of(batch) for batch in batches)),
         typical=batches[len(batches) // 2],
         train_tokens=each * steps * config.grad_accumulation_steps,
-        other_tokens=config.epochs * float(np.sum(lengths_of(valid))) + float(np.sum(lengths_of(test))),
+        other_tokens=math.ceil(steps / (config.val_every or groups)) * float(np.sum(lengths_of(valid)))
+        + 2 * min(SAMPLE_ROWS, len(rows)) * float(np.mean(lengths))
+        + scored * float(np.sum(lengths_of(test))),
     )
 
 
@@ -176,10 +186,12 @@ def measure(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch) ->
 
     one, some = (trial.seconds(config, lora, run, batch, blocks, TRIAL_VOCABULARY) for blocks in (1, TRIAL_BLOCKS))
     more = (int(config["num_hidden_layers"]) - 1) / (TRIAL_BLOCKS - 1)
-    head = trial.product_seconds(len(batch.targets), int(config["hidden_size"]), int(config["vocab_size"]))
+    width = min(HEAD_VOCABULARY, max(int(config["vocab_size"]), 2 * TRIAL_VOCABULARY))
+    wide = trial.seconds(config, lora, run, batch, 1, width)
+    wider = int(config["vocab_size"]) / (width - TRIAL_VOCABULARY)
     tokens = _real(batch)
-    step = one.step + more * max(0.0, some.step - one.step) + 2 * head
-    forward = one.forward + more * max(0.0, some.forward - one.forward) + head
+    step = one.step + more * max(0.0, some.step - one.step) + wider * max(0.0, wide.step - one.step)
+    forward = one.forward + more * max(0.0, some.forward - one.forward) + wider * max(0.0, wide.forward - one.forward)
     return Rate(step=step / tokens, forward=forward / tokens)
 
 

@@ -17,7 +17,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mbf_mlx.batches import Batch, lengths_of, make_batch, plan_batches
-from mbf_mlx.config import TrainConfig
+from mbf_mlx.config import SAMPLE_ROWS, TrainConfig
 from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Engine
 from mbf_mlx.errors import InputError, MemoryLimitError
@@ -27,7 +27,6 @@ from mbf_mlx.tuning import Arrays, Tuning
 from mbf_mlx.working import SaveClock
 
 FLOOR = 0.1  # share of the peak rate at which the decay ends
-SAMPLE_ROWS = 16  # rows whose loss is compared before and after
 GUARD_FACTOR, GUARD_STEPS = 3.0, 50  # a loss this many times the first, for so many steps, has exploded
 CURVE_POINTS = 24
 

@@ -58,13 +58,6 @@ def seconds(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch, bl
     return Taken(step=step, forward=_fastest(lambda: engine.score(known)))
 
 
-def product_seconds(rows: int, inner: int, out: int) -> float:
-    """Return how long a product of (rows, inner) and (inner, out) takes."""
-    x, weight = mx.ones((rows, inner)), mx.ones((out, inner))
-    mx.eval(x, weight)
-    return _fastest(lambda: mx.eval(x @ weight.T))
-
-
 def _fastest(work: Callable[[], Any]) -> float:
     work()  # the first is slower: threads start, memory is taken
     taken = []

@@ -139,7 +139,10 @@ class _Plans:
             document["note"] = "no tasks were named" if folder else "the model is not fetched: rows were not counted"
             return document
         encoded = [self._encoded(task, folder) for task in read]
-        works = [plan.work_of(train, valid, test, self.train) for train, valid, test in encoded]
+        works = [
+            plan.work_of(train, valid, test, self.train, scored=len(read) - place)
+            for place, (train, valid, test) in enumerate(encoded)
+        ]
         loads = list(dict.fromkeys(load for work in works for load in work.loads))
         document, run = self._memory(model, folder, shape, loads, size)
         tests = sum(len(task.test) for task in read) + sum(record.test_rows for record in earlier)
