@@ -38,7 +38,14 @@ class Speaker:
         self._read: list[int] = []
 
     def prompt(self, messages: str | Sequence[Message]) -> list[int]:
-        """Return the tokens that an answer to `messages` continues."""
+        """Return the tokens that an answer to `messages` continues.
+
+        Raises:
+            InputError: a text holds what is no character, as a terminal hands on bytes that are no UTF-8.
+        """
+        for text in [messages] if isinstance(messages, str) else [str(each.get("content")) for each in messages]:
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise InputError("prompt: expected text in UTF-8, got bytes or half a surrogate pair that are none")
         if self.template == "none":
             return list(self.tokenizer.encode(messages if isinstance(messages, str) else plain_text(messages)))
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)

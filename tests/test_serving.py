@@ -93,6 +93,15 @@ def test_a_prompt_or_setting_that_does_not_fit_is_one_clear_error(taught):
     assert done.stderr == f"error: expected {expected}\n"
 
 
+def test_a_prompt_that_is_no_utf8_is_one_clear_error(taught):
+    expected = "error: prompt: expected text in UTF-8, got bytes or half a surrogate pair that are none\n"
+    for done in (
+        mbf("generate", taught.folder.path, "a\udcff"),
+        mbf("generate", taught.folder.path, "-", typed=b"a\xff"),
+    ):
+        assert (done.exit_code, done.stderr) == (1, expected)
+
+
 def test_an_adapter_that_changes_nothing_is_noticed_before_the_first_answer(tiny_llama, tmp_path):
     stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LoRAConfig(rank=4))
     assert "as it is: nothing was learned yet" in stream.speaker().proof

@@ -30,7 +30,7 @@ def generate(
     from mbf_mlx.api import Stream
 
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.buffer.read().decode(errors="surrogateescape")  # `prompt` says where that is no UTF-8
     if not prompt.strip():
         raise InputError("prompt: expected some text, got none\nhint: mbf generate STREAM - reads it from stdin")
     if max_tokens < 1 or not 0 <= temp < math.inf or not 0 <= top_p <= 1 or not 0 <= seed < 1 << 32:
