@@ -36,7 +36,7 @@ ifndef EXTRA
 EXTRA := $(shell $(find_extra))
 endif
 WORKERS ?= 2
-CASES ?= step one_billion scoring merge flatness startup export memory large_file
+CASES ?= step one_billion scoring merge flatness startup export memory large_file saving plan_time
 KILLS ?= 200
 FUZZ_SECONDS ?= 600
 
