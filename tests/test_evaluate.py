@@ -41,7 +41,7 @@ def greedy(bench, row):
 
 
 def test_one_teacher_forced_pass_gives_the_verdict_of_greedy_generation_row_by_row(bench, write_jsonl):
-    rows = bench.rows + encoded(bench, write_jsonl, rows_of(30, seed=1))
+    rows = [*bench.rows, *encoded(bench, write_jsonl, rows_of(30, seed=1))]
     result = score(bench.engine, rows, EXACT_MATCH)
     generated = [greedy(bench, row) == row.tokens[row.prompt_length :].tolist() for row in rows]
     assert list(result.verdicts) == generated
