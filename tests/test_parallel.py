@@ -1,7 +1,9 @@
 """Several processes that share a step's rows: the same numbers as one, one that writes and prints, a clean end."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -145,7 +147,7 @@ def test_two_processes_of_a_ring_have_the_losses_of_one(pair, tmp_path, task, wr
     base = tiny_llama if by_hand else write_tiny_llama(tmp_path / "other", rope_traditional=True)
     second = write_jsonl("more/train.jsonl", test_train.rows_of(13, seed=4))
     processes = pair("-m", "tests.ring", tmp_path / "losses.json", tmp_path / "two", base, task, second)
-    assert [process.wait(timeout=300) for process in processes] == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+    assert [process.wait(timeout=600) for process in processes] == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
     both = json.loads((tmp_path / "losses.json").read_text())
     alone = [ring.learn(tmp_path / "one", base, each) for each in (task, second)]
     assert both["size"] == 2 and [len(each) for each in alone] == [6, 4]
@@ -174,9 +176,16 @@ def test_mlx_launch_starts_mbf_learn_and_one_process_writes_and_prints(tmp_path,
     command = [str(each) for each in (*launch, sys.executable, ROOT / "cli.py", *words)]
     with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
         # Its stdin stays open: at its end the launcher would turn round without a pause.
-        process = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=out, stderr=err)
-        assert process.wait(timeout=300) == 0, (tmp_path / "err").read_text()
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=out, stderr=err, start_new_session=True
+        )
+    try:
+        assert process.wait(timeout=600) == 0, (tmp_path / "err").read_text()
+    finally:
         process.stdin.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # it and what it started, where they hang
+        process.wait()
     document = json.loads((tmp_path / "out").read_text())  # one document, not two
     assert document["tasks"][0]["steps"] == 3 and document["tasks"][0]["machine"]["processes"] == 2
     assert (tmp_path / "err").read_text().count("learned words in") == 1
@@ -203,7 +212,7 @@ def test_a_run_that_lost_a_process_goes_on_to_the_same_bits_when_started_again(p
             lose_one(pair(ROOT / "cli.py", *words), 1, tmp_path / name, tmp_path)
             assert StreamFolder.open(tmp_path / name).interrupted()
         processes = pair(ROOT / "cli.py", *words)
-        assert [process.wait(timeout=300) for process in processes] == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
+        assert [process.wait(timeout=600) for process in processes] == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
         folder = StreamFolder.open(tmp_path / name)
         folder.verify_all()
         assert [record.steps for record in folder.history()] == [100] and not folder.interrupted()
