@@ -125,8 +125,8 @@ class StreamFolder:
             stream._repair_links()
         return stream
 
-    @staticmethod
-    def _read_identity(path: Path) -> Identity:
+    @classmethod
+    def _read_identity(cls, path: Path) -> Identity:
         where = path / IDENTITY
         try:
             data = read_file(where)
@@ -141,13 +141,28 @@ class StreamFolder:
             raise InputError(f"{path}: not a stream: {IDENTITY} is missing{hint}") from None
         try:
             identity = parse(Identity, data, where)
-        except NewerFormatError:
-            raise
+        except NewerFormatError as error:
+            if not cls._is_ours(path / "current"):
+                raise
+            raise NewerFormatError(
+                f"{error}\nhint: or, where this file is damaged, mbf status {path} --repair makes it again: its generations"
+                " are no newer than we read"
+            ) from error
         except InputError as error:
             raise _identity_damage(where, str(error).partition("damaged: ")[2]) from error
         if identity.to_json() != data:
             raise _identity_damage(where)
         return identity
+
+    @staticmethod
+    def _is_ours(generation: Path) -> bool:
+        """Return whether a generation was written in a format that we read."""
+        try:
+            parse(Identity, read_file(generation / IDENTITY), generation)
+            parse(Manifest, read_file(generation / MANIFEST), generation)
+        except (InputError, FileNotFoundError):
+            return False
+        return True
 
     @classmethod
     def repair(cls, path: Path, files: Files | None = None) -> str:
@@ -174,9 +189,9 @@ class StreamFolder:
         """Yield what stream.json says, or why it cannot be read; then what its copies in the generations say."""
         try:
             yield cls._read_identity(path)
-        except NewerFormatError:
-            raise
         except InputError as error:
+            if isinstance(error, NewerFormatError) and not cls._is_ours(path / "current"):
+                raise
             yield error
         for copy in sorted((path / "generations").glob(f"[0-9]*/{IDENTITY}"), reverse=True):
             try:

@@ -215,7 +215,8 @@ STREAMS = {
                            " read: its links lead in a circle\nhint: choose another path"),
     "a newer one": (lambda s: rewrite(s / "stream.json", format_version=2), "STREAM/stream.json: format version 2,"
                     " written by a newer mbf-mlx; this mbf-mlx reads versions up to 1\nhint: upgrade with: pip install -U"
-                    " mbf-mlx"),
+                    " mbf-mlx\nhint: or, where this file is damaged, mbf status STREAM --repair makes it again: its"
+                    " generations are no newer than we read"),
     "a newer generation": (lambda s: rewrite(s / CURRENT, format_version=3, written_by="mbf-mlx 4.1"),
                            f"STREAM/{CURRENT}: format version 3, written by mbf-mlx 4.1; this mbf-mlx reads versions up"
                            " to 1\nhint: upgrade with: pip install -U mbf-mlx"),
