@@ -145,8 +145,8 @@ class StreamFolder:
             if not cls._is_ours(path / "current"):
                 raise
             raise NewerFormatError(
-                f"{error}\nhint: or, where this file is damaged, mbf status {path} --repair makes it again: its generations"
-                " are no newer than we read"
+                f"{error}\nhint: or, where this file is damaged, mbf status {path} --repair makes it again: its"
+                " generations are no newer than we read"
             ) from error
         except InputError as error:
             raise _identity_damage(where, str(error).partition("damaged: ")[2]) from error
