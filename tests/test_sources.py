@@ -134,7 +134,7 @@ def test_folders_say_what_they_lack(copy):
             check_folder(copy)
     (copy / "config.json").unlink()
     (copy / "config.json").mkdir()
-    with pytest.raises(InputError, match="config.json: cannot read: Is a directory"):
+    with pytest.raises(InputError, match="config.json: cannot read: a folder is there"):
         check_folder(copy)
 
 
