@@ -25,7 +25,7 @@ ANYWHERE = {
         take take_along_axis tanh tile topk transpose tree_flatten tril triu uint16 uint32 uint64 uint8 value_and_grad
         var view vjp jvp where zeros zeros_like Dtype""",
     "mlx.core.fast": "layer_norm rms_norm rope scaled_dot_product_attention",
-    "mlx.core.random": "bernoulli categorical key normal permutation randint seed split uniform",
+    "mlx.core.random": "bernoulli categorical key normal permutation randint seed split state uniform",
     "mlx.core.distributed": "Group all_gather all_max all_min all_sum init is_available",
     "mlx.nn": """Dropout Embedding LayerNorm Linear Module QuantizedEmbedding QuantizedLinear RMSNorm RoPE gelu quantize
         silu utils.checkpoint value_and_grad losses.cross_entropy""",
