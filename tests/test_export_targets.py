@@ -186,6 +186,7 @@ def test_an_update_that_is_not_in_the_weights_is_refused(job):
 def test_a_few_rows_have_to_disagree_more_than_by_chance_and_many_do_not():
     assert 16 / 18 > least_agreement(18) > 15 / 18  # .95 of 18 is 17.1, two standard errors are 1.8
     assert least_agreement(10**6) == pytest.approx(0.95, abs=1e-3)
+    assert least_agreement(2) == 0.5 and least_agreement(1) == 0  # one place that differs shows nothing
 
 
 def test_answers_that_changed_refuse_an_export_whatever_its_retention(job):

@@ -82,8 +82,12 @@ def check(job: Job, document: Document, planned: Callable[[int], int]) -> None:
 
 
 def least_agreement(positions: int) -> float:
-    """Return the share of agreement under which so many positions show that less than MIN_AGREEMENT is left."""
-    return MIN_AGREEMENT - ERRORS * sqrt(MIN_AGREEMENT * (1 - MIN_AGREEMENT) / positions)
+    """Return the share of agreement under which so many positions show that less than MIN_AGREEMENT is left.
+
+    One place that differs shows nothing, however few there are.
+    """
+    by_chance = ERRORS * sqrt(MIN_AGREEMENT * (1 - MIN_AGREEMENT) / positions)
+    return min(MIN_AGREEMENT - by_chance, 1 - 1 / positions)
 
 
 def survived(document: Document) -> list[str]:
