@@ -20,16 +20,11 @@ from typing import Any
 
 import common
 import numpy as np
+import synthetic
 
 GOAL = 0.02
-ALL_KEYS = tuple(
-    f"{part}.{key}_proj" for part, keys in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))) for key in keys
-)
-LLAMA_8B = {
-    "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
-    "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
-    "mlp.down_proj": (4096, 14336),
-}  # fmt: skip
+LLAMA_8B = synthetic.layers_of_block(4096, 14336, 4096, 1024)
+ALL_KEYS = tuple(LLAMA_8B)
 
 
 def smollm2(folder: Path, steps: int, rank: int, keys: tuple[str, ...]) -> tuple[list[float], int]:

@@ -91,12 +91,12 @@ class Stream:
             return stream
         data = DataConfig(template=template) if template else DataConfig()
         chosen = make(method or DEFAULT_METHOD, method_options)
-        if not load:
+        if load:
+            backend.setup()  # before anything of the base's is converted or loaded
+        else:
             from mbf_mlx.exchange import check_method
 
             check_method(chosen)
-        if load:
-            backend.setup()  # before anything of the base's is converted or loaded
         from mbf_mlx.recipe import lora_config
         from mbf_mlx.sources import tried
 
@@ -318,7 +318,7 @@ class Stream:
         """The peak rate tried for this base, where a recipe vouches for it; else the default."""
         from mbf_mlx.sources import tried
 
-        known = tried(self.base_folder().path)
+        known = tried(self.base_path)
         return known.learning_rate if known else TrainConfig.learning_rate
 
     @property

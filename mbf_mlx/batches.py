@@ -89,7 +89,7 @@ def plan_batches(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int
     if batch_size < 1:
         raise ValueError(f"plan_batches: expected at least 1 row in a batch, got {batch_size}")
     rng = np.random.default_rng([seed, epoch])
-    lengths = np.maximum(np.asarray(lengths, dtype=np.uint32), 1)
+    lengths = np.asarray(lengths, dtype=np.uint32)
     bucket_of = np.floor(BUCKETS_PER_DOUBLING * np.log2(np.maximum(np.arange(lengths.max(initial=1) + 1), 1)))
     buckets = bucket_of.astype(np.int16)[lengths]
     shuffled = rng.permutation(len(lengths)).astype(np.uint32)

@@ -21,6 +21,7 @@ from mbf_mlx import cpu_ops, llama
 from mbf_mlx.batches import Batch
 from mbf_mlx.forward import Forward
 from mbf_mlx.memory import LOGITS_BYTES, LOGITS_COPIES
+from mbf_mlx.unpack import without_history
 
 
 def prepare(
@@ -192,7 +193,7 @@ class Engine:
         so the hidden states that the loss is made of come from a pass of their own, without gradients.
         """
         trained, seed = tree_flatten(self.model.trainable_parameters()), seed_of_now()
-        copies = [(name, _copy(value)) for name, value in trained]
+        copies = [(name, without_history(value)) for name, value in trained]
         try:
             self.model.update(tree_unflatten(copies))
             mx.random.seed(seed)
@@ -205,8 +206,8 @@ class Engine:
         for start, stop in self._chunks(len(targets)):
             value, gradient = self._loss_and_d_hidden(states[start:stop], targets[start:stop])
             mx.eval(value, gradient)
-            losses.append(_copy(value))
-            gradients.append(_copy(gradient))
+            losses.append(without_history(value))
+            gradients.append(without_history(gradient))
         total, d_hidden = mx.stack(losses).sum(), mx.concatenate(gradients)
 
         @mx.custom_function
@@ -233,11 +234,6 @@ class Engine:
 def seed_of_now() -> int:
     """Return a seed that is a function of the state of mlx's random numbers."""
     return int.from_bytes(np.array(mx.random.state[0]).tobytes(), "little")  # type: ignore[index]
-
-
-def _copy(array: mx.array) -> mx.array:
-    """Return a copy without history, which while mlx takes gradients would hold all that the array was made of."""
-    return mx.array(np.array(array.astype(mx.float32))).astype(array.dtype)
 
 
 def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:

@@ -5,7 +5,6 @@ back as one adapter, whose update is brought to the stream's own scale: B' = B *
 compared by its architecture, its layers and their shapes, because elsewhere training may run on the unquantized model.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export import peft
 from mbf_mlx.methods import Factors, Method, Pair, State, hooks, make, names
 from mbf_mlx.records import TaskRecord
+from mbf_mlx.sources import read_config
 from mbf_mlx.storage import sha256_file
 from mbf_mlx.stream import StreamFolder
 
@@ -150,11 +150,10 @@ def _other_architecture(base: object, expected: str) -> list[str]:
 
     A hub id is not looked up: what it trained on is then seen by its layers and their shapes alone.
     """
-    path = Path(str(base)) / "config.json"
     try:
-        found = str(json.loads(path.read_bytes())["model_type"]) if path.is_file() else expected
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []  # it does not say
+        found = str(read_config(Path(str(base)))["model_type"])
+    except (InputError, OSError, KeyError):
+        return []  # it is not here, or does not say
     if SAME.get(found, found) == SAME.get(expected, expected):
         return []
     return [f"  it was trained on {base}: expected architecture {expected!r}, got {found!r} (--force: absorb it still)"]

@@ -295,9 +295,10 @@ def _read_origin(folder: Path) -> dict[str, Any]:
     return origin if isinstance(origin, dict) else {}
 
 
-def tried(folder: Path) -> TriedLoRA | None:
-    """Return the settings that the recipe of a fetched model was tried with; None for any other model."""
-    recipe = recipes().get(str(_read_origin(folder).get("recipe")))
+def tried(name: str | Path) -> TriedLoRA | None:
+    """Return the settings that a recipe, given by name or by its fetched folder, was tried with; None for others."""
+    path, kind = _look(name)
+    recipe = recipes().get(str(_read_origin(path).get("recipe") if kind == "folder" else name))
     return recipe.lora if recipe else None
 
 

@@ -144,7 +144,7 @@ class StreamFolder:
         except NewerFormatError as error:
             if not cls._is_ours(path / "current"):
                 raise
-            raise NewerFormatError(
+            raise InputError(
                 f"{error}\nhint: or, where this file is damaged, mbf status {path} --repair makes it again: its"
                 " generations are no newer than we read"
             ) from error
@@ -189,9 +189,9 @@ class StreamFolder:
         """Yield what stream.json says, or why it cannot be read; then what its copies in the generations say."""
         try:
             yield cls._read_identity(path)
+        except NewerFormatError:
+            raise
         except InputError as error:
-            if isinstance(error, NewerFormatError) and not cls._is_ours(path / "current"):
-                raise
             yield error
         for copy in sorted((path / "generations").glob(f"[0-9]*/{IDENTITY}"), reverse=True):
             try:

@@ -134,7 +134,7 @@ def without_history(array: mx.array) -> mx.array:
 
     While mlx takes gradients, an array holds all that it was made of for as long as it lives: here whole weights.
     """
-    return mx.array(np.array(array))
+    return mx.array(np.array(array.astype(mx.float32))).astype(array.dtype)  # NumPy has no bfloat16
 
 
 def _pieces(module: Any) -> Iterator[tuple[int, int, mx.array]]:

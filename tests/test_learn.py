@@ -249,6 +249,16 @@ def test_a_base_that_a_recipe_vouches_for_is_taught_as_it_was_tried(smollm2, tmp
     assert (whole.rank, whole.scale) == (LORA.rank, LORA.scale)
 
 
+def test_a_known_task_is_skipped_though_the_base_has_moved(tiny_llama, tasks, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    Stream.open(tmp_path / "s", base=str(base), lora=LORA).learn(tasks[0], train=QUICK)
+    base.rename(tmp_path / "elsewhere")
+    stream, events = Stream.open(tmp_path / "s"), Tuned()
+    assert stream.learn(tasks[0], learning_rate=stream.learning_rate, events=events) == []
+    assert events.notes == ["task0: learned already, skipped (--again learns it once more)"]
+
+
 def test_any_other_base_is_taught_with_the_defaults(tiny_llama, tmp_path):
     stream = Stream.open(tmp_path / "s", base=str(tiny_llama), load=False)
     assert (stream.folder.identity.rank, stream.folder.identity.scale) == (LoRAConfig.rank, LoRAConfig.scale)

@@ -164,11 +164,10 @@ class _Plans:
 
     def _lora(self, name: str, folder: Path | None) -> LoRAConfig:
         """Return the settings of the stream, or those that a new one on this base would have."""
-        from mbf_mlx.recipe import lora_config, recipes
+        from mbf_mlx.recipe import lora_config
         from mbf_mlx.sources import tried
 
-        recipe = recipes().get(name)
-        return self.lora or lora_config(recipe.lora if recipe else tried(folder) if folder else None, self.given)
+        return self.lora or lora_config(tried(folder or name), self.given)
 
     def _encoded(self, task: "Task", folder: Path) -> "tuple[EncodedRows, EncodedRows, EncodedRows]":
         from mbf_mlx import backend

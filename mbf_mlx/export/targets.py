@@ -154,13 +154,12 @@ def lmstudio(job: Job) -> Document:
         written, model = report.written, folder / report.model.relative_to(report.out)
         if isinstance(written, GGUFReport):
             document.update(_gguf_document(job, live, model, written))
+            planned = partial(gguf.planned_bytes, job.base, job.factors)
         else:
             document.update(_folder_document(job, live, model, written))
+            planned = partial(planned_bytes, job.base, job.factors, job.scale)
         document["next"] = report.next
-        if isinstance(written, GGUFReport):
-            check(job, document, partial(gguf.planned_bytes, job.base, job.factors))
-        else:
-            check(job, document, partial(planned_bytes, job.base, job.factors, job.scale))
+        check(job, document, planned)
         add_card(job, folder, "lmstudio", document)
 
     named = {"name": job.out.name, "license_id": job.about.licence}
