@@ -11,20 +11,15 @@ deleted at the end. The limit is the base's file plus 1 GB.
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 SHAPE = {
     "hidden_size": 2048,
@@ -54,39 +49,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--work", type=Path, help="a folder with some 5 GB; a temporary one by default")
-    parser.add_argument("--out", type=Path, help="a JSON file for what was measured")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="blocks; fewer for a try")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    kept = common.Kept("export_memory", options.out)
+    lines = ["| export | out | seconds | peak of the process | beside the base's file |", "|---|---|---|---|---|"]
     work = Path(tempfile.mkdtemp(dir=options.work))
     try:
         base = write_base(work / "base", options.layers)
         write_stream(work / "stream", base, options.layers)
         (work / "rows.txt").write_text(ROWS)
         size = (base / "model.safetensors").stat().st_size
-        print(f"base: {size / 1e6:.0f} MB; {date.today()}, {platform.machine()}, mlx {version('mlx')}\n")
-        print("| export | out | seconds | peak of the process | beside the base's file |\n|---|---|---|---|---|")
-        for name in options.targets:  # each is written down at once: the whole takes long
-            rows.append(measure(work, name, size))
-            print(_line(rows[-1]), flush=True)
-            if options.out:
-                options.out.write_text(json.dumps(_document(size, rows), indent=1) + "\n")
+        for name in options.targets:
+            lines.append(_line(name, kept.once(name, lambda name=name: measure(work, name, size))))
+            print(lines[-1], file=sys.stderr)
     finally:
         shutil.rmtree(work)
-    sys.exit(any(row["beside"] > ALLOWED for row in rows))
+    lines += ["", f"The base's file: {size / 1e6:.0f} MB; allowed beside it: {ALLOWED / 1e6:.0f} MB"]
+    common.finish(common.document("export_memory", kept.results), lines, options.out)
+    if any(found["beside"] > ALLOWED for found in kept.results.values()):
+        raise SystemExit("over the limit")
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(name: str, row: dict[str, Any]) -> str:
     over = "" if row["beside"] <= ALLOWED else " (over the limit)"
     return (
-        f"| `{' '.join(TARGETS[row['name']])}` | {row['out'] / 1e6:.0f} MB | {row['seconds']:.0f}"
+        f"| `{' '.join(TARGETS[name])}` | {row['out'] / 1e6:.0f} MB | {row['seconds']:.0f}"
         f" | {row['peak'] / 1e6:.0f} MB | {row['beside'] / 1e6:.0f} MB{over} |"
     )
-
-
-def _document(size: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    machine = {"date": str(date.today()), "machine": platform.machine(), "mlx": version("mlx")}
-    return {**machine, "base_bytes": size, "allowed_beside": ALLOWED, "exports": rows}
 
 
 def write_base(folder: Path, blocks: int) -> Path:
@@ -150,7 +140,7 @@ def measure(work: Path, name: str, base_bytes: int) -> dict[str, Any]:
     target, *flags = (str(work / "rows.txt") if word == "ROWS" else word for word in TARGETS[name])
     words = ["export", str(work / "stream"), target, str(out), *flags]
     began = time.monotonic()
-    process = os.posix_spawn(sys.executable, [sys.executable, str(ROOT / "cli.py"), *words], os.environ)
+    process = os.posix_spawn(sys.executable, [sys.executable, str(common.ROOT / "cli.py"), *words], os.environ)
     _, status, usage = os.wait4(process, 0)
     if status:
         raise SystemExit(f"{' '.join(words)}: exit status {os.waitstatus_to_exitcode(status)}")
@@ -159,7 +149,7 @@ def measure(work: Path, name: str, base_bytes: int) -> dict[str, Any]:
     files = [out] if out.is_file() else [file for file in out.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     out.unlink() if out.is_file() else shutil.rmtree(out)
-    return {"name": name, "out": size, "seconds": seconds, "peak": peak, "beside": peak - base_bytes}
+    return {"out": size, "seconds": seconds, "peak": peak, "beside": peak - base_bytes}
 
 
 if __name__ == "__main__":

@@ -111,36 +111,41 @@ def main() -> None:
         clock = time.process_time if cpu_time else time.perf_counter
         print(json.dumps({"plan": planned, "learn": learned}[who](*map(Path, given), flags, clock)))
         return
-    results: dict[str, Any] = {}
+    kept = common.Kept("plan", options.out)
     lines = ["| task | time, planned | taken | planned / taken | memory, planned | taken | planned / taken |"]
     lines += ["|---" * 7 + "|"]
+    found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as place:
         for name, (shape, prompt, answer, count, flags) in CASES.items():
             if options.only and not any(part in name for part in options.only):
                 continue
-            folder = Path(place) / f"case-{len(results)}"
+            folder = Path(place) / f"case-{len(kept.results)}"
             folder.mkdir()
             model = common.SMOLLM2 if shape == "smollm2" else synthetic.write_model(folder / shape, shape)
             task = write_task(folder / "task", prompt, answer, count)
-            pairs = [
-                tuple(apart(who, options.cpu_time, model, task, flags) for who in ("plan", "learn"))
-                for _ in range(options.repeats)
-            ]
+            pairs = kept.once(
+                name,
+                lambda model=model, task=task, flags=flags: [
+                    [apart(who, options.cpu_time, model, task, flags) for who in ("plan", "learn")]
+                    for _ in range(options.repeats)
+                ],
+            )
             middle = {
                 key: [statistics.median(each[side][key] for each in pairs) for side in (0, 1)]
                 for key in ("seconds", "peak_bytes")
             }
             ratios = {key: statistics.median(said[key] / took[key] for said, took in pairs) for key in middle}
-            results[name] = {"pairs": pairs, "ratios": ratios}
+            found[name] = ratios
             (said, took), (peak, held) = middle["seconds"], middle["peak_bytes"]
             lines.append(
                 f"| {name} | {said:.1f} s | {took:.1f} s | {ratios['seconds']:.2f} | {peak / 1e6:.0f} MB |"
                 f" {held / 1e6:.0f} MB | {ratios['peak_bytes']:.2f} |"
             )
             print(lines[-1], file=sys.stderr)
+    results = {name: {"pairs": kept.results[name], "ratios": ratios} for name, ratios in found.items()}
     common.finish(common.document("plan", results), lines, options.out)
     for key, goal in (("seconds", GOAL_TIME), ("peak_bytes", GOAL_MEMORY)):
-        if far := [name for name, each in results.items() if abs(each["ratios"][key] - 1) > goal]:
+        if far := [name for name, ratios in found.items() if abs(ratios[key] - 1) > goal]:
             raise SystemExit(f"{key}: more than {goal:.0%} off: {'; '.join(far)}")
 
 
