@@ -110,7 +110,7 @@ def profile(case: str, options: argparse.Namespace) -> dict[str, Any]:
     from mlx import nn
     from mlx.utils import tree_map
 
-    from mbf_mlx import batches
+    from mbf_mlx import batches, machine
     from mbf_mlx.config import LoRAConfig
     from mbf_mlx.learn import load_learner
 
@@ -129,6 +129,7 @@ def profile(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
     found: dict[str, list[float]] = defaultdict(list)
     plain, flops = [], {}
+    machine.freed_memory_kept().__enter__()  # as mbf learn trains
     for number, rows in enumerate(step.batches_of(case, options.model, options.steps + 1)):
         started = time.process_time()
         one(rows)

@@ -34,6 +34,7 @@ ROWS, LENGTH, SUPERVISED = 8, 64, 8
 ALL_KEYS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PEERS = {"mlx_lm": "mlx_lm.lora", "torch32": "torch + PEFT float32", "torch16": "torch + PEFT bfloat16"}
 REAL_TASKS = ("newsgroups", "sst2", "wic", "wordnet", "langid")
+REST = 1  # seconds before each step, in which the threads of the step before, a peer's, stop spinning
 CURVE_STEPS, CURVE_TOLERANCE = 20, 1e-3
 
 
@@ -41,7 +42,7 @@ CURVE_STEPS, CURVE_TOLERANCE = 20, 1e-3
 
 
 def ours(model: Path, keys: list[str]) -> Any:
-    from mbf_mlx import backend
+    from mbf_mlx import backend, machine
 
     device = backend.setup("cpu" if sys.platform == "linux" else None)
     import mlx.core as mx
@@ -54,6 +55,7 @@ def ours(model: Path, keys: list[str]) -> Any:
     from mbf_mlx.engine import prepare
     from mbf_mlx.model import attach, load_base
 
+    machine.freed_memory_kept().__enter__()  # as mbf learn trains
     base = load_base(model, dequantize=device.kind == "cpu", dtype=device.dtype)
     attach(base.model, LoRAConfig(rank=RANK, scale=SCALE, keys=tuple(keys)))
     engine, optimizer = prepare(base.model), optim.AdamW(learning_rate=RATE)
@@ -341,6 +343,7 @@ def measure(case: str, model: Path, keys: list[str], peers: list[str], repeats: 
             for worker in workers:
                 if number == 0 and worker.name == "mlx_lm":
                     continue  # a step of its takes minutes on a CPU, its compilation seconds
+                time.sleep(REST)
                 loads = os.getloadavg()[0]
                 answer = worker.ask(step=_encoded(rows))
                 steps.append({"batch": number, "who": worker.name, "load": loads, **answer})

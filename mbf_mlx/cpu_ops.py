@@ -10,6 +10,7 @@ Letters: T tokens, D the hidden size, N supervised positions, V the vocabulary.
 """
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-BLOCK = 2**15  # elements of each array that a core works on at a time: 128 kB, so that its cache holds them all
+BLOCK = 2**16  # elements of each array that a core works on at a time: 256 kB, so that its cache holds them all
 
 _threads = ThreadPoolExecutor(CORES, thread_name_prefix="mbf-cpu-ops")
 
@@ -127,15 +128,19 @@ def by_rows(block: Callable[..., None], *arrays: np.ndarray) -> None:
 
 
 def for_each(work: Callable[..., None], calls: Iterable[tuple[int, ...]]) -> None:
-    """Call `work` with each tuple of arguments, the calls shared out to the cores in as many runs."""
-    todo = list(calls)
-    runs = [todo[i * len(todo) // CORES : (i + 1) * len(todo) // CORES] for i in range(CORES)]
+    """Call `work` with each tuple of arguments, on every core: each takes the next call as soon as it is free."""
+    todo = deque(calls)
 
-    def run(calls: list[tuple[int, ...]]) -> None:
-        for call in calls:
+    def run() -> None:
+        while True:
+            try:
+                call = todo.popleft()
+            except IndexError:
+                return
             work(*call)
 
-    waiting = [_threads.submit(run, each) for each in runs[1:] if each]
-    run(runs[0])
-    for each in waiting:
-        each.result()
+    others = [_threads.submit(run) for _ in range(min(CORES, len(todo)) - 1)]
+    run()
+    for each in others:
+        if not each.cancel():  # one that has not woken by now has nothing left to do
+            each.result()

@@ -15,6 +15,7 @@ from mbf_mlx.batches import lengths_of, make_batch, plan_batches
 from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Engine
 from mbf_mlx.errors import InputError
+from mbf_mlx.machine import freed_memory_kept
 from mbf_mlx.rows import reference_text
 
 SHORT_ANSWER = 16  # tokens; a task whose longest test completion has more is scored by ROUGE-L
@@ -43,6 +44,7 @@ def metric_of(rows: Sequence[Encoded]) -> str:
     return EXACT_MATCH if longest <= SHORT_ANSWER else ROUGE_L
 
 
+@freed_memory_kept()
 def score(
     engine: Engine,
     rows: Sequence[Encoded],

@@ -4,16 +4,20 @@ Sizes are bytes. The numbers are for this process: the machine's, cut to its aff
 (versions 1 and 2), which are what a container is to the kernel. Knows no mlx; backend.py decides.
 """
 
+import ctypes
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 NO_LIMIT = 1 << 60  # version 1 of control groups says "no limit" with a number near 2^63
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_MOST_MMAP_THRESHOLD = 32 * 2**20  # larger arrays come from the system one by one, and go back when they are freed
 _MEMORY_FILES = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
 
 
@@ -62,6 +66,28 @@ def reset_resident_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass  # not Linux, or not allowed: the peak is then the process's since it began
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Let this process keep, inside, the memory that it frees; after that, what is free goes back to the system.
+
+    Left alone, glibc returns the large arrays of each block to the system and gets them back page by page, zeroed:
+    160,000 page faults and a tenth of the time of a training step of SmolLM2. Where there is no glibc it does nothing.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        mallopt, malloc_trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, _MOST_MMAP_THRESHOLD)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        mallopt(_M_TRIM_THRESHOLD, 2 * _MOST_MMAP_THRESHOLD)  # as glibc itself sets it by and by
+        malloc_trim(0)
 
 
 def processor_name() -> str:

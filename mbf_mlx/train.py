@@ -22,6 +22,7 @@ from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Engine
 from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.events import Step
+from mbf_mlx.machine import freed_memory_kept
 from mbf_mlx.parallel import Message, Team
 from mbf_mlx.tuning import Arrays, Tuning
 from mbf_mlx.working import SaveClock
@@ -69,6 +70,7 @@ class Trained:
 Save = Callable[[Progress, Tensors], None]
 
 
+@freed_memory_kept()
 def train(
     tuning: Tuning,
     engine: Engine,

@@ -13,6 +13,7 @@ from mbf_mlx import unpack
 from mbf_mlx.batches import Batch
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.engine import prepare
+from mbf_mlx.machine import freed_memory_kept
 from mbf_mlx.memory import Run
 from mbf_mlx.model import attach
 
@@ -27,6 +28,7 @@ class Taken:
     forward: float  # forward alone
 
 
+@freed_memory_kept()
 def seconds(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch, blocks: int, vocabulary: int) -> Taken:
     """Return how long a batch takes in the first blocks of a model.
 
