@@ -87,6 +87,7 @@ def of_steps(model: Path) -> dict[str, float]:
     for packed in (False, True):
         learner = load_learner(model, LoRAConfig(), packed)
         network, engine = learner.base.model, learner.engine
+        engine.cores = 1  # a batch's parts are as many as a machine has cores
         loss_and_grad = nn.value_and_grad(network, engine.loss_sum)
         for case, (prefix, answer) in CASES.items():
             batch = make_batch(rows_of(prefix, answer, synthetic.SHAPES["small"][6]), range(ROWS))

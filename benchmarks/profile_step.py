@@ -115,6 +115,7 @@ def profile(case: str, options: argparse.Namespace) -> dict[str, Any]:
     from mbf_mlx.learn import load_learner
 
     learner = load_learner(options.model, LoRAConfig(rank=step.RANK), options.packed)
+    learner.engine.cores = 1  # one clock cannot watch several threads
     network, optimizer = learner.base.model, optim.AdamW(learning_rate=step.RATE)
     loss_and_grad = nn.value_and_grad(network, learner.engine.loss_sum)
     clock = Clock()

@@ -7,6 +7,7 @@ token i is predicted at input i - 1. The forward pass is left to engine.py, and 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol, overload
 
 import numpy as np
@@ -134,6 +135,49 @@ def make_batch(encoded: Sequence[Row], indices: Sequence[int], *, share_prefix: 
         row_of=np.repeat(np.arange(len(rows)), [len(places) for places in labels]).astype(np.int32),
         indices=tuple(int(i) for i in indices),
         real_tokens=sum(len(row.tokens) for row in rows),
+    )
+
+
+def parts_of(rows: int, prefix: int, own: int, cores: int) -> int:
+    """Return into how many parts a batch is split so that each core computes one: `cores`, or 1.
+
+    Every part computes the prefix for itself, which must not cost more than the parts save.
+
+    Args:
+        rows: Of the batch.
+        prefix: Tokens that they share, P.
+        own: Tokens of the rows after it.
+        cores: What can compute at the same time.
+    """
+    return cores if rows >= cores > 1 and prefix * (cores - 1) <= own / 2 else 1
+
+
+def split(batch: Batch, cores: int) -> list[Batch]:
+    """Return a batch as parts of neighbouring rows with about as many tokens each, one for each core, or as it is.
+
+    Tokens keep their order from part to part. `real_tokens` is left at 0: nobody asks a part for it.
+    """
+    rows = len(batch.lengths)
+    ends = np.cumsum(batch.lengths)
+    count = parts_of(rows, len(batch.prefix), int(ends[-1]), cores)
+    cuts = [0, *(int(np.abs(ends - ends[-1] * part / count).argmin()) + 1 for part in range(1, count)), rows]
+    parts = [_rows_of(batch, first, last) for first, last in pairwise(cuts)]
+    return parts if all(len(part.targets) for part in parts) else [batch]
+
+
+def _rows_of(batch: Batch, first: int, last: int) -> Batch:
+    here = (batch.row_of >= first) & (batch.row_of < last)
+    lengths, row_of = batch.lengths[first:last], batch.row_of[here] - first
+    width = max(int(lengths.max(initial=0)), 1)
+    return Batch(
+        prefix=batch.prefix,
+        tokens=batch.tokens[first:last, :width],
+        lengths=lengths,
+        positions=batch.positions[here] % batch.tokens.shape[1] + row_of * width,
+        targets=batch.targets[here],
+        row_of=row_of,
+        indices=batch.indices[first:last],
+        real_tokens=0,
     )
 
 

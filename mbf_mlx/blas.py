@@ -10,14 +10,17 @@ import ctypes.util
 import importlib.metadata
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mbf_mlx.machine import cpu_count
+from mbf_mlx.machine import cpu_count, cpu_flags
 
 PACKAGE = "cmeel-openblas"
 FORTRAN = "libgfortran.so.5"  # what that package's library asks the system for
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")  # in OpenBLAS's own order
+AVX512 = ("SKYLAKEX", "COOPERLAKE", "SAPPHIRERAPIDS")  # OpenBLAS's names of processors whose code needs it
 REFERENCE = "mlx's own reference BLAS"
 
 
@@ -32,6 +35,7 @@ class Blas:
 
 
 _loaded: Blas | None = None
+_openblas: ctypes.CDLL | None = None
 
 
 def load_blas() -> Blas:
@@ -46,43 +50,77 @@ def load_blas() -> Blas:
     return _loaded
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let a product take one thread, so that several run side by side; of one user at a time."""
+    if _openblas is None:
+        yield
+        return
+    before = _openblas.openblas_get_num_threads()
+    _openblas.openblas_set_num_threads(1)
+    try:
+        yield
+    finally:
+        _openblas.openblas_set_num_threads(before)
+
+
 def _load() -> Blas:
+    global _openblas
     if sys.platform == "darwin":
         return Blas("Accelerate", cpu_count(), True, "Accelerate, part of macOS")
     if "mlx.core" in sys.modules:
         return _reference("mlx was imported before mbf_mlx could load a faster one")
-    found = _find_openblas()
-    if found is None:
-        return _reference(f"pip install {PACKAGE} brings one that is some 60 times faster")
-    path, origin = found
     if not any(os.environ.get(name) for name in THREAD_VARIABLES):
         # OpenBLAS would count the machine's cores, not those that a container may use.
         os.environ["OPENBLAS_NUM_THREADS"] = str(cpu_count())
     # After a product its threads would spin for 2^26 clock ticks, on the cores that what follows the product needs:
     # that cost 6 % of a training step.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
-    try:
-        _load_fortran()
-        library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-        library.openblas_get_config.restype = ctypes.c_char_p
-        name = " ".join(library.openblas_get_config().decode().split()[:2])
-        threads = int(library.openblas_get_num_threads())
-    except (OSError, AttributeError) as error:
-        return _reference(f"{origin} does not load: {error}")
-    return Blas(name, threads, True, f"{name} with {threads} threads, from {origin}")
+    why = f"pip install {PACKAGE} brings one that is some 60 times faster"
+    for path, origin in _find_openblas():
+        try:
+            _load_fortran()
+            if lacking := _lacking(path):
+                why = f"{origin} needs {lacking}; install the system's OpenBLAS (Debian and Ubuntu: libopenblas0)"
+                continue
+            library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+            library.openblas_get_config.restype = ctypes.c_char_p
+            name = " ".join(library.openblas_get_config().decode().split()[:2])
+            threads = int(library.openblas_get_num_threads())
+        except (OSError, AttributeError) as error:
+            why = f"{origin} does not load: {error}"
+            continue
+        _openblas = library
+        return Blas(name, threads, True, f"{name} with {threads} threads, from {origin}")
+    return _reference(why)
 
 
 def _reference(why: str) -> Blas:
     return Blas(REFERENCE, 1, False, f"{REFERENCE}, slow: {why}")
 
 
-def _find_openblas() -> tuple[str, str] | None:
-    """Return the path of libopenblas and where it comes from, or None."""
+def _find_openblas() -> Iterator[tuple[str, str]]:
+    """Yield the path of each libopenblas and where it comes from."""
     for name, path in _files_of(PACKAGE).items():
         if name == "libopenblas.so.0":
-            return path, f"the package {PACKAGE}"
-    system = ctypes.util.find_library("openblas")
-    return (system, "the system") if system else None
+            yield path, f"the package {PACKAGE}"
+    if system := ctypes.util.find_library("openblas"):
+        yield system, "the system"
+
+
+def _lacking(path: str) -> str | None:
+    """Return what a libopenblas needs and this CPU has not; None where it runs here.
+
+    One that was built for several processors picks its code when it is loaded. One built for a single kind ends the
+    process with an illegal instruction on another.
+    """
+    library = ctypes.CDLL(path)
+    library.openblas_get_config.restype = ctypes.c_char_p
+    config = library.openblas_get_config().decode().upper()
+    flags = cpu_flags()
+    if "DYNAMIC_ARCH" not in config and any(kind in config for kind in AVX512) and flags and "avx512f" not in flags:
+        return "a CPU with AVX-512"
+    return None
 
 
 def _load_fortran() -> None:

@@ -9,18 +9,31 @@ their own backward pass. float32 only.
 Letters: T tokens, D the hidden size, N supervised positions, V the vocabulary.
 """
 
-import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from mbf_mlx.blas import one_thread
+from mbf_mlx.machine import cpu_count
+
+Result = TypeVar("Result")
+
+CORES = cpu_count()
 BLOCK = 2**16  # elements of each array that a core works on at a time: 256 kB, so that its cache holds them all
 
-_threads = ThreadPoolExecutor(CORES, thread_name_prefix="mbf-cpu-ops")
+_others = [ThreadPoolExecutor(1, thread_name_prefix="mbf-core") for _ in range(CORES - 1)]
+
+
+class _Here(threading.local):
+    alone = False  # whether this thread has a core for itself, and no other
+
+
+_here = _Here()
 
 
 def view(array: mx.array) -> np.ndarray:
@@ -129,6 +142,10 @@ def by_rows(block: Callable[..., None], *arrays: np.ndarray) -> None:
 
 def for_each(work: Callable[..., None], calls: Iterable[tuple[int, ...]]) -> None:
     """Call `work` with each tuple of arguments, on every core: each takes the next call as soon as it is free."""
+    if _here.alone:
+        for call in calls:
+            work(*call)
+        return
     todo = deque(calls)
 
     def run() -> None:
@@ -139,8 +156,33 @@ def for_each(work: Callable[..., None], calls: Iterable[tuple[int, ...]]) -> Non
                 return
             work(*call)
 
-    others = [_threads.submit(run) for _ in range(min(CORES, len(todo)) - 1)]
+    others = [thread.submit(run) for thread in _others[: len(todo) - 1]]
     run()
     for each in others:
         if not each.cancel():  # one that has not woken by now has nothing left to do
             each.result()
+
+
+def side_by_side(works: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Return what each gives; all at the same time, each on a core of its own: at most CORES of them.
+
+    A thread's mlx arrays must be evaluated before another takes them. The works of two calls that stand at the same
+    place run in the same thread.
+    """
+    if len(works) == 1:
+        return [works[0]()]
+    with one_thread():
+        others = [thread.submit(_alone, work) for thread, work in zip(_others, works[1:], strict=False)]
+        try:
+            first = _alone(works[0])
+        finally:
+            wait(others)
+        return [first, *(each.result() for each in others)]
+
+
+def _alone(work: Callable[[], Result]) -> Result:
+    _here.alone = True
+    try:
+        return work()
+    finally:
+        _here.alone = False

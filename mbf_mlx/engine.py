@@ -9,7 +9,7 @@ a Llama on a CPU a pass of our own (llama.py), with its gradients by hand. `prep
 """
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +18,8 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mbf_mlx import cpu_ops, llama
-from mbf_mlx.batches import Batch
+from mbf_mlx.batches import Batch, split
+from mbf_mlx.blas import load_blas
 from mbf_mlx.forward import Forward
 from mbf_mlx.memory import LOGITS_BYTES, LOGITS_COPIES
 from mbf_mlx.unpack import without_history
@@ -49,6 +50,7 @@ class Engine:
         self.checkpoint = checkpoint  # may be set anew between two batches
         self.before: Callable[[Batch, bool], None] = lambda batch, training: None  # called before each batch
         self.by_hand = by_hand
+        self.cores = min(cpu_ops.CORES, load_blas().threads)  # each computes a part of a batch, by hand
         self.head = llama.Head(model) if by_hand else self.forward.head
         self.vocabulary = llama.Head(model).vocabulary if by_hand else self.forward.vocabulary
         # Where more than the blocks is trained, the head's own gradient is needed as well.
@@ -99,7 +101,7 @@ class Engine:
         self.before(batch, False)
         targets = mx.array(batch.targets)
         if self.by_hand:
-            states = llama.Pass(self.model, {}, batch, keep=False).forward()
+            states = self._hidden_by_hand(batch)
         else:
             states = self.forward.hidden(batch) if self.picks_positions else self.forward.logits(batch)
         parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -114,14 +116,34 @@ class Engine:
         all_losses, all_best, all_margins = zip(*parts)
         return np.concatenate(all_losses), np.concatenate(all_best), np.concatenate(all_margins)
 
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """Return the parts of a batch that are computed at the same time."""
+        parts = split(batch, self.cores)
+        if len(parts) > 1:
+            mx.eval(self.model.parameters())  # no thread can evaluate what another has begun
+        return parts
+
+    def _hidden_by_hand(self, batch: Batch) -> mx.array:
+        """Return the hidden states at the supervised positions, (N, D)."""
+
+        def there(part: Batch) -> mx.array:
+            return without_history(llama.Pass(self.model, {}, part, keep=False).forward())
+
+        return mx.concatenate(cpu_ops.side_by_side([partial(there, part) for part in self._parts(batch)]))
+
     def _loss_by_hand(self, batch: Batch) -> mx.array:
         """Return the loss by way of llama.py; mlx sees one function of the trained factors, and its gradient."""
         trained = tree_flatten(self.model.trainable_parameters())
         # Copies without history: on arrays that mlx differentiates it would keep every intermediate result.
         factors = {name: mx.array(np.array(value.astype(mx.float32))) for name, value in trained}
-        run = llama.Pass(self.model, factors, batch, checkpoint=self.checkpoint)
-        hidden = run.forward()
-        losses, d_hidden = self._loss_and_gradient(hidden, batch.targets)
+        parts = self._parts(batch)
+
+        def there(part: Batch) -> tuple[np.ndarray, mx.array, llama.Pass]:
+            run = llama.Pass(self.model, factors, part, checkpoint=self.checkpoint)
+            return *self._loss_and_gradient(run.forward(), part.targets, len(parts)), run
+
+        done = cpu_ops.side_by_side([partial(there, part) for part in parts])
+        losses = np.concatenate([losses for losses, _, _ in done])
         value = mx.array(losses.sum(dtype=np.float64).astype(np.float32))
 
         @mx.custom_function
@@ -130,15 +152,20 @@ class Engine:
 
         @loss.vjp
         def gradients(_: Any, cotangent: mx.array, __: mx.array) -> list[mx.array]:
-            found = run.backward(cotangent * d_hidden)
+            backs = [partial(run.backward, without_history(cotangent * d_hidden)) for _, d_hidden, run in done]
+            first, *others = cpu_ops.side_by_side(backs)
+            found = {name: sum((other[name] for other in others), first[name]) for name in first}
             return [found[name].astype(value.dtype) for name, value in trained]
 
         return loss(*(value for _, value in trained))  # type: ignore[return-value]
 
-    def _loss_and_gradient(self, hidden: mx.array, targets: np.ndarray) -> tuple[np.ndarray, mx.array]:
-        """Return the losses (N,) of hidden states (N, D) and their sum's gradient, chunk by chunk of logits."""
+    def _loss_and_gradient(self, hidden: mx.array, targets: np.ndarray, sharing: int) -> tuple[np.ndarray, mx.array]:
+        """Return the losses (N,) of hidden states (N, D) and their sum's gradient, chunk by chunk of logits.
+
+        As many as are `sharing` the budget do this at the same time.
+        """
         losses, gradients, head = [], [], llama.Head(self.model)
-        for start, stop in self._chunks(len(targets)):
+        for start, stop in self._chunks(len(targets), sharing):
             part = hidden[start:stop]
             logits = head(part)
             mx.eval(logits)
@@ -146,10 +173,10 @@ class Engine:
             gradient = head.backward(part, logits)
             mx.eval(gradient)
             gradients.append(gradient)
-        return np.concatenate(losses), mx.concatenate(gradients)
+        return np.concatenate(losses), without_history(mx.concatenate(gradients))
 
-    def _chunks(self, count: int) -> Iterator[tuple[int, int]]:
-        rows = max(1, self.logits_bytes // (4 * LOGITS_COPIES * self.vocabulary))
+    def _chunks(self, count: int, sharing: int = 1) -> Iterator[tuple[int, int]]:
+        rows = max(1, self.logits_bytes // (4 * LOGITS_COPIES * self.vocabulary * sharing))
         for start in range(0, count, rows):
             yield start, min(start + rows, count)
 

@@ -105,6 +105,17 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_flags() -> frozenset[str]:
+    """Return the instruction sets that Linux names for an x86 CPU; nothing elsewhere."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
 def system_name() -> str:
     """Return the operating system with its version: "macOS 15.3 arm64", "Linux 6.1.0 x86_64"."""
     if sys.platform == "darwin":

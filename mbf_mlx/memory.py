@@ -16,7 +16,8 @@ vocabulary; r the rank; b bytes of a number (4 on a CPU, else the model's own 2)
 A block keeps, on a CPU (llama.py), 4 bytes times
     T (4 D + H d + 2 I) + (P + R W) (H + 2 G) d, and its attention weights H W (R W + P R) + H P P where they are small;
 through mlx-lm's own pass b times T (5 D + (H + 2 G) d + 2 H (P + W) + 4 I). The last block's part is N tokens on a CPU.
-With --grad-checkpoint every block keeps T D, and one at a time all of it. `benchmarks/memory.py` holds this against
+On several cores (llama.py) each computes a part of the rows behind a prefix of its own, P more in T for each part but
+the first. With --grad-checkpoint every block keeps T D, and one at a time all of it. `benchmarks/memory.py` holds this against
 what was measured. Knows no mlx and reads no files.
 """
 
@@ -24,11 +25,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mbf_mlx.batches import Batch
+from mbf_mlx.batches import Batch, parts_of
 
 LOGITS_BYTES = 256 * 2**20  # what all arrays of the size of the logits may hold together
 LOGITS_COPIES = 3  # of them at a time: logits, their exponentials, their gradient; all in float32
-KEPT_WEIGHTS = 32 * 2**20  # a block's attention weights are kept for the way back up to this, larger ones made again
+KEPT_WEIGHTS = 32 * 2**20  # up to this, a block keeps the attention weights of a part of a batch for the way back
 PIECE_BYTES = 64 * 2**20  # of a weight unpacked at a time by the layers that stay packed
 PROCESS_BYTES = 410_000_000  # measured on Linux with mlx 0.32 and transformers 5
 DOWN, MLP = "down_proj", ("gate_proj", "up_proj")
@@ -80,6 +81,7 @@ class Run:
     by_hand: bool  # whether llama.py computes the pass, in float32
     packed: bool  # whether quantized weights stay packed
     checkpoint: bool
+    cores: int = 1  # that compute parts of a batch side by side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,20 +176,23 @@ def _activations(shape: Shape, run: Run, load: Load, training: bool) -> int:
 
 def _by_hand(shape: Shape, run: Run, load: Load) -> tuple[int, int]:
     """Return the numbers that one block keeps, and those that its way back takes besides."""
+    parts = parts_of(load.rows, load.prefix, load.tokens - load.prefix, run.cores)
+    repeated = (parts - 1) * load.prefix
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    padded = load.prefix + load.rows * load.width
+    padded = parts * load.prefix + load.rows * load.width
     weights = shape.heads * load.width * load.rows * (load.width + load.prefix)
-    weights = weights if 4 * weights <= KEPT_WEIGHTS else 0
-    kept = load.tokens * (3 * shape.hidden + query + 2 * shape.intermediate) + padded * (query + 2 * key) + weights
-    kept += shape.heads * load.prefix * load.prefix
-    kept += load.tokens * shape.hidden * any(name in run.keys for name in MLP)
-    kept += load.tokens * shape.intermediate * (DOWN in run.keys)
+    weights = weights if 4 * weights <= parts * KEPT_WEIGHTS else 0
+    tokens = load.tokens + repeated
+    kept = tokens * (3 * shape.hidden + query + 2 * shape.intermediate) + padded * (query + 2 * key) + weights
+    kept += shape.heads * load.prefix * load.prefix * parts
+    kept += tokens * shape.hidden * any(name in run.keys for name in MLP)
+    kept += tokens * shape.intermediate * (DOWN in run.keys)
     scores = shape.heads * load.width * load.rows * (load.width + load.prefix)
-    once = load.tokens * (shape.intermediate + 4 * shape.hidden + 2 * (query + 2 * key))
+    once = tokens * (shape.intermediate + 4 * shape.hidden + 2 * (query + 2 * key))
     once += scores if weights else 2 * scores
     if run.packed:  # one piece, its codes on the way, and the product's parts
         largest = max(shape.vocabulary * shape.hidden, shape.hidden * shape.intermediate)
-        once += min(PIECE_BYTES // 4, largest) * 8 // 5
+        once += parts * min(PIECE_BYTES // 4, largest) * 8 // 5
     return kept, once
 
 

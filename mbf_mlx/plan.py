@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mbf_mlx import machine
 from mbf_mlx.batches import Batch, lengths_of, make_batch, plan_batches
 from mbf_mlx.config import SAMPLE_ROWS, LoRAConfig, TrainConfig
 from mbf_mlx.encode import Encoded
@@ -98,6 +99,7 @@ def run_of(shape: Shape, lora: LoRAConfig, *, by_hand: bool, packed: bool, check
         by_hand=by_hand,
         packed=packed,
         checkpoint=checkpoint,
+        cores=machine.cpu_count() if by_hand else 1,
     )
 
 

@@ -105,7 +105,7 @@ except backend.MissingPackageError as error: print(error)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems bring a BLAS of their own")
 def test_openblas_is_loaded_and_mlx_uses_it(mx):
-    if not blas._find_openblas():
+    if not list(blas._find_openblas()):
         pytest.skip(f"no OpenBLAS on this machine: pip install {blas.PACKAGE}")
     code = """
 import time
@@ -127,7 +127,7 @@ print(min(times))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems bring a BLAS of their own")
 def test_the_number_of_threads_can_be_set_and_is_said():
-    if not blas._find_openblas():
+    if not list(blas._find_openblas()):
         pytest.skip(f"no OpenBLAS on this machine: pip install {blas.PACKAGE}")
     code = "from mbf_mlx.blas import load_blas; b = load_blas(); print(b.threads, b.fast, b.reason)"
     threads, fast, *reason = python(code, OPENBLAS_NUM_THREADS="1").split(" ")
@@ -135,6 +135,19 @@ def test_the_number_of_threads_can_be_set_and_is_said():
     assert "with 1 threads, from" in " ".join(reason)
     environment = {name: "" for name in blas.THREAD_VARIABLES}
     assert python(code, **environment).startswith(f"{machine.cpu_count()} True")
+
+
+def test_an_openblas_for_another_processor_is_not_loaded(monkeypatch):
+    """The package's is built for AVX-512 alone: on an older CPU its first product would end the process."""
+    monkeypatch.setattr(blas, "cpu_flags", lambda: frozenset({"avx2"}))
+    if not any(blas._lacking(path) for path, origin in blas._find_openblas() if blas.PACKAGE in origin):
+        pytest.skip(f"no {blas.PACKAGE} that is for one processor alone")
+    code = """
+from mbf_mlx import blas
+blas.cpu_flags, blas.ctypes.util.find_library = lambda: {"avx2"}, lambda name: None
+print(blas.load_blas().reason)
+"""
+    assert "needs a CPU with AVX-512; install the system's OpenBLAS" in python(code)
 
 
 def test_without_a_blas_all_works_and_the_reason_is_said():

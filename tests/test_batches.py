@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbf_mlx.batches import make_batch, plan_batches, without_prefix
+from mbf_mlx.batches import make_batch, plan_batches, split, without_prefix
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,33 @@ def test_every_supervised_token_is_predicted_from_exactly_the_tokens_before_it(r
     assert len(without_prefix(batch).prefix) == 0
     assert batch.real_tokens == sum(len(each.tokens) for each in rows)
     assert batch.tokens.dtype == batch.prefix.dtype == batch.positions.dtype == batch.targets.dtype == np.int32
+
+
+@given(rows=rows_of_a_task(), share=st.booleans(), cores=st.integers(1, 4))
+def test_the_parts_of_a_batch_predict_the_same_in_the_same_order(rows, share, cores):
+    batch = make_batch(rows, range(len(rows)), share_prefix=share)
+    parts = split(batch, cores)
+    assert len(parts) in (1, cores)
+    found, before = [], 0
+    for part in parts:
+        found += [
+            (int(part.row_of[n]) + before, context_of(part, n), int(part.targets[n])) for n in range(len(part.targets))
+        ]
+        before += len(part.lengths)
+        assert len(parts) == 1 or part.tokens.shape[1] == part.lengths.max()
+    assert found == [
+        (int(batch.row_of[n]), context_of(batch, n), int(batch.targets[n])) for n in range(len(batch.targets))
+    ]
+    assert [i for part in parts for i in part.indices] == list(batch.indices)
+
+
+def test_parts_have_about_as_many_tokens_each_and_a_long_prefix_is_computed_once():
+    rows = [row([i] * n, [0] * (n - 1) + [1]) for i, n in enumerate((9, 9, 9, 9, 9, 9, 9, 9))]
+    assert [len(part.lengths) for part in split(make_batch(rows, range(8)), 2)] == [4, 4]
+    assert [len(part.lengths) for part in split(make_batch(rows, range(8)), 4)] == [2, 2, 2, 2]
+    assert len(split(make_batch(rows, range(1)), 2)) == 1
+    long = [row([7] * 30 + [i, 1], [0] * 31 + [1]) for i in range(4)]
+    assert len(split(make_batch(long, range(4)), 2)) == 1
 
 
 def test_the_prefix_is_all_that_the_rows_share_before_the_first_target():
