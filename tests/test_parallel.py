@@ -56,7 +56,8 @@ def test_the_sums_of_the_shares_are_the_sums_of_the_batch(bench, by_hand, tolera
     np.testing.assert_allclose(float(parts[0][0]) + float(parts[1][0]), float(loss), **tolerance("loss"))
     for name, gradient in gradients.items():
         both = np.array(parts[0][1][name]) + np.array(parts[1][1][name])
-        np.testing.assert_allclose(both, np.array(gradient), **tolerance("gradients"))
+        most = np.abs(np.array(gradient)).max()  # each core sums a part of the batch: small entries differ by rounding
+        np.testing.assert_allclose(both / most, np.array(gradient) / most, **{**tolerance("gradients"), "atol": 1e-5})
 
 
 def test_a_process_without_rows_adds_nothing(bench):
