@@ -17,8 +17,9 @@ A block keeps, on a CPU (llama.py), 4 bytes times
     T (4 D + H d + 2 I) + (P + R W) (H + 2 G) d, and its attention weights H W (R W + P R) + H P P where they are small;
 through mlx-lm's own pass b times T (5 D + (H + 2 G) d + 2 H (P + W) + 4 I). The last block's part is N tokens on a CPU.
 On several cores (llama.py) each computes a part of the rows behind a prefix of its own, P more in T for each part but
-the first. With --grad-checkpoint every block keeps T D, and one at a time all of it. `benchmarks/memory.py` holds this against
-what was measured. Knows no mlx and reads no files.
+the first. With --grad-checkpoint every block keeps T D, and one at a time all of it.
+
+`benchmarks/memory.py` holds this against what was measured. Knows no mlx and reads no files.
 """
 
 from dataclasses import dataclass, replace
