@@ -121,7 +121,7 @@ def _curves(mx: Any, nn: Any, optim: Any, model: Any, engine: Any, batches: list
     curves = []
     for loss in (lambda rows: engine.loss_sum(make_batch(rows, range(len(rows)))), plain):
         model.update(tree_unflatten(start))
-        optimizer, losses = optim.AdamW(learning_rate=RATE * 5), []
+        optimizer, losses = optim.AdamW(learning_rate=RATE), []
         loss_and_grad = nn.value_and_grad(model, loss)
         for rows in batches:
             count = sum(int(row.supervised[1:].sum()) for row in rows)

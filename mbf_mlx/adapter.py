@@ -199,7 +199,7 @@ def decode_tensors(data: bytes, where: Path, *, integers: bool = False) -> dict[
 def _to_array(name: str, entry: Any, path: Path, kinds: dict[str, str]) -> np.ndarray:
     if entry["dtype"] not in kinds:
         raise InputError(f"{path}: {name}: expected one of {', '.join(kinds)}, got {entry['dtype']}")
-    array = np.frombuffer(bytes(entry["data"]), dtype=kinds[entry["dtype"]]).reshape(entry["shape"])
+    array = np.frombuffer(entry["data"], dtype=kinds[entry["dtype"]]).reshape(entry["shape"])  # its own bytearray
     if entry["dtype"] == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32) if entry["dtype"] == "F16" else array.copy()
+    return array.astype(np.float32) if entry["dtype"] == "F16" else array

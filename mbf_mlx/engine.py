@@ -176,7 +176,8 @@ class Engine:
         return np.concatenate(losses), without_history(mx.concatenate(gradients))
 
     def _chunks(self, count: int, sharing: int = 1) -> Iterator[tuple[int, int]]:
-        rows = max(1, self.logits_bytes // (4 * LOGITS_COPIES * self.vocabulary * sharing))
+        most = max(1, self.logits_bytes // (4 * LOGITS_COPIES * self.vocabulary * sharing))
+        rows = max(1, -(-count // max(1, -(-count // most))))  # as few chunks as can be, of one size
         for start in range(0, count, rows):
             yield start, min(start + rows, count)
 

@@ -75,6 +75,7 @@ class StreamFolder:
     def __init__(self, path: Path, identity: Identity, files: Files) -> None:
         self.path, self.identity, self.files = path, identity, files
         self.working = path / "working"
+        self._parsed: tuple[bytes, list[TaskRecord]] = b"", []  # what of the history was read last, and its records
 
     @classmethod
     def create(
@@ -281,8 +282,13 @@ class StreamFolder:
         return self._read(self._history_of)
 
     def _history_of(self, generation: Generation) -> list[TaskRecord]:
-        where = generation.folder / HISTORY
-        return [parse(TaskRecord, line, where) for line in self._content(generation, HISTORY).splitlines()]
+        where, content = generation.folder / HISTORY, self._content(generation, HISTORY)
+        known, records = self._parsed
+        if not content.startswith(known):
+            known, records = b"", []
+        records = records + [parse(TaskRecord, line, where) for line in content[len(known) :].splitlines()]
+        self._parsed = content, records
+        return list(records)
 
     def _content(self, generation: Generation, name: str) -> bytes:
         """Return one file of a generation, just as it was committed."""
