@@ -19,6 +19,8 @@ import common
 import numpy as np
 import synthetic
 
+from mbf_mlx.machine import freed_memory_kept
+
 TOLERANCE = 0.15
 # name -> model, rows, tokens of a row, supervised, checkpoint, quantized weights kept
 CONFIGURATIONS = {
@@ -42,6 +44,7 @@ def rows_of(rows: int, length: int, answer: int, vocabulary: int) -> list[Simple
     return [SimpleNamespace(tokens=line, supervised=supervised) for line in tokens]
 
 
+@freed_memory_kept()  # as mbf learn trains
 def ours(
     model: Path, rows: int, length: int, answer: int, checkpoint: bool, packed: bool, steps: int
 ) -> dict[str, int]:

@@ -119,7 +119,7 @@ def main() -> None:
         for name, (shape, prompt, answer, count, flags) in CASES.items():
             if options.only and not any(part in name for part in options.only):
                 continue
-            folder = Path(place) / f"case-{len(kept.results)}"
+            folder = Path(place) / f"case-{len(found)}"
             folder.mkdir()
             model = common.SMOLLM2 if shape == "smollm2" else synthetic.write_model(folder / shape, shape)
             task = write_task(folder / "task", prompt, answer, count)

@@ -21,6 +21,8 @@ import common
 import numpy as np
 import step
 
+from mbf_mlx.machine import freed_memory_kept
+
 # (module of mbf_mlx, function) -> what it is in the table
 KINDS = {
     ("cpu_ops", "swiglu"): "SwiGLU: exp",
@@ -103,6 +105,7 @@ def watched(clock: Clock, mx: Any, rank: int, vocabulary: int) -> Iterator[None]
             setattr(owner, name, own)
 
 
+@freed_memory_kept()  # as mbf learn trains
 def profile(case: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return the CPU seconds of a step by kind, and those of a step that nobody watches."""
     import mlx.core as mx
@@ -110,7 +113,7 @@ def profile(case: str, options: argparse.Namespace) -> dict[str, Any]:
     from mlx import nn
     from mlx.utils import tree_map
 
-    from mbf_mlx import batches, machine
+    from mbf_mlx import batches
     from mbf_mlx.config import LoRAConfig
     from mbf_mlx.learn import load_learner
 
@@ -130,7 +133,6 @@ def profile(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
     found: dict[str, list[float]] = defaultdict(list)
     plain, flops = [], {}
-    machine.freed_memory_kept().__enter__()  # as mbf learn trains
     for number, rows in enumerate(step.batches_of(case, options.model, options.steps + 1)):
         started = time.process_time()
         one(rows)

@@ -29,6 +29,8 @@ import common
 import numpy as np
 from common import ROOT
 
+from mbf_mlx.machine import freed_memory_kept
+
 RANK, SCALE, RATE = 8, 2.0, 1e-4
 ROWS, LENGTH, SUPERVISED = 8, 64, 8
 ALL_KEYS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -42,7 +44,7 @@ CURVE_STEPS, CURVE_TOLERANCE = 20, 1e-3
 
 
 def ours(model: Path, keys: list[str]) -> Any:
-    from mbf_mlx import backend, machine
+    from mbf_mlx import backend
 
     device = backend.setup("cpu" if sys.platform == "linux" else None)
     import mlx.core as mx
@@ -55,7 +57,6 @@ def ours(model: Path, keys: list[str]) -> Any:
     from mbf_mlx.engine import prepare
     from mbf_mlx.model import attach, load_base
 
-    machine.freed_memory_kept().__enter__()  # as mbf learn trains
     base = load_base(model, dequantize=device.kind == "cpu", dtype=device.dtype)
     attach(base.model, LoRAConfig(rank=RANK, scale=SCALE, keys=tuple(keys)))
     engine, optimizer = prepare(base.model), optim.AdamW(learning_rate=RATE)
@@ -270,14 +271,15 @@ def work(name: str, model: Path, keys: list[str]) -> None:
     answer = _answers()
     step = ours(model, keys) if name == "ours" else torch_peft(model, keys, name == "torch16")
     answer({"dtype": {"ours": "float32", "torch32": "float32", "torch16": "bfloat16"}[name]})
-    for command in _commands():
-        if "step" in command:
-            loss, seconds = step(command["step"])
-            answer({"loss": loss, "seconds": seconds})
-        elif "floor" in command:
-            answer({"seconds": step.floor(command["floor"])})
-        else:
-            answer({"curves": step.curve(command["curve"])})
+    with freed_memory_kept() if name == "ours" else contextlib.nullcontext():  # as mbf learn trains
+        for command in _commands():
+            if "step" in command:
+                loss, seconds = step(command["step"])
+                answer({"loss": loss, "seconds": seconds})
+            elif "floor" in command:
+                answer({"seconds": step.floor(command["floor"])})
+            else:
+                answer({"curves": step.curve(command["curve"])})
 
 
 class Worker:

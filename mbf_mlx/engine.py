@@ -135,7 +135,7 @@ class Engine:
         """Return the loss by way of llama.py; mlx sees one function of the trained factors, and its gradient."""
         trained = tree_flatten(self.model.trainable_parameters())
         # Copies without history: on arrays that mlx differentiates it would keep every intermediate result.
-        factors = {name: mx.array(np.array(value.astype(mx.float32))) for name, value in trained}
+        factors = {name: without_history(value.astype(mx.float32)) for name, value in trained}
         parts = self._parts(batch)
 
         def there(part: Batch) -> tuple[np.ndarray, mx.array, llama.Pass]:
