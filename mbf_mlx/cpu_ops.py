@@ -9,6 +9,7 @@ their own backward pass. float32 only.
 Letters: T tokens, D the hidden size, N supervised positions, V the vocabulary.
 """
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,10 @@ Result = TypeVar("Result")
 CORES = cpu_count()
 BLOCK = 2**16  # elements of each array that a core works on at a time: 256 kB, so that its cache holds them all
 
-_others = [ThreadPoolExecutor(1, thread_name_prefix="mbf-core") for _ in range(CORES - 1)]
+_threads = [
+    ThreadPoolExecutor(1, "mbf-core", initializer=mx.set_default_device, initargs=(mx.Device(mx.cpu),))
+    for _ in range(CORES)
+]
 
 
 class _Here(threading.local):
@@ -156,7 +160,7 @@ def for_each(work: Callable[..., None], calls: Iterable[tuple[int, ...]]) -> Non
                 return
             work(*call)
 
-    others = [thread.submit(run) for thread in _others[: len(todo) - 1]]
+    others = [thread.submit(run) for thread in _threads[1 : len(todo)]]  # the first may be waiting for us, or be us
     run()
     for each in others:
         if not each.cancel():  # one that has not woken by now has nothing left to do
@@ -167,22 +171,15 @@ def side_by_side(works: Sequence[Callable[[], Result]]) -> list[Result]:
     """Return what each gives; all at the same time, each on a core of its own: at most CORES of them.
 
     A thread's mlx arrays must be evaluated before another takes them. The works of two calls that stand at the same
-    place run in the same thread.
+    place run in the same thread, and none in the caller's: there, while mlx takes gradients, arrays would hold all that
+    they were made of.
     """
-    if len(works) == 1:
-        return [works[0]()]
-    with one_thread():
-        others = [thread.submit(_alone, work) for thread, work in zip(_others, works[1:], strict=False)]
-        try:
-            first = _alone(works[0])
-        finally:
-            wait(others)
-        return [first, *(each.result() for each in others)]
+    with contextlib.nullcontext() if len(works) == 1 else one_thread():
+        running = [thread.submit(_run, work, len(works) > 1) for thread, work in zip(_threads, works, strict=False)]
+        wait(running)
+        return [each.result() for each in running]
 
 
-def _alone(work: Callable[[], Result]) -> Result:
-    _here.alone = True
-    try:
-        return work()
-    finally:
-        _here.alone = False
+def _run(work: Callable[[], Result], alone: bool) -> Result:
+    _here.alone = alone
+    return work()

@@ -22,7 +22,7 @@ from mbf_mlx.batches import Batch, split
 from mbf_mlx.blas import load_blas
 from mbf_mlx.forward import Forward
 from mbf_mlx.memory import LOGITS_BYTES, LOGITS_COPIES
-from mbf_mlx.unpack import without_history
+from mbf_mlx.unpack import evaluated, without_history
 
 
 def prepare(
@@ -118,16 +118,14 @@ class Engine:
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """Return the parts of a batch that are computed at the same time."""
-        parts = split(batch, self.cores)
-        if len(parts) > 1:
-            mx.eval(self.model.parameters())  # no thread can evaluate what another has begun
-        return parts
+        mx.eval(self.model.parameters())  # no thread can evaluate what another has begun
+        return split(batch, self.cores)
 
     def _hidden_by_hand(self, batch: Batch) -> mx.array:
         """Return the hidden states at the supervised positions, (N, D)."""
 
         def there(part: Batch) -> mx.array:
-            return without_history(llama.Pass(self.model, {}, part, keep=False).forward())
+            return evaluated(llama.Pass(self.model, {}, part, keep=False).forward())
 
         return mx.concatenate(cpu_ops.side_by_side([partial(there, part) for part in self._parts(batch)]))
 
@@ -173,7 +171,7 @@ class Engine:
             gradient = head.backward(part, logits)
             mx.eval(gradient)
             gradients.append(gradient)
-        return np.concatenate(losses), without_history(mx.concatenate(gradients))
+        return np.concatenate(losses), evaluated(mx.concatenate(gradients))
 
     def _chunks(self, count: int, sharing: int = 1) -> Iterator[tuple[int, int]]:
         most = max(1, self.logits_bytes // (4 * LOGITS_COPIES * self.vocabulary * sharing))

@@ -26,7 +26,7 @@ from mbf_mlx import attention, cpu_ops
 from mbf_mlx.attention import Layout
 from mbf_mlx.batches import Batch
 from mbf_mlx.cpu_ops import blank, view
-from mbf_mlx.unpack import UnpackingEmbedding, UnpackingLinear, product, product_back, without_history
+from mbf_mlx.unpack import UnpackingEmbedding, UnpackingLinear, product, product_back
 
 ROPES = (nn.RoPE, rope_utils.Llama3RoPE)  # those whose angles depend on nothing but the position
 LINEAR = (nn.Linear, nn.QuantizedLinear, UnpackingLinear)
@@ -98,7 +98,8 @@ class Pass:
     def backward(self, d_out: mx.array) -> Factors:
         """Return the gradients of all factors, from that of the hidden states, (N, D).
 
-        To be called once: it overwrites what `forward` has saved, and frees it on the way.
+        To be called once: it overwrites what `forward` has saved, and frees it on the way. And in a thread in which mlx
+        takes no gradients (`cpu_ops.side_by_side`), or all that is computed on the way would stay.
         """
         gradients: Factors = {}
         x, inverse = self.saved.pop()
@@ -110,7 +111,6 @@ class Pass:
                 _, saved = block.forward(saved, self.layout, picked=picked)
             assert d_x is not None, "only the first trained block stops"
             d_x = block.backward(d_x, saved, self.layout, picked, gradients, stop=i == self.first)
-            d_x = None if d_x is None else without_history(d_x)
         return gradients
 
 
@@ -175,7 +175,6 @@ class _Linear:
             weight = self.base.weight.astype(mx.float32)
             d_x = d_y @ weight if onto is None else mx.addmm(onto, d_y, weight)
         elif type(self.base) is UnpackingLinear:
-            # By mlx's own gradients, inside of which this runs, the unpacked weights would stay until the pass ends.
             d_x = product_back(self.base, d_y) if onto is None else onto + product_back(self.base, d_y)
         else:
             anywhere = mx.zeros((len(d_y), self.in_dims))  # a linear layer's gradient is the same for every input
@@ -282,7 +281,7 @@ class _Block:
         found |= self.q.d_factors(saved.normed_q, d_q)
         found |= self.k.d_factors(saved.normed, d_k) | self.v.d_factors(saved.normed, d_v)
         mx.eval(found)
-        gradients.update({name: without_history(gradient) for name, gradient in found.items()})
+        gradients.update(found)
         if stop:
             return None
         d_normed = self.v.d_input(d_v, onto=self.k.d_input(d_k))

@@ -191,9 +191,9 @@ def _by_hand(shape: Shape, run: Run, load: Load) -> tuple[int, int]:
     scores = shape.heads * load.width * load.rows * (load.width + load.prefix)
     once = tokens * (shape.intermediate + 4 * shape.hidden + 2 * (query + 2 * key))
     once += scores if weights else 2 * scores
-    if run.packed:  # one piece, its codes on the way, and the product's parts
+    if run.packed:  # one piece, and its codes on the way
         largest = max(shape.vocabulary * shape.hidden, shape.hidden * shape.intermediate)
-        once += parts * min(PIECE_BYTES // 4, largest) * 8 // 5
+        once += parts * min(PIECE_BYTES // 4, largest) * 2
     return kept, once
 
 

@@ -117,7 +117,7 @@ def _product(module: Any, x: mx.array) -> mx.array:
 
 def product(module: Any, x: mx.array) -> mx.array:
     """Return x W^T of a layer that unpacks itself, evaluated piece by piece, so that one piece is alive at a time."""
-    parts = [without_history(x @ rows.T) for _, _, rows in _pieces(module)]
+    parts = [evaluated(x @ rows.T) for _, _, rows in _pieces(module)]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 
@@ -125,8 +125,14 @@ def product_back(module: Any, d_y: mx.array) -> mx.array:
     """Return the gradient of x, d_y W, in the same way."""
     d_x = mx.array(0.0)
     for first, last, rows in _pieces(module):
-        d_x = without_history(d_x + d_y[..., first:last] @ rows)
+        d_x = evaluated(d_x + d_y[..., first:last] @ rows)
     return d_x
+
+
+def evaluated(array: mx.array) -> mx.array:
+    """Return an array after it was computed."""
+    mx.eval(array)
+    return array
 
 
 def without_history(array: mx.array) -> mx.array:
