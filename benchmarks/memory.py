@@ -44,7 +44,6 @@ def rows_of(rows: int, length: int, answer: int, vocabulary: int) -> list[Simple
     return [SimpleNamespace(tokens=line, supervised=supervised) for line in tokens]
 
 
-@freed_memory_kept()  # as mbf learn trains
 def ours(
     model: Path, rows: int, length: int, answer: int, checkpoint: bool, packed: bool, steps: int
 ) -> dict[str, int]:
@@ -67,10 +66,11 @@ def ours(
     loss_and_grad = nn.value_and_grad(network, learner.engine.loss_sum)
     shape = plan.shape_of_folder(model)
     batch = make_batch(rows_of(rows, length, answer, shape.vocabulary), range(rows))
-    for _ in range(steps):
-        loss, gradients = loss_and_grad(batch)
-        optimizer.update(network, gradients)
-        mx.eval(loss, network.trainable_parameters(), optimizer.state)
+    with freed_memory_kept():  # as mbf learn trains
+        for _ in range(steps):
+            loss, gradients = loss_and_grad(batch)
+            optimizer.update(network, gradients)
+            mx.eval(loss, network.trainable_parameters(), optimizer.state)
     run = plan.run_of(shape, lora, by_hand=learner.engine.by_hand, packed=learner.packed, checkpoint=checkpoint)
     predicted = memory.predict(shape, run, memory.Load.of(batch)).peak
     return {"measured": machine.resident_peak(), "predicted": predicted}
