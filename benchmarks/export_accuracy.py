@@ -10,25 +10,24 @@ again.
 """
 
 import argparse
-import json
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from common import ROOT
 
 TASKS = ("amazon", "langid", "sarcasm")  # of 2, 12 and 2 labels, the shortest texts
 DATA = ROOT.parent / "shared" / "data" / "tasks"
+BASES = {
+    "mlx": "Re-quantized by mlx: affine, 4 bits, group 64, as the hub's 4-bit MLX models are",
+    "gguf": "Its own GGUF (Q4_1): 4 bits, group 32, embeddings 8 bits",
+}
 EXPORTS = ("default", "16", "plain", "chance", "4", "one", "nearest", "new", "search")
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, for grids that are searched
 
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "export_accuracy")
     parser.add_argument("--data", type=Path, default=DATA, help="a folder of tasks, NAME/{train,test}.jsonl")
     parser.add_argument("--model", default="smollm2-135m-instruct", help="the base")
-    parser.add_argument("--bases", nargs="+", default=["gguf", "mlx"], choices=["gguf", "mlx"])
+    parser.add_argument("--bases", nargs="+", default=list(BASES), choices=list(BASES))
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--train-rows", type=int, default=160)
     parser.add_argument("--test-rows", type=int, default=100)
@@ -47,6 +46,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--keys", nargs="+", default=["q_proj", "v_proj"])
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
     if not options.data.is_dir():
         print(f"skipped: no tasks in {options.data}")
@@ -57,19 +57,19 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     tasks = [short_task(options, name) for name in options.tasks]
     own = sources.resolve_base(options.model).path
+    kept = common.Kept("export_accuracy", options.out)
+    lines: list[str] = []
     for kind in options.bases:
         base = own if kind == "gguf" else requantized(own, options.work / "mlx-base")
-        began = time.monotonic()
-        stream = taught(options.work / f"stream-{kind}", base, tasks, options)
-        print(f"{kind}: taught in {time.monotonic() - began:.0f} s", flush=True)
-        rows: list[dict[str, Any]] = []
-        document = {"date": str(date.today()), "machine": platform.machine(), "base": kind, "rows": rows}
-        document["versions"] = {name: version(name) for name in ("mlx", "mlx-lm", "numpy")}
-        document["settings"] = {name: str(value) for name, value in vars(options).items()}
-        for row in measure(stream, base, options.work / "fused", options.rows, options.exports):
-            rows.append(row)
-            (options.work / f"{kind}.json").write_text(json.dumps(document, indent=1) + "\n")
-        print(table(kind, rows), flush=True)
+        rows = kept.once(kind, lambda kind=kind, base=base: asked(kind, base, tasks, options))
+        lines += table(kind, rows)
+    common.finish(common.document("export_accuracy", kept.results), lines, options.out)
+
+
+def asked(kind: str, base: Path, tasks: list[Path], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Teach a base the tasks, and return what the live adapter and every export answer."""
+    stream = taught(options.work / f"stream-{kind}", base, tasks, options)
+    return list(measure(stream, base, options.work / "fused", options.rows, options.exports))
 
 
 def short_task(options: argparse.Namespace, name: str) -> Path:
@@ -248,10 +248,10 @@ def row_of(name: str, found: Any, bare: Any, size: int, base_size: int) -> dict[
     return {"name": name, **numbers, "bytes": size, "times_base": size / base_size, "rows": found.rows}
 
 
-def table(kind: str, rows: list[dict[str, Any]]) -> str:
-    """Return the rows in Markdown."""
+def table(kind: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Return the rows as lines of Markdown."""
     lines = [
-        f"{kind}, {rows[0]['rows']} rows",
+        f"{BASES[kind]}; {rows[0]['rows']} rows",
         "",
         "| export | accuracy | gain kept | KL | same top token | retention | size |",
     ]
@@ -264,7 +264,7 @@ def table(kind: str, rows: list[dict[str, Any]]) -> str:
             f"| {row['name']} | {accuracy} | {kept} | {row['kl']:.4f} | {same} | {retention}"
             f" | {row['bytes'] / 1e6:.1f} MB, {row['times_base']:.2f} |"
         )
-    return "\n".join(lines) + "\n"
+    return [*lines, ""]
 
 
 if __name__ == "__main__":
