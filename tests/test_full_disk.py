@@ -2,12 +2,14 @@
 
 The disk is a real tmpfs of 20 MB, mounted for the test."""
 
+import gc
 import json
 import re
 import resource
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -141,21 +143,25 @@ def test_an_export_that_does_not_fit_leaves_the_earlier_one(disk, monkeypatch, a
     assert sorted(path.name for path in disk.iterdir()) == (["filler", "out"] if asked else ["filler"])
 
 
-@pytest.mark.parametrize("target", ["adapter", "mlx", "gguf", "ollama"])
+@pytest.mark.parametrize("target", ["adapter", "mlx", "gguf", "gguf-adapter", "ollama"])
 def test_an_export_that_fills_the_disk_anywhere_leaves_nothing(disk, tiny_llama, quick_path, monkeypatch, target):
     """Real exports, which fail at the real write that does not fit: of a header, a tensor, a tokenizer, a card."""
     pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
     stream = taught(quick_path / "s", tiny_llama)
     never_ask(monkeypatch)
-    out = disk / ("out.gguf" if target == "gguf" else "out")
+    out = disk / ("out.gguf" if target.startswith("gguf") else "out")
     free = shutil.disk_usage(disk).free
     stream.export(target, out)
     takes = free - shutil.disk_usage(disk).free
     shutil.rmtree(out) if out.is_dir() else out.unlink()
     for share in (0, 0.2, 0.5, 0.9):
         fill(disk, int(takes * share) // 4096 * 4096)
-        refused(lambda: stream.export(target, out), *FULL)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", ResourceWarning)
+            refused(lambda: stream.export(target, out), *FULL)
+            gc.collect()
         assert [path.name for path in disk.iterdir()] == ["filler"]
+        assert not [str(warning.message) for warning in warned if str(disk) in str(warning.message)]  # unclosed files
     (disk / "filler").unlink()
     stream.export(target, out)
 

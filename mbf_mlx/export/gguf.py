@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import gguf
 import numpy as np
@@ -19,7 +19,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export import gguf_types as types
 from mbf_mlx.export.checkpoint import Checkpoint
 from mbf_mlx.export.fuse import Fused, codes_on_grid, delta_rows, find_layers
-from mbf_mlx.export.gguf_adapter import MAKER, OURS, is_ours
+from mbf_mlx.export.gguf_adapter import MAKER, OURS, is_ours, pad, write_head
 from mbf_mlx.export.gguf_check import check
 from mbf_mlx.export.gguf_names import Names, read_names
 from mbf_mlx.export.gguf_plan import Matrix, Vector, plan
@@ -208,26 +208,19 @@ def _write(
     steps: _Steps,
 ) -> None:
     """Write the file; gguf writes its head, and the tensors follow a few rows at a time."""
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
+    write_head(writer)
     with open(path, "ab") as file:
         for tensor in tensors:
-            _pad(file, writer.data_alignment)
+            pad(file, writer.data_alignment)
             if isinstance(tensor, Vector):
                 file.write(np.ascontiguousarray(tensor.values, dtype=np.float32).data)
             else:
                 for first, last in tensor.chunks():
                     file.write(_stored_rows(tensor, scale, first, last, rounders).data)
             steps.add(tensor.nbytes, tensor.name)
-        _pad(file, writer.data_alignment)
+        pad(file, writer.data_alignment)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _pad(file: BinaryIO, alignment: int) -> None:
-    file.write(bytes(-file.tell() % alignment))
 
 
 def _stored_rows(tensor: Matrix, scale: float, first: int, last: int, rounders: Rounders) -> np.ndarray:

@@ -6,8 +6,10 @@ Needs numpy and gguf, no mlx and no weights: the base's config.json says all the
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import gguf
 import numpy as np
@@ -100,11 +102,26 @@ def _write(path: Path, tensors: dict[str, np.ndarray], names: Names, alpha: floa
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for tensor, array in tensors.items():
-        writer.add_tensor(tensor, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        writer.add_tensor_info(tensor, array.shape, array.dtype, array.nbytes)
+    write_head(writer)
+    with open(path, "ab") as file:
+        for array in tensors.values():
+            pad(file, writer.data_alignment)
+            file.write(array.data)
+        pad(file, writer.data_alignment)
+
+
+def write_head(writer: gguf.GGUFWriter) -> None:
+    """Write a file up to its tensors, whose infos it has; gguf would lose what no longer fits on the disk of those."""
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+
+
+def pad(file: BinaryIO, alignment: int) -> None:
+    """Fill a file up to where the next tensor may begin."""
+    file.write(bytes(-file.tell() % alignment))
 
 
 def _compare(path: Path, tensors: dict[str, np.ndarray]) -> None:
