@@ -76,6 +76,7 @@ class StreamFolder:
         self.path, self.identity, self.files = path, identity, files
         self.working = path / "working"
         self._parsed: tuple[bytes, list[TaskRecord]] = b"", []  # what of the history was read last, and its records
+        self._made: str | None = None  # by this object: the stream in a "folder" that was there, or "all" of it
 
     @classmethod
     def create(
@@ -111,7 +112,37 @@ class StreamFolder:
                 for place in [path / name for name in made] if there else [path]:
                     stream._discard(place)
                 raise
+        stream._made = "folder" if there else "all"
         return stream
+
+    @contextmanager
+    def kept_if_used(self) -> Iterator[None]:
+        """Remove the stream again where this object has made it and the block ends in an error that leaves it unused.
+
+        Used means that a task was learned, or that a run was saved that can go on; a stream that was there before is
+        never removed.
+        """
+        try:
+            yield
+        except BaseException:
+            if self._made:
+                self._unmake()
+            raise
+
+    def _unmake(self) -> None:
+        """Remove an unused stream; it stops to be one at once, and what resists is what a killed `create` leaves."""
+        try:
+            with self.writer():
+                if self.current().number or self._read_identity(self.path) != self.identity or self.working.exists():
+                    return
+                for name in (IDENTITY, "current", "adapter", "generations"):
+                    self.files.remove(self.path / name)
+                self.files.remove(self.path / "lock.json")
+                self.files.remove(self.path / "lock")
+                if self._made == "all":
+                    self.path.rmdir()
+        except (InputError, OSError):
+            return  # somebody else uses it, or has put something beside it
 
     @classmethod
     def open(cls, path: Path, files: Files | None = None) -> "StreamFolder":

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -86,6 +87,44 @@ def test_a_flag_that_does_not_fit_is_one_line_and_nothing_is_made(tiny_llama, ta
     assert done.stderr.splitlines()[-1].startswith(f"error: {message}") or message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "s/stream.json").exists()
+
+
+REFUSES = "{% for m in messages %}{{ raise_exception('no talk') if m.role == 'user' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "the model's chat template refuses the row: no talk"),
+        (["--template", "none", "--learning-rate", "3e38", "--save-every", "0"], "is not finite"),
+        (["--template", "none", "--memory-limit", "1MB"], "--memory-limit"),
+    ],
+)
+def test_a_first_task_that_is_refused_late_leaves_no_stream(tiny_llama, task, tmp_path, flags, message, there):
+    """The next try with another rank is bound to nothing."""
+    base, stream = tmp_path / "base", tmp_path / "s"
+    shutil.copytree(tiny_llama, base)
+    tokenizer = base / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"chat_template": REFUSES}))
+    if there:
+        stream.mkdir()
+    done = mbf("learn", stream, task, "--model", base, *flags)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert list(stream.iterdir()) == [] if there else not stream.exists()
+    done = mbf("learn", stream, task, "--model", base, "--rank", 2, "--template", "none", "--iters", 1)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_start_that_cannot_be_written_leaves_no_stream(tiny_llama, tmp_path):
+    stream = tmp_path / "s"
+    for place, kind, message in (
+        (stream / "start", "peft", "an export goes beside"),
+        (tmp_path / "start", "torch", "expected peft or mlx, got 'torch'"),
+    ):
+        done = mbf("next", stream, place, "--model", tiny_llama, "--format", kind)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+        assert not stream.exists()
 
 
 def test_every_bad_row_of_every_task_is_said_before_a_model_is_loaded(write_jsonl, tmp_path):

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.records import LINE_BYTES, parse
 from mbf_mlx.storage import Files
 from mbf_mlx.stream import StreamFolder
+from mbf_mlx.working import Working
+from tests.failing import WAYS, Crash, failing
 from tests.streams import contents, identity, learn, new_stream, record
 
 
@@ -183,6 +186,69 @@ def test_what_is_not_a_stream_is_named(quick_path):
     with pytest.raises(InputError, match="expected a new or empty folder for a stream, got something else"):
         new_stream(quick_path / "s")
     assert (quick_path / "s/other").read_text() == "mine"
+
+
+def made_in(path, there):
+    if there:
+        path.mkdir()
+    return new_stream(path)
+
+
+def fail(stream):
+    with stream.kept_if_used():
+        raise InputError("the rows do not fit")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_new_stream_that_an_error_leaves_unused_is_removed_again(quick_path, there):
+    """A folder that was there stays, as empty as it was; the next try is bound to nothing."""
+    stream = made_in(quick_path / "s", there)
+    with pytest.raises(InputError, match="the rows do not fit"):
+        fail(stream)
+    assert [path.name for path in quick_path.rglob("*")] == (["s"] if there else [])
+    assert new_stream(quick_path / "s", name="b", rank=2).identity.rank == 2
+
+
+@pytest.mark.parametrize("use", ["learn", "save", "open", "lock", "note"])
+def test_a_stream_that_is_used_outlives_an_error(quick_path, use):
+    """Learned into, with a run to go on with, there before, in use by another; what is not ours stays in any case."""
+    stream = new_stream(quick_path / "s")
+    if use == "learn":
+        learn(stream)
+    elif use == "save":
+        Working(stream.working, stream.files).save(1, {"generation": 0}, {}, {"step": 1}, {"a": np.zeros(1, "f4")})
+    elif use == "open":
+        stream = StreamFolder.open(stream.path)
+    elif use == "note":
+        (stream.path / "note.txt").write_text("mine")
+    before = contents(stream.path)
+    with ExitStack() as stack:
+        if use == "lock":
+            stack.enter_context(StreamFolder.open(stream.path).writer())
+        with pytest.raises(InputError, match="the rows do not fit"):
+            fail(stream)
+    assert contents(stream.path) == ({"note.txt": b"mine"} if use == "note" else before)
+
+
+def test_a_new_stream_without_an_error_stays(quick_path):
+    stream = new_stream(quick_path / "s")
+    with stream.kept_if_used():
+        pass
+    assert StreamFolder.open(stream.path).state().t == 0
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_removal_that_fails_anywhere_leaves_a_stream_or_room_for_one(quick_path, how):
+    stream = new_stream(quick_path / "s")
+    with failing() as count, pytest.raises(InputError):
+        fail(stream)
+    for at in range(1, count.done + 1):
+        stream = new_stream(quick_path / "s")
+        with failing(at, how), pytest.raises((InputError, Crash)):
+            fail(stream)
+        if (quick_path / "s/stream.json").exists():
+            assert StreamFolder.open(quick_path / "s").state().t == 0
+            shutil.rmtree(quick_path / "s")
 
 
 def test_a_newer_format_is_refused_with_what_reads_it(quick_path):

@@ -162,7 +162,7 @@ def learn(
             report=console.err.print,
         )
         overrides: dict[str, Any] = {"learning_rate": opened.learning_rate} if learning_rate is None else {}
-        with kept_awake(keep_awake), shown() as events:
+        with opened.folder.kept_if_used(), kept_awake(keep_awake), shown() as events:
             opened.learn(*read, config=settings, events=events, team=team, **overrides)
     document = opened.status()
     if json:

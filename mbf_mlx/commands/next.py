@@ -46,8 +46,9 @@ def next(
         load=False,
         report=console.err.print,
     )
-    files = next_start(opened.folder, kind)
-    written = write_files(files, place, force=force, forbidden=(stream,))
+    with opened.folder.kept_if_used():
+        files = next_start(opened.folder, kind)
+        written = write_files(files, place, force=force, forbidden=(stream,))
     t = opened.folder.current().manifest.t + 1
     if json:
         console.print_json({"out": str(place), "format": kind, "task": t, "bytes": written})
