@@ -126,6 +126,10 @@ def parse_json(text: str) -> object:
             raise BadRow("broken JSON: something follows the first value (one row a line)") from None
         if text.strip()[:1] == "{" and "'" in text[:3]:
             raise BadRow("broken JSON: keys and texts stand in double quotes") from None
+        if "\0" in text:
+            raise BadRow("broken JSON: holds a NUL byte (is the file UTF-16, or binary?)") from None
+        if text.startswith("\ufeff"):
+            raise BadRow("broken JSON: begins with a byte order mark (where files were joined, take it out)") from None
         raise BadRow(f"broken JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}") from None
     except BadRow:
         raise

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mbf_mlx import safetensors_file, units
+from mbf_mlx import model_config, safetensors_file, units
 from mbf_mlx.download import fetch_hub_model, fetch_packaged_file
 from mbf_mlx.errors import InputError
 from mbf_mlx.recipe import HubSource, Recipe, TriedLoRA, models_folder, recipes
-from mbf_mlx.safetensors_file import MAX_LENGTH, read_header
-from mbf_mlx.storage import Files, read_file, refusal, sha256_file
+from mbf_mlx.safetensors_file import read_header
+from mbf_mlx.storage import Files, refusal, sha256_file
 
 ORIGIN = "mbf_origin.json"  # in a folder that we made: what it was made from
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -94,13 +94,14 @@ def check_folder(folder: Path) -> None:
     """Check that a folder holds a model that mlx-lm can load without running code of the folder's.
 
     Raises:
-        InputError: config.json, weights or tokenizer are missing or damaged, or it needs its own Python files.
+        InputError: its JSON files, weights or tokenizer are missing or damaged, or it needs its own Python files.
     """
     config = read_config(folder)
     if config.get("model_file"):
         raise InputError(f"{folder}: config.json: model_file: this model runs its own Python code, which is never done")
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{folder}/config.json: model_type: expected a name, got {config.get('model_type')!r}")
+    model_config.check_others(folder)
     weights = weight_files(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
         raise InputError(f"{folder}: no tokenizer: expected tokenizer.json or tokenizer.model")
@@ -116,7 +117,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that mlx-lm loads from a model folder, by name.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or something else has such a name.
     """
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
@@ -127,28 +128,10 @@ def weight_files(folder: Path) -> list[Path]:
         elif others:
             hint += "\nhint: pickled weights are never read; use a copy with safetensors"
         raise InputError(f"{folder}: no weights: expected model.safetensors or model-*.safetensors{hint}")
+    for path in files:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise InputError(f"{path}: cannot read: expected a file")
     return files
-
-
-def _is_size(value: Any) -> bool:
-    """Some architectures have a list here, a size for each block."""
-    return isinstance(value, list) or (type(value) is int and 0 < value <= MAX_LENGTH)
-
-
-# Of config.json: names, what fits (null always does), how that is said. What they mean is mlx-lm's business.
-_CONFIG_FIELDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (
-        ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
-        _is_size,
-        f"a whole number from 1 to {MAX_LENGTH:,}",
-    ),
-    (
-        ("rope_theta", "rms_norm_eps"),
-        lambda value: type(value) in (int, float) and 0 < value < math.inf,
-        "a number above 0",
-    ),
-    (("quantization",), lambda value: isinstance(value, dict), "group_size and bits"),
-)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -157,20 +140,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it is missing, no JSON object, or has sizes that no model has.
     """
+    where = folder / "config.json"
     try:
-        config = json.loads(read_file(folder / "config.json"))
-    except InputError:
-        raise
+        config = model_config.read_object(where)
     except FileNotFoundError:
         raise InputError(f"{folder}: not a model folder: expected a config.json in it") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{folder}/config.json: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{folder}/config.json: expected a JSON object, got {type(config).__name__}")
-    for names, fits, expected in _CONFIG_FIELDS:
-        for name in names:
-            if config.get(name) is not None and not fits(config[name]):
-                raise InputError(f"{folder}/config.json: {name}: expected {expected}, got {repr(config[name])[:80]}")
+    model_config.check(config, where, model_config.CONFIG)
     return config
 
 

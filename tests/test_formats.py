@@ -40,6 +40,16 @@ BAD_LINES = {
         "broken JSON: something follows the first value (one row a line)",
         COMPLETION,
     ),
+    "UTF-16 without its mark": (
+        "{\0}\0",
+        "broken JSON: holds a NUL byte (is the file UTF-16, or binary?)",
+        COMPLETION,
+    ),
+    "the mark of a file that was joined to another": (
+        f"\ufeff{A_GOOD_LINE}",
+        "broken JSON: begins with a byte order mark (where files were joined, take it out)",
+        COMPLETION,
+    ),
     "a comment": ("# mails", "broken JSON: Expecting value at column 1", COMPLETION),
     "plain words": ("What is this?", "broken JSON: Expecting value at column 1", COMPLETION),
     "a tab in a text": (

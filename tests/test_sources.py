@@ -114,6 +114,119 @@ def test_what_is_no_model_is_refused_with_what_would_be(tmp_path, models, monkey
             resolve_base(name, offline=True)
 
 
+TEMPLATE = 'tokenizer_config.json: chat_template: expected a text, or a list of {"name": …, "template": …}, got '
+TOKENS = "expected a token's number, or a list of them, got "
+PARTS = "config.json: quantization: expected group_size and bits, whole numbers above 0, got "
+AGAIN = "\nhint: take the file again from where the model came from, or put right what is named"
+# file, what of it is changed (text: all of it), the message
+BAD_FILES = {
+    "a number as template": ("tokenizer_config.json", {"chat_template": 7}, TEMPLATE + "7" + AGAIN),
+    "true as template": ("tokenizer_config.json", {"chat_template": True}, TEMPLATE + "True" + AGAIN),
+    "templates without names": ("tokenizer_config.json", {"chat_template": ["a"]}, TEMPLATE + "['a']" + AGAIN),
+    "a template that is none": (
+        "tokenizer_config.json",
+        {"chat_template": [{"name": "default", "template": None}]},
+        TEMPLATE + "[{'name': 'default', 'template': None}]" + AGAIN,
+    ),
+    "a number by name": (
+        "tokenizer_config.json",
+        {"chat_template": {"default": 1}},
+        TEMPLATE + "{'default': 1}" + AGAIN,
+    ),
+    "a length in words": (
+        "tokenizer_config.json",
+        {"model_max_length": "many"},
+        "tokenizer_config.json: model_max_length: expected a number of tokens, got 'many'" + AGAIN,
+    ),
+    "a class without a name": (
+        "tokenizer_config.json",
+        {"tokenizer_class": 3},
+        "tokenizer_config.json: tokenizer_class: expected a name, got 3" + AGAIN,
+    ),
+    "a list of settings": (
+        "tokenizer_config.json",
+        "[]",
+        "tokenizer_config.json: expected a JSON object, got list" + AGAIN,
+    ),
+    "settings cut off": (
+        "tokenizer_config.json",
+        "",
+        "tokenizer_config.json: not JSON: Expecting value: line 1 column 1 (char 0)" + AGAIN,
+    ),
+    "a generation cut off": (
+        "generation_config.json",
+        "",
+        "generation_config.json: not JSON: Expecting value: line 1 column 1 (char 0)" + AGAIN,
+    ),
+    "a list as generation": (
+        "generation_config.json",
+        "[]",
+        "generation_config.json: expected a JSON object, got list" + AGAIN,
+    ),
+    "an end in words": (
+        "generation_config.json",
+        '{"eos_token_id": "</s>"}',
+        f"generation_config.json: eos_token_id: {TOKENS}'</s>'{AGAIN}",
+    ),
+    "an end that is half one": (
+        "config.json",
+        {"eos_token_id": [2, None]},
+        f"config.json: eos_token_id: {TOKENS}[2, None]",
+    ),
+    "a window in words": (
+        "config.json",
+        {"sliding_window": "wide"},
+        "config.json: sliding_window: expected a whole number, got 'wide'",
+    ),
+    "positions in words": (
+        "config.json",
+        {"max_position_embeddings": "8k"},
+        "config.json: max_position_embeddings: expected a whole number, got '8k'",
+    ),
+    "a scaling that is a number": (
+        "config.json",
+        {"rope_scaling": 8},
+        "config.json: rope_scaling: expected a JSON object, got 8",
+    ),
+    "bits in words": (
+        "config.json",
+        {"quantization": {"group_size": 32, "bits": "4"}},
+        PARTS + "{'group_size': 32, 'bits': '4'}",
+    ),
+    "groups of nothing": (
+        "config.json",
+        {"quantization": {"group_size": 0, "bits": 4}},
+        PARTS + "{'group_size': 0, 'bits': 4}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_model_s_files_that_do_not_fit_are_named_before_anything_is_built(copy, case):
+    name, change, message = BAD_FILES[case]
+    text = change if isinstance(change, str) else json.dumps(json.loads((copy / name).read_text()) | change)
+    (copy / name).write_text(text)
+    with pytest.raises(InputError) as caught:
+        check_folder(copy)
+    assert str(caught.value) == f"{copy}/{message}"
+
+
+def test_templates_as_models_have_them_are_taken(copy):
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    named = [{"name": "default", "template": "a"}, {"name": "tools", "template": "b"}]
+    for template in (None, "a", named, {"default": "a"}):
+        settings |= {"chat_template": template, "model_max_length": 1e30}
+        (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+        check_folder(copy)
+
+
+def test_a_pipe_in_the_place_of_weights_is_refused_and_not_waited_for(copy):
+    (copy / "model.safetensors").unlink()
+    os.mkfifo(copy / "model.safetensors")
+    with pytest.raises(InputError, match="model.safetensors: cannot read: expected a file"):
+        check_folder(copy)
+
+
 def test_folders_say_what_they_lack(copy):
     (copy / "tokenizer.json").rename(copy / "other.json")
     with pytest.raises(InputError, match="no tokenizer: expected tokenizer.json or tokenizer.model"):
