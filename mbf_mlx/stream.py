@@ -10,6 +10,7 @@ The current and the previous generation are kept. A crash leaves either the old 
 at most a folder that the next writer removes. It knows no model.
 """
 
+import filecmp
 import hashlib
 import json
 import os
@@ -45,11 +46,11 @@ if TYPE_CHECKING:  # NumPy comes with it, and `mbf status` is to be there in an 
 IDENTITY, MANIFEST, HISTORY = "stream.json", "manifest.json", "history.jsonl"
 FILES = (IDENTITY, HISTORY, STATE, f"adapter/{WEIGHTS}", f"adapter/{CONFIG}")  # of a generation, beside its manifest
 SMALL_FILE = 1 << 20  # bytes; smaller files are hashed at every opening, larger ones on request
-# What a run that was killed while making a stream leaves behind.
-_BEFORE_IDENTITY = {"lock", "lock.json", "lock.json.new", "generations", "adapter", "adapter.new", "current"} | {
-    "current.new",
-    "stream.json.new",
+# What a run that was killed while making a stream leaves behind: files and links, and in generations/ the empty stream.
+_BEFORE_IDENTITY = {"lock", "lock.json", "lock.json.new", "adapter", "adapter.new", "current", "current.new"} | {
+    "stream.json.new"
 }
+_EMPTY_STREAM = {"000000", "building-000000"}
 _RETRIES = 20  # a reader's, when generations are pruned under it
 _SURE = 2  # looks after which what is wrong is no writer's passing state
 
@@ -92,7 +93,9 @@ class StreamFolder:
         files = files or Files()
         stream, there = cls(path, identity, files), os.path.lexists(path)
         try:
-            if there and {entry.name for entry in path.iterdir()} - _BEFORE_IDENTITY:
+            if there and not _is_unfinished(path):
+                if any((path / "generations").glob(f"[0-9]*/{MANIFEST}")):
+                    cls._read_identity(path)  # which is missing, and says what makes it again
                 raise InputError(f"{path}: expected a new or empty folder for a stream, got something else")
         except OSError as error:
             raise refusal(error, path) from error
@@ -184,6 +187,11 @@ class StreamFolder:
             raise _identity_damage(where, str(error).partition("damaged: ")[2]) from error
         if identity.to_json() != data:
             raise _identity_damage(where)
+        if (path / MANIFEST).exists():
+            stream = path.resolve().parent.parent
+            raise InputError(
+                f"{path}: one generation of a stream, not a stream\nhint: give the stream's folder: {stream}"
+            )
         return identity
 
     @staticmethod
@@ -581,6 +589,11 @@ class StreamFolder:
         number = self._linked_number()
         return self._newest_whole() if number is None else self._folder(number)
 
+    def _numbers(self) -> list[int]:
+        """Return the numbers of the generations that are there, newest first."""
+        names = [folder.name for folder in (self.path / "generations").glob("*")]
+        return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
+
     def _linked_number(self) -> int | None:
         link = self.path / "current"
         target = ""
@@ -595,8 +608,7 @@ class StreamFolder:
         return int(number) if number.isascii() and number.isdigit() and len(number) < 10 else None
 
     def _newest_whole(self) -> Path:
-        numbers = [int(f.name) for f in (self.path / "generations").glob("*") if f.name.isascii() and f.name.isdigit()]
-        for number in sorted(numbers, reverse=True):
+        for number in self._numbers():
             try:
                 self.verify(self._open_generation(self._folder(number)))
             except InputError:
@@ -616,10 +628,12 @@ class StreamFolder:
         try:
             with self.writer(clean=False):
                 target = f"generations/{self._current_folder().name}"
-                for name, leads in (("current", target), ("adapter", "current/adapter")):
+                for name, leads, inside in (("current", target, ""), ("adapter", "current/adapter", "adapter")):
                     place = self.path / name
                     if place.is_dir() and not place.is_symlink():
-                        # A copy that followed the links: the same files stand in generations/.
+                        # A copy that followed the links; whatever else has the name stays, and is read without.
+                        if not any(_is_copy(place, self._folder(number) / inside) for number in self._numbers()):
+                            return
                         self.files.remove(place)
                     self._link(name, leads)
         except (InputError, OSError):
@@ -678,6 +692,27 @@ class StreamFolder:
         if path.is_relative_to(before):
             hint = f"mbf undo cannot go back to generation {before.name}; the current one is not affected"
         return InputError(f"{path}: damaged: {what}\nhint: {hint}")
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Return whether a folder holds nothing but what a killed `StreamFolder.create` leaves."""
+    for entry in path.iterdir():
+        if entry.name == "generations":
+            if not entry.is_dir() or {generation.name for generation in entry.iterdir()} - _EMPTY_STREAM:
+                return False
+        elif entry.name not in _BEFORE_IDENTITY or (entry.is_dir() and not entry.is_symlink()):
+            return False
+    return True
+
+
+def _is_copy(folder: Path, original: Path) -> bool:
+    """Return whether all that a folder holds stands in the original, too, byte for byte."""
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    originals = [original / path.relative_to(folder) for path in files]
+    return all(
+        one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
+        for one, other in zip(files, originals, strict=True)
+    )
 
 
 def _identity_damage(path: Path, what: str = "its content is not what was committed") -> InputError:

@@ -188,6 +188,49 @@ def test_what_is_not_a_stream_is_named(quick_path):
     assert (quick_path / "s/other").read_text() == "mine"
 
 
+def test_a_stream_that_lost_its_identity_is_never_made_anew(quick_path):
+    """What it has learned stands in its generations; it says what brings it back."""
+    stream = learn(new_stream(quick_path / "s"), 2)
+    (stream.path / "stream.json").unlink()
+    before = contents(stream.path)
+    with pytest.raises(InputError, match="not a stream: stream.json is missing\nhint: mbf status .* --repair makes it"):
+        new_stream(stream.path, name="b")
+    assert contents(stream.path) == before
+    StreamFolder.repair(stream.path)
+    assert StreamFolder.open(stream.path).state().t == 2
+
+
+@pytest.mark.parametrize("mine", ["adapter/adapters.safetensors", "current/x", "generations/x", "generations/000003/x"])
+def test_a_folder_of_the_user_s_is_no_place_for_a_stream_whatever_its_names(quick_path, mine):
+    file = quick_path / "s" / mine
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(InputError, match="expected a new or empty folder for a stream, got something else"):
+        new_stream(quick_path / "s")
+    assert contents(quick_path / "s") == {mine: b"mine"}
+
+
+@pytest.mark.parametrize("mine", ["adapter/notes.txt", "adapter/adapters.safetensors", "current/notes.txt"])
+def test_a_copy_that_followed_its_links_keeps_what_was_put_into_it(quick_path, mine):
+    learn(new_stream(quick_path / "s"), 2)
+    shutil.copytree(quick_path / "s", quick_path / "copy", symlinks=False)
+    (quick_path / "copy" / mine).write_text("mine")
+    assert StreamFolder.open(quick_path / "copy").state().t == 2
+    assert (quick_path / "copy" / mine).read_text() == "mine"
+
+
+@pytest.mark.parametrize("inside", ["current", "generations/000002"])
+def test_a_generation_is_not_taken_for_the_stream(quick_path, inside):
+    stream = learn(new_stream(quick_path / "s"), 2)
+    before = contents(stream.path)
+    for action in (StreamFolder.open, StreamFolder.repair):
+        with pytest.raises(InputError) as caught:
+            action(stream.path / inside)
+        expected = f"{stream.path / inside}: one generation of a stream, not a stream\nhint: give the stream's folder: "
+        assert str(caught.value) == expected + str(stream.path.resolve())
+    assert contents(stream.path) == before
+
+
 def made_in(path, there):
     if there:
         path.mkdir()
