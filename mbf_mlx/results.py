@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from mbf_mlx import metrics, units
 from mbf_mlx.errors import InputError
 from mbf_mlx.metrics import Spread
@@ -43,7 +45,7 @@ class Log:
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             try:
                 rows.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # a killed run's last line
         return [row for row in rows if isinstance(row, dict)]
 
@@ -69,13 +71,46 @@ def read_results(path: Path) -> list[Row]:
     """Return the rows of a results folder or file; of two that are called the same, the newer one.
 
     Raises:
-        InputError: no results there.
+        InputError: no results there, or a row that is none of ours.
     """
     file = path / RESULTS if path.is_dir() else path
-    rows = {called(row): row for row in Log(file).read() if "hash" in row and "scores" in row}
-    if not rows:
+    found = [row for row in Log(file).read() if "hash" in row and "scores" in row]
+    if not found:
         raise InputError(f"{path}: expected the results of an experiment ({RESULTS}), got none")
-    return list(rows.values())
+    for row in found:
+        _check(row, file)
+    return list({called(row): row for row in found}.values())
+
+
+class _Cell(BaseModel):
+    """What a table is made of; a row holds more."""
+
+    label: str
+    setting: str
+    order: str
+    seed: int
+    tasks: list[str]
+    scores: list[list[float | None]]
+    kept_bytes: list[int]
+    train_seconds: list[float]
+
+
+def _check(row: Row, file: Path) -> None:
+    try:
+        cell = _Cell.model_validate(row)
+        tasks = len(cell.tasks)
+        whole = tasks == len(cell.scores) == len(cell.kept_bytes) and all(
+            len(scores) > t for t, scores in enumerate(cell.scores)
+        )
+        wrong = "" if tasks and whole else f"scores: expected one row for each of {tasks} tasks, as long as its place"
+    except ValidationError as error:
+        first = error.errors()[0]
+        wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+    if wrong:
+        raise InputError(
+            f"{file}: the row with hash {str(row['hash'])[:40]!r} is no cell of an experiment: {wrong}"
+            "\nhint: take the line out, and mbf experiment runs its cell again"
+        )
 
 
 def called(row: Row) -> tuple[str, str, str, int]:

@@ -75,3 +75,39 @@ def test_a_half_written_line_is_left_out_and_the_next_begins_behind_it(tmp_path)
     assert [(r["seed"], r["average_accuracy"]) for r in read_results(tmp_path)] == [(0, 0.1), (1, 0.75)]
     with pytest.raises(InputError, match=r"expected the results of an experiment"):
         read_results(tmp_path / "nothing")
+
+
+SCORES = "scores: expected one row for each of 2 tasks, as long as its place"
+BAD_ROWS = {
+    "no label": ({"label": None}, "label: input should be a valid string"),
+    "a list as label": ({"label": ["slao"]}, "label: input should be a valid string"),
+    "a seed in words": ({"seed": {}}, "seed: input should be a valid integer"),
+    "scores that are a number": ({"scores": 7}, "scores: input should be a valid list"),
+    "a score in words": (
+        {"scores": [["high"], [0.5, 0.5]]},
+        "scores.0.0: input should be a valid number, unable to parse string as a number",
+    ),
+    "a task without scores": ({"scores": [[0.5]]}, SCORES),
+    "a row of scores that is too short": ({"scores": [[0.5], [0.5]]}, SCORES),
+    "bytes of one task": ({"kept_bytes": [1]}, SCORES),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_row_that_is_no_cell_is_named(tmp_path, case):
+    change, message = BAD_ROWS[case]
+    log = Log(tmp_path / "results.jsonl")
+    log.add(row())
+    log.add({**row(1), **change})
+    with pytest.raises(InputError) as caught:
+        read_results(tmp_path)
+    assert str(caught.value) == (
+        f"{log.path}: the row with hash {row(1)['hash']!r} is no cell of an experiment: {message}"
+        "\nhint: take the line out, and mbf experiment runs its cell again"
+    )
+
+
+def test_brackets_without_end_are_no_results(tmp_path):
+    (tmp_path / "results.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(InputError, match="expected the results of an experiment"):
+        read_results(tmp_path)

@@ -57,6 +57,7 @@ def _run(plan: Any, folder: Path) -> "list[Row]":
     backend.setup()  # loads the fast BLAS, which mlx takes only where it is there first
     from mbf_mlx.errors import InputError
     from mbf_mlx.experiment import Experiment, Watch
+    from mbf_mlx.storage import Files
 
     class Shown(Watch):
         """One bar over all cells; its unit is a task learned in a cell."""
@@ -77,7 +78,7 @@ def _run(plan: Any, folder: Path) -> "list[Row]":
         def measuring(self, name: str, done: int, total: int) -> None:
             self.update(self.done, now=self.what, measuring=f"{done}/{total}")
 
-    folder.mkdir(parents=True, exist_ok=True)
+    Files().make_folder(folder)
     try:
         with FileLock(folder / "lock", blocking=False):
             experiment = Experiment(plan, folder, Watch())

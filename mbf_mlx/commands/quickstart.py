@@ -37,9 +37,10 @@ def quickstart(
     from mbf_mlx.api import Stream
     from mbf_mlx.commands.learn import shown
     from mbf_mlx.config import TrainConfig
+    from mbf_mlx.storage import Files
 
     started = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
+    Files().make_folder(out)
     base = str(fetched())
     folders = [FOLDER / name for name in TASKS]
     if fast:
