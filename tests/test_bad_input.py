@@ -314,6 +314,8 @@ FLAGS = {
     "memory in words": (["plan", S, "TASK", "--memory", "lots"], 1, "--memory: expected a size as in 16GB or 900MB, got 'lots'"),
     "less than no memory": (["learn", S, "TASK", "--model", "m", "--memory-limit", "-5GB"], 1, "--memory-limit: expected a size as in 16GB or 900MB, got '-5GB'"),
     "a method's option without a value": (["learn", S, "TASK", "--model", "m", "--method-options", "x"], 1, "--method-options: expected KEY=VALUE,KEY=VALUE, got 'x'"),
+    "a method's option that it does not have": (["learn", S, "TASK", "--model", "m", "--method", "ewc", "--method-options", "lamda=2"], 1, "method ewc: expected options of strength, fading, first_a, got 'lamda'"),
+    "an option that another method has": (["learn", S, "TASK", "--model", "m", "--method", "sequential", "--method-options", "rate=2"], 1, "method sequential: expected options of first_a, got 'rate'"),
     "saves after a number with an exponent": (["learn", S, "TASK", "--save-every", "1e3"], 1, "TrainConfig.save_every: expected steps as in 200 or seconds as in 60s, got '1e3'"),
     "saves after seconds without end": (["learn", S, "TASK", "--save-every", "infs"], 1, "TrainConfig.save_every: expected steps as in 200 or seconds as in 60s, got 'infs'"),
     "a norm that is no number": (["learn", S, "TASK", "--max-grad-norm", "nan"], 1, "TrainConfig.max_grad_norm: expected a number of at least 0, got nan"),

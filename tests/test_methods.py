@@ -1,5 +1,6 @@
 """What every method has in common: the registry, the first draw, the empty state."""
 
+import inspect
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from mbf_mlx import methods
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods import Row, State, empty_state, make
+from mbf_mlx.methods import Row, State, empty_state, make, registry
 from mbf_mlx.methods.base import first_factors, in_double
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (6, 9), "model.layers.0.self_attn.v_proj": (4, 9)}
@@ -26,6 +27,19 @@ def test_an_unknown_method_is_refused_with_the_known_ones():
 def test_an_unknown_option_is_refused_by_name(name):
     with pytest.raises(InputError, match=f"method {name}: .*no_such_option"):
         make(name, {"no_such_option": 1})
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_options_of_any_type_are_taken_or_refused_in_a_sentence(name):
+    refused = 0
+    for option in inspect.signature(registry._METHODS[name]).parameters:
+        for value in ([1], {"a": 1}, "x", None, True, -1, float("inf")):
+            try:
+                make(name, {option: value})
+            except InputError as error:
+                refused += 1
+                assert name in str(error) or "method" in str(error)
+    assert refused
 
 
 @pytest.mark.parametrize("name", methods.names())

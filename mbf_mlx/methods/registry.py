@@ -1,5 +1,6 @@
 """The continual methods by name."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,10 @@ def _replay(
     bytes: int = 1_000_000,
     share: float = 1.0,
 ) -> Method:
+    if not isinstance(method, str) or not isinstance(method_options or {}, dict):
+        raise InputError(
+            f"replay: expected a method's name and its options by name, got {method!r}, {method_options!r}"
+        )
     return Replay(make(method, method_options), bytes, share)
 
 
@@ -72,7 +77,7 @@ def make(name: str, options: dict[str, Any] | None = None) -> Method:
     """
     if name not in _METHODS:
         raise InputError(f"method: expected one of {', '.join(names())}, got {name!r}")
-    try:
-        return _METHODS[name](**(options or {}))
-    except TypeError as error:
-        raise InputError(f"method {name}: {error}") from error
+    known = list(inspect.signature(_METHODS[name]).parameters)
+    if unknown := [key for key in options or {} if key not in known]:
+        raise InputError(f"method {name}: expected options of {', '.join(known)}, got {unknown[0]!r}")
+    return _METHODS[name](**(options or {}))
