@@ -115,6 +115,19 @@ def test_moments_are_those_of_the_inputs_and_shared_by_layers_that_share_them(ti
         np.testing.assert_allclose(apart[names[0]], matrix, rtol=1e-5)
 
 
+def test_matrices_on_the_shelf_come_back_and_are_shared_and_leave_no_file(tmp_path, mx):
+    from mbf_mlx.export.moments import Shelf
+
+    shelf, rng = Shelf(tmp_path), np.random.default_rng(0)
+    one, other = rng.standard_normal((5, 5)), rng.standard_normal((3, 3)).astype(np.float32).T
+    shelf.put(["q", "v"], one)
+    shelf.put(["o"], other)
+    np.testing.assert_array_equal(shelf.get("q"), one.astype(np.float32))
+    np.testing.assert_array_equal(shelf.get("o"), other)
+    assert shelf.place("q") == shelf.place("v") != shelf.place("o")
+    assert shelf.place("k") is None and not list(tmp_path.iterdir())
+
+
 def test_an_export_at_the_bases_own_bits_is_fitted_to_the_rows_and_measured_on_others(tiny_llama, tmp_path):
     job = Job(
         base=tiny_llama,

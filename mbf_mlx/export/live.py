@@ -16,7 +16,7 @@ from mbf_mlx.config import LoRAConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.checkpoint import Checkpoint
 from mbf_mlx.export.job import Job
-from mbf_mlx.export.moments import moments
+from mbf_mlx.export.moments import Shelf, moments
 from mbf_mlx.export.on_disk import Rows, leave_on_disk
 from mbf_mlx.export.quality import Reference
 from mbf_mlx.export.rounding import Rounder
@@ -38,7 +38,7 @@ class Live:
     def __init__(self, job: Job, few_bits: bool) -> None:
         self._job = job
         self._reference: Reference | None = None
-        self._moments: dict[str, np.ndarray] = {}  # layers with the same inputs share one
+        self._moments: Shelf | None = None
         self._last: tuple[int, Rounder] | None = None
         rows, fit = job.rows.compare, job.rows.fit if few_bits else []
         if not rows and not fit:
@@ -61,17 +61,18 @@ class Live:
             with job.show("asking the live adapter", len(rows), "rows") as update:
                 self._reference = Reference(base.model, rows, _counter(update))
         if fit:
+            self._moments = Shelf(job.out.absolute().parent)
             with job.show("watching inputs", None, "rows") as update:
                 for names, matrix in moments(base.model, model.lora_layers(base.model), fit, _counter(update)):
-                    self._moments.update(dict.fromkeys(names, matrix))
+                    self._moments.put(names, matrix)
 
     def rounder(self, layer: str) -> Rounder | None:
         """Return what rounds a layer for the inputs that it has; None where there were no rows to see them on."""
-        matrix = self._moments.get(layer)
-        if matrix is None:
+        place = self._moments.place(layer) if self._moments else None
+        if self._moments is None or place is None:
             return None
-        if self._last is None or self._last[0] != id(matrix):  # q and v come one after the other
-            self._last = (id(matrix), Rounder(matrix))
+        if self._last is None or self._last[0] != place:  # q and v come one after the other
+            self._last = (place, Rounder(self._moments.get(layer)))
         return self._last[1]
 
     def compare(self, folder: Path, stored: Mapping[str, Rows] | None = None) -> dict[str, Any] | None:

@@ -4,7 +4,11 @@ Layers that are given the very same array (q, k and v of a block) share one matr
 rows keep to a budget: a model that needs more is run again for its next layers.
 """
 
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,9 +17,52 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mbf_mlx.conclude import Watching
+from mbf_mlx.storage import refusal
 
-BUDGET_BYTES = 384 << 20  # of matrices at a time
+BUDGET_BYTES = 256 << 20  # of matrices at a time
 TOKENS = 1024  # of one forward pass
+
+
+class Shelf:
+    """Matrices by layer, (in, in) float32, in a file without a name, which is gone with the process.
+
+    Args:
+        folder: On whose disk it is.
+
+    Raises:
+        InputError: the disk is full, or may not be written; so does `put`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._places = folder, dict[str, tuple[int, int]]()
+        with self._refusing():
+            self._file = tempfile.TemporaryFile(dir=folder)
+        weakref.finalize(self, self._file.close)
+
+    def put(self, names: Sequence[str], matrix: np.ndarray) -> None:
+        """Keep a matrix for layers that share it."""
+        with self._refusing():
+            place = self._file.seek(0, 2)
+            self._file.write(np.ascontiguousarray(matrix, np.float32).data)
+            self._file.flush()
+        self._places.update(dict.fromkeys(names, (place, len(matrix))))
+
+    def place(self, name: str) -> int | None:
+        """Return where a layer's matrix lies, the same for all that share it; None where it has none."""
+        return self._places[name][0] if name in self._places else None
+
+    def get(self, name: str) -> np.ndarray:
+        """Return a layer's matrix."""
+        place, size = self._places[name]
+        self._file.seek(place)
+        return np.frombuffer(self._file.read(4 * size * size), np.float32).reshape(size, size)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise refusal(error, self._folder) from error
 
 
 def moments(
