@@ -101,10 +101,14 @@ def _answer(model: Any, tokenizer: Any, row: Encoded, advance: Callable[[int], N
     from mlx_lm import stream_generate
 
     prompt = row.tokens[: row.prompt_length].tolist()
-    budget = 2 * int(row.supervised.sum()) + 16
-    text = "".join(part.text for part in stream_generate(model, tokenizer, prompt, max_tokens=budget))
+    text = "".join(part.text for part in stream_generate(model, tokenizer, prompt, max_tokens=longest_answer(row)))
     advance(1)
     return text
+
+
+def longest_answer(row: Encoded) -> int:
+    """Return how many tokens may be generated as a row's answer."""
+    return 2 * int(row.supervised.sum()) + 16
 
 
 class RougeL:

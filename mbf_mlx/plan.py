@@ -5,10 +5,10 @@ seconds. The formula itself is memory.py's.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from mbf_mlx.memory import Load, Run, Shape
 from mbf_mlx.recipe import ModelShape, Recipe
 from mbf_mlx.safetensors_file import read_header
 from mbf_mlx.sources import read_config, unpacked_bytes, weight_files
+
+if TYPE_CHECKING:
+    from mbf_mlx.trial import Taken
 
 FITS, TIGHT, NO = "fits", "tight", "no"
 SHARE = 0.8  # of what is there, up to which a plan fits; past it and up to all of it, it is tight
@@ -124,6 +127,7 @@ class Work:
     typical: Batch  # one of middle size
     train_tokens: float  # computed in all steps
     other_tokens: float  # computed without a way back: validation, losses before and after, scoring
+    generated_tokens: float  # of long answers, one after another, each as long as it may become
 
 
 def work_of(
@@ -140,6 +144,8 @@ def work_of(
         config: Epochs or steps, batch sizes.
         scored: How often its test rows are scored: after it, and after each task that is learned after it.
     """
+    from mbf_mlx.evaluate import ROUGE_L, longest_answer, metric_of  # it needs mlx, which other plans do without
+
     lengths = lengths_of(rows)
     plan = plan_batches(lengths, config.batch_size, config.seed, 0)
     groups = math.ceil(len(plan) / config.grad_accumulation_steps)
@@ -156,6 +162,7 @@ def work_of(
         other_tokens=math.ceil(steps / (config.val_every or groups)) * float(np.sum(lengths_of(valid)))
         + 2 * min(SAMPLE_ROWS, len(rows)) * float(np.mean(lengths))
         + scored * float(np.sum(lengths_of(test))),
+        generated_tokens=scored * float(sum(map(longest_answer, test)) if metric_of(test) == ROUGE_L else 0),
     )
 
 
@@ -169,10 +176,11 @@ class Rate:
 
     step: float  # seconds a token, forward and back
     forward: float  # seconds a token, forward alone
+    token: float  # seconds a generated token
 
     def seconds(self, work: Work) -> float:
         """Return how long a task's work takes."""
-        return work.train_tokens * self.step + work.other_tokens * self.forward
+        return work.train_tokens * self.step + work.other_tokens * self.forward + work.generated_tokens * self.token
 
 
 def measure(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch) -> Rate:
@@ -191,10 +199,16 @@ def measure(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch) ->
     width = min(HEAD_VOCABULARY, max(int(config["vocab_size"]), 2 * TRIAL_VOCABULARY))
     wide = trial.seconds(config, lora, run, batch, 1, width)
     wider = int(config["vocab_size"]) / (width - TRIAL_VOCABULARY)
+
+    def whole(part: "Callable[[Taken], float]") -> float:
+        return part(one) + more * max(0.0, part(some) - part(one)) + wider * max(0.0, part(wide) - part(one))
+
     tokens = _real(batch)
-    step = one.step + more * max(0.0, some.step - one.step) + wider * max(0.0, wide.step - one.step)
-    forward = one.forward + more * max(0.0, some.forward - one.forward) + wider * max(0.0, wide.forward - one.forward)
-    return Rate(step=step / tokens, forward=forward / tokens)
+    return Rate(
+        step=whole(lambda taken: taken.step) / tokens,
+        forward=whole(lambda taken: taken.forward) / tokens,
+        token=whole(lambda taken: taken.token),
+    )
 
 
 def disk_bytes(layers: dict[str, tuple[int, int]], rank: int) -> int:

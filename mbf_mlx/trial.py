@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
+from mlx_lm.models.cache import make_prompt_cache
 
 from mbf_mlx import unpack
 from mbf_mlx.batches import Batch
@@ -26,6 +28,7 @@ class Taken:
 
     step: float  # forward and back
     forward: float  # forward alone
+    token: float  # one token more of an answer, generated after the batch's first row
 
 
 @freed_memory_kept()
@@ -57,7 +60,10 @@ def seconds(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch, bl
                     targets=batch.targets % vocabulary)  # fmt: skip
     loss_and_grad = nn.value_and_grad(model, engine.loss_sum)
     step = _fastest(lambda: mx.eval(loss_and_grad(known)))
-    return Taken(step=step, forward=_fastest(lambda: engine.score(known)))
+    forward = _fastest(lambda: engine.score(known))
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array(np.concatenate([known.prefix, known.tokens[0]])[None]), cache=cache))
+    return Taken(step=step, forward=forward, token=_fastest(lambda: mx.eval(model(mx.array([[1]]), cache=cache))))
 
 
 def _fastest(work: Callable[[], Any]) -> float:

@@ -101,6 +101,24 @@ def test_a_stream_that_is_not_there_yet_is_planned_from_its_rows(tiny_llama, wri
     assert "words: 18 rows to train on" in text and "time:" not in text
 
 
+@pytest.mark.parametrize(("words", "generated"), [(1, False), (30, True)])
+def test_long_answers_are_planned_as_they_are_scored_by_generating_them(words, generated, tiny_llama, write_jsonl):
+    pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
+    from mbf_mlx.config import DataConfig
+    from mbf_mlx.encode import Encoder
+    from mbf_mlx.model import load_tokenizer
+    from mbf_mlx.tasks import read_task
+
+    lines = [{"prompt": f"say {n}", "completion": "yes " * words} for n in range(6)]
+    task = read_task(write_jsonl("task/train.jsonl", lines).parent)
+    rows = Encoder(load_tokenizer(tiny_llama), DataConfig()).all(task.train, task.path)
+    work = plan.work_of(rows, [], rows, TrainConfig(), scored=2)
+    longest = sum(2 * int(row.supervised.sum()) + 16 for row in rows)
+    assert work.generated_tokens == (2 * longest if generated else 0)
+    rate = plan.Rate(step=0.0, forward=0.0, token=0.5)
+    assert rate.seconds(work) == work.generated_tokens / 2
+
+
 def test_an_architecture_without_these_numbers_is_refused(tmp_path, tiny_llama):
     folder = tmp_path / "other"
     folder.mkdir()
