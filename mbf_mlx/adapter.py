@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from mbf_mlx import safetensors_file
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import Factors, Layers, Pair
 from mbf_mlx.records import CONFIG as CONFIG
 from mbf_mlx.records import WEIGHTS as WEIGHTS
-from mbf_mlx.storage import read_file
+from mbf_mlx.storage import Data, read_file, read_large, sha256
 
 _LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # what torch.save and pickle begin with
+_CODE = "not a safetensors file: a zip or pickle file, which may hold code and is never read"
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _COUNTS = {"I64": "<i8", "I32": "<i4", "I8": "|i1", "U8": "|u1"}  # what some methods keep besides factors
 
@@ -36,6 +36,7 @@ class Adapter:
     scale: float
     keys: tuple[str, ...]  # paths inside a block
     config: dict[str, Any]  # adapter_config.json as it was
+    sha256: str  # of adapters.safetensors
 
     @property
     def layers(self) -> Layers:
@@ -45,7 +46,7 @@ class Adapter:
 
 def encode(
     factors: Factors, *, scale: float, num_layers: int, base: str, extra: dict[str, Any] | None = None
-) -> dict[str, bytes]:
+) -> dict[str, Data]:
     """Return an adapter's files by name; the same factors give the same bytes.
 
     Args:
@@ -57,8 +58,8 @@ def encode(
     """
     tensors = {}
     for name, pair in factors.items():
-        tensors[f"{name}.lora_a"] = np.ascontiguousarray(np.asarray(pair.a).T, dtype=np.float32)
-        tensors[f"{name}.lora_b"] = np.ascontiguousarray(np.asarray(pair.b).T, dtype=np.float32)
+        tensors[f"{name}.lora_a"] = np.asarray(pair.a, np.float32).T
+        tensors[f"{name}.lora_b"] = np.asarray(pair.b, np.float32).T
     rank = next(iter(factors.values())).a.shape[0] if factors else 0
     config = {
         "fine_tune_type": "lora",
@@ -68,7 +69,7 @@ def encode(
         "num_layers": num_layers,
     }
     return {
-        WEIGHTS: encode_tensors(tensors),
+        WEIGHTS: safetensors_file.encode(tensors),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
 
@@ -103,13 +104,16 @@ def read(folder: Path) -> Adapter:
         raise InputError(f"{where}: fine_tune_type: expected 'lora', got {kind!r}; only plain LoRA can be merged")
     if not isinstance(parameters, dict) or not is_number(parameters.get("scale")):
         raise InputError(f"{where}: expected lora_parameters with rank and scale, got {str(parameters)[:200]}")
-    factors = pair_up(read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    data = read_weights(folder / WEIGHTS)
+    digest = sha256(data)
+    factors = pair_up(decode_tensors(data, folder / WEIGHTS), folder / WEIGHTS)
     rank = next(iter(factors.values())).a.shape[0]
     try:
         keys = block_keys(factors)
     except InputError as error:
         raise InputError(f"{folder / WEIGHTS}: {error}") from error
-    return Adapter(factors=factors, rank=rank, scale=float(parameters["scale"]), keys=keys, config=config)
+    scale = float(parameters["scale"])
+    return Adapter(factors=factors, rank=rank, scale=scale, keys=keys, config=config, sha256=digest)
 
 
 def is_number(value: Any) -> bool:
@@ -132,7 +136,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def pair_up(tensors: dict[str, np.ndarray], where: Path) -> Factors:
-    """Return factors from mlx-lm's tensors, (in, rank) and (rank, out), all problems named at once.
+    """Return factors from mlx-lm's tensors, (in, rank) and (rank, out), in their memory; all problems named at once.
 
     Raises:
         InputError: a tensor without its other half, other names, shapes or ranks that do not fit, values not finite.
@@ -147,7 +151,7 @@ def pair_up(tensors: dict[str, np.ndarray], where: Path) -> Factors:
         elif not (np.isfinite(a).all() and np.isfinite(b).all()):
             problems.append(f"  {name}: holds NaN or infinite values")
         else:
-            factors[name] = Pair(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T))
+            factors[name] = Pair(_turn(a), _turn(b))
     problems += [f"  {key}: not a LoRA factor" for key in tensors if not key.endswith((".lora_a", ".lora_b"))]
     if ranks := {pair.a.shape[0] for pair in factors.values()} if not problems else set():
         if len(ranks) > 1:
@@ -159,14 +163,16 @@ def pair_up(tensors: dict[str, np.ndarray], where: Path) -> Factors:
     return dict(sorted(factors.items(), key=lambda item: _order(item[0])))
 
 
+def _turn(matrix: np.ndarray) -> np.ndarray:
+    """Return the transpose, row by row in the matrix's own memory: as much again would take twice the time."""
+    turned = matrix.reshape(matrix.shape[::-1])
+    turned[...] = np.ascontiguousarray(matrix.T)
+    return turned
+
+
 def _order(name: str) -> tuple[int, str]:
     match = _LAYER.match(name)
     return (int(match["block"]), match["key"]) if match else (-1, name)
-
-
-def encode_tensors(tensors: dict[str, np.ndarray]) -> bytes:
-    """Return a safetensors file; the same tensors give the same bytes."""
-    return safetensors.numpy.save(tensors, metadata={"format": "mlx"})
 
 
 def read_tensors(path: Path, *, integers: bool = False) -> dict[str, np.ndarray]:
@@ -179,27 +185,41 @@ def read_tensors(path: Path, *, integers: bool = False) -> dict[str, np.ndarray]
     Raises:
         InputError: no such file, not safetensors, or tensors of another kind.
     """
+    return decode_tensors(read_weights(path), path, integers=integers)
+
+
+def read_weights(path: Path) -> memoryview:
+    """Return the bytes of a file of tensors.
+
+    Raises:
+        InputError: no such file.
+    """
     try:
-        return decode_tensors(read_file(path), path, integers=integers)
+        return read_large(path)
     except FileNotFoundError:
         raise InputError(f"{path}: missing") from None
 
 
-def decode_tensors(data: bytes, where: Path, *, integers: bool = False) -> dict[str, np.ndarray]:
-    """Return the tensors of a safetensors file's bytes; `where` names it in errors. See `read_tensors`."""
+def decode_tensors(data: Data, where: Path, *, integers: bool = False) -> dict[str, np.ndarray]:
+    """Return the tensors of a safetensors file's bytes, float32 as views of them; `where` names it in errors.
+
+    See `read_tensors`.
+    """
     try:
-        entries = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
-        kind = "a zip or pickle file, which may hold code and is never read" if data[:2] in _PICKLES else str(error)
-        raise InputError(f"{where}: not a readable safetensors file: {kind}") from error
+        entries, _ = safetensors_file.header_of(data, where)
+    except InputError as error:
+        if data[:2] in _PICKLES:
+            raise InputError(f"{where}: {_CODE}") from error
+        raise
     kinds = _DTYPES | _COUNTS if integers else _DTYPES
-    return {name: _to_array(name, entry, where, kinds) for name, entry in entries}
+    return {name: _to_array(data, entry, where, kinds) for name, entry in entries.items()}
 
 
-def _to_array(name: str, entry: Any, path: Path, kinds: dict[str, str]) -> np.ndarray:
-    if entry["dtype"] not in kinds:
-        raise InputError(f"{path}: {name}: expected one of {', '.join(kinds)}, got {entry['dtype']}")
-    array = np.frombuffer(entry["data"], dtype=kinds[entry["dtype"]]).reshape(entry["shape"])  # its own bytearray
-    if entry["dtype"] == "BF16":
+def _to_array(data: Data, entry: safetensors_file.Entry, path: Path, kinds: dict[str, str]) -> np.ndarray:
+    if entry.dtype not in kinds:
+        raise InputError(f"{path}: {entry.name}: expected one of {', '.join(kinds)}, got {entry.dtype}")
+    array = np.ndarray(entry.shape, kinds[entry.dtype], data, entry.begin)
+    array = np.require(array, requirements="A")  # others' headers may have any length
+    if entry.dtype == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32) if entry["dtype"] == "F16" else array
+    return array.astype(np.float32) if entry.dtype == "F16" else array

@@ -5,18 +5,23 @@ back as one adapter, whose update is brought to the stream's own scale: B' = B *
 compared by its architecture, its layers and their shapes, because elsewhere training may run on the unquantized model.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from mbf_mlx import adapter
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import peft
-from mbf_mlx.methods import Factors, Method, Pair, State, hooks, make, names
+from mbf_mlx.machine import freed_memory_kept
+from mbf_mlx.methods import Factors, Method, Pair, State, each_layer, hooks, make, names
+from mbf_mlx.methods.slao import Slao
 from mbf_mlx.records import TaskRecord
+from mbf_mlx.reference import orthogonal_init
 from mbf_mlx.sources import read_config
-from mbf_mlx.storage import sha256_file
+from mbf_mlx.storage import Data
 from mbf_mlx.stream import StreamFolder
 
 FORMATS = ("peft", "mlx")
@@ -33,6 +38,14 @@ class Absorbed:
     notes: tuple[str, ...] = ()
 
 
+class Tuned(NamedTuple):
+    """An adapter tuned elsewhere, in the stream's own scale and order of layers."""
+
+    factors: Factors
+    sha256: str  # of the file that they come from
+    notes: tuple[str, ...]  # what had to be changed
+
+
 def check_method(method: Method) -> None:
     """Check that a method needs nothing of training but the tuned factors, so that it may happen elsewhere.
 
@@ -47,7 +60,7 @@ def check_method(method: Method) -> None:
         )
 
 
-def next_start(stream: StreamFolder, kind: str) -> dict[str, bytes]:
+def next_start(stream: StreamFolder, kind: str) -> dict[str, Data]:
     """Return the files of the adapter that the next task starts from.
 
     Args:
@@ -69,6 +82,7 @@ def next_start(stream: StreamFolder, kind: str) -> dict[str, bytes]:
     )
 
 
+@freed_memory_kept()
 def absorb(
     stream: StreamFolder, folder: Path, name: str, *, source: str = "", force: bool = False, again: bool = False
 ) -> Absorbed:
@@ -88,25 +102,28 @@ def absorb(
     history = stream.history()
     if not again and any(record.name == name for record in history):
         raise InputError(f"--name: {stream.path} has learned a task named {name!r}; choose another name, or --again")
-    state, method = stream.state(), _method(stream)
-    tuned, notes = read_tuned(stream, folder, force=force)
-    cosine = _cosine(method.start(state), tuned)
+    method = _method(stream)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_tuned, stream, folder, force=force)
+        state = stream.state()
+        tuned = reading.result()
+    cosine = _cosine(method, state, tuned.factors)
     if cosine < PLAUSIBLE and not force:
         raise InputError(
             f"{folder}: expected an adapter trained from this stream's start of task {state.t + 1} (mean cosine of A's"
             f" rows at least {PLAUSIBLE}), got {cosine:.2f}\nhint: mbf next {stream.path} OUT writes that start;"
             " --force absorbs the adapter all the same"
         )
-    state = method.finish(state, tuned)
+    state = method.finish(state, tuned.factors)
     _check_finite(state, folder)
-    record = _record(stream, name, state.t, folder, source)
+    record = _record(name, state.t, folder, tuned.sha256, source)
     generation = stream.current().manifest
     stream.commit(state, record, generation.base_path, {"absorbed": str(folder)})
-    return Absorbed(record=record, cosine=cosine, notes=notes)
+    return Absorbed(record=record, cosine=cosine, notes=tuned.notes)
 
 
-def read_tuned(stream: StreamFolder, folder: Path, *, force: bool = False) -> tuple[Factors, tuple[str, ...]]:
-    """Return an adapter's factors in the stream's own scale and order, and what had to be changed.
+def read_tuned(stream: StreamFolder, folder: Path, *, force: bool = False) -> Tuned:
+    """Read an adapter for a stream.
 
     Raises:
         InputError: another architecture (not with `force`), rank, layers or shapes; everything wrong is named at once.
@@ -115,10 +132,10 @@ def read_tuned(stream: StreamFolder, folder: Path, *, force: bool = False) -> tu
         raise InputError(f"{folder}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
     if (folder / peft.WEIGHTS).exists():
         theirs = peft.read(folder)
-        factors, scale, notes, base = theirs.factors, theirs.scale, theirs.notes, theirs.base
+        factors, scale, digest, notes, base = theirs.factors, theirs.scale, theirs.sha256, theirs.notes, theirs.base
     else:
         own = adapter.read(folder)
-        factors, scale, notes, base = own.factors, own.scale, (), own.config.get("model")
+        factors, scale, digest, notes, base = own.factors, own.scale, own.sha256, (), own.config.get("model")
     identity = stream.identity
     problems = [] if force else _other_architecture(base, identity.base.architecture)
     for layer, (out, inner) in identity.layers.items():
@@ -139,10 +156,11 @@ def read_tuned(stream: StreamFolder, folder: Path, *, force: bool = False) -> tu
             + "\n".join(shown)
         )
     if scale == identity.scale:
-        return {layer: factors[layer] for layer in identity.layers}, notes
+        return Tuned({layer: factors[layer] for layer in identity.layers}, digest, notes)
     share = np.float32(scale / identity.scale)
     notes = (*notes, f"its scale is {scale:g}, the stream's {identity.scale:g}: the ratio goes into B")
-    return {layer: Pair(factors[layer].a, factors[layer].b * share) for layer in identity.layers}, notes
+    scaled = {layer: Pair(factors[layer].a, factors[layer].b * share) for layer in identity.layers}
+    return Tuned(scaled, digest, notes)
 
 
 def _other_architecture(base: object, expected: str) -> list[str]:
@@ -165,14 +183,34 @@ def _method(stream: StreamFolder) -> Method:
     return method
 
 
-def _cosine(start: Factors, tuned: Factors) -> float:
+def _cosine(method: Method, state: State, tuned: Factors) -> float:
     """Return the mean over all layers and rows of the cosine between a row of the start's A and the tuned one's."""
-    cosines = []
-    for layer, pair in start.items():
-        one, other = np.asarray(pair.a, np.float64), np.asarray(tuned[layer].a, np.float64)
-        lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-        cosines.append(np.einsum("ri,ri->r", one, other) / np.maximum(lengths, 1e-30))
-    return float(np.mean(cosines))
+    if state.t and isinstance(method, Slao) and method.settings["start_a"] == "qr":
+        found = each_layer(lambda layer: _basis_cosines(method.tuned(state, layer).a, tuned[layer].a), tuned)
+    else:
+        start = method.start(state)
+        found = each_layer(lambda layer: _cosines(start[layer].a, tuned[layer].a), tuned)
+    return float(np.mean(list(found.values())))
+
+
+def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return the cosines between the rows of two matrices, (rank,)."""
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return np.einsum("ri,ri->r", one, other) / np.maximum(lengths, 1e-30)
+
+
+def _basis_cosines(a: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return what `_cosines` does of `orthogonal_init(a)` and `other`, in a fifth of the time: QR is left out.
+
+    With a a^T = L L^T, L lower triangular, that basis is L^-1 a, and its products with `other` are L^-1 (a other^T).
+    """
+    a, other = a.astype(np.float64), other.astype(np.float64)
+    gram = a @ a.T
+    if np.linalg.cond(gram) > 1e10:  # rows that all but depend on each other: squared, their difference is lost
+        return _cosines(orthogonal_init(a), other)
+    products = np.diagonal(np.linalg.solve(np.linalg.cholesky(gram), a @ other.T))
+    return products / np.maximum(np.linalg.norm(other, axis=1), 1e-30)
 
 
 def _check_finite(state: State, folder: Path) -> None:
@@ -181,9 +219,8 @@ def _check_finite(state: State, folder: Path) -> None:
         raise InputError(f"{folder}: the merged factors of {bad[0]} are not finite; the stream is as it was")
 
 
-def _record(stream: StreamFolder, name: str, t: int, folder: Path, source: str) -> TaskRecord:
-    weights = folder / (peft.WEIGHTS if (folder / peft.WEIGHTS).exists() else adapter.WEIGHTS)
-    digest, counts, metric = sha256_file(weights), (0, 0, 0, 0), "loss"
+def _record(name: str, t: int, folder: Path, digest: str, source: str) -> TaskRecord:
+    counts, metric = (0, 0, 0, 0), "loss"
     labels: tuple[str, ...] | str = ()
     if source:
         from mbf_mlx.tasks import read_task

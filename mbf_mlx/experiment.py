@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mbf_mlx import __version__, adapter, backend, cell_hash, outline
+from mbf_mlx import __version__, adapter, backend, cell_hash, outline, safetensors_file
 from mbf_mlx.conclude import conclude, with_extra
 from mbf_mlx.config import LoRAConfig, settings_of
 from mbf_mlx.encode import Encoded, Encoder
@@ -31,7 +31,7 @@ from mbf_mlx.methods import Factors, Method, Pair, State, empty_state, make
 from mbf_mlx.model import write_factors
 from mbf_mlx.results import RESULTS, Log, Row, measured
 from mbf_mlx.sources import resolve_base
-from mbf_mlx.storage import Files
+from mbf_mlx.storage import Data, Files
 from mbf_mlx.train import Progress, progress_to_json, train
 from mbf_mlx.tuning import Tuning
 from mbf_mlx.working import Working
@@ -192,7 +192,7 @@ class Experiment:
             training = json.loads(known.read_bytes())
         else:
             training = self._train(cell, learner, tuning, everything, valid, key, name)
-            self._replace(place, adapter.encode_tensors({n: np.array(a) for n, a in tuning.arrays.items()}))
+            self._replace(place, safetensors_file.encode({n: np.array(a) for n, a in tuning.arrays.items()}))
             self._replace(known, json.dumps(training).encode())
         advance = partial(self.watch.measuring, name)
         after = conclude(method, state, tuning, learner.engine, rows, advance)
@@ -269,7 +269,7 @@ class Experiment:
             self._encoded[place] = Encoder(learner.tokenizer, cell.data).all(rows, task.path)
         return self._encoded[place]
 
-    def _replace(self, path: Path, data: bytes) -> None:
+    def _replace(self, path: Path, data: Data) -> None:
         building = path.with_name(f"{path.name}.new")
         self.files.remove(building)
         self.files.write(building, data)

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mbf_mlx import adapter
+from mbf_mlx import adapter, safetensors_file
 from mbf_mlx.methods import State, empty_state
 from mbf_mlx.records import STATE, Identity
+from mbf_mlx.storage import Data
 
 
 def empty(identity: Identity, seed: int) -> State:
@@ -17,10 +18,10 @@ def empty(identity: Identity, seed: int) -> State:
     return empty_state(dict(identity.layers), identity.rank, seed)
 
 
-def contents(state: State, identity: Identity) -> dict[str, bytes]:
+def contents(state: State, identity: Identity) -> dict[str, Data]:
     """Return the files that hold a state, by their place in a generation; the same state gives the same bytes."""
     kept = {f"{layer}.{name}": tensor for name, tensors in state.kept.items() for layer, tensor in tensors.items()}
-    files = {STATE: adapter.encode_tensors(kept)}
+    files: dict[str, Data] = {STATE: safetensors_file.encode(kept)}
     if state.t:
         named = adapter.encode(
             state.deployed,
@@ -33,7 +34,9 @@ def contents(state: State, identity: Identity) -> dict[str, bytes]:
     return files
 
 
-def read(identity: Identity, t: int, seed: int, weights: tuple[bytes, Path], kept: tuple[bytes, Path]) -> State:
+def read(
+    identity: Identity, t: int, seed: int, weights: tuple[memoryview, Path], kept: tuple[memoryview, Path]
+) -> State:
     """Return the state that files hold.
 
     Args:

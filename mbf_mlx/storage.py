@@ -6,9 +6,13 @@ missing permission reads the same everywhere. It knows no format.
 
 import errno
 import hashlib
+import mmap
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 from mbf_mlx.errors import InputError
@@ -34,10 +38,13 @@ _REASONS = {
 }
 
 
+Data = bytes | memoryview  # of a file
+
+
 class Files:
     """File operations that are on the disk when they return; an environment's refusal becomes an InputError."""
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, data: Data) -> None:
         """Write a new file and flush it to the disk."""
         try:
             with open(path, "xb") as file:
@@ -122,15 +129,37 @@ def read_file(path: Path) -> bytes:
         FileNotFoundError: nothing is there.
         InputError: it cannot be read.
     """
+    with _reading(path) as file:
+        return file.read()
+
+
+def read_large(path: Path) -> memoryview:
+    """Return a file's bytes as `read_file` does, in memory of their own that may be written to."""
+    with _reading(path) as file:
+        data = new_memory(os.fstat(file.fileno()).st_size)
+        return data[: file.readinto(data)]
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BufferedReader]:
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # it may never end, or never begin
             raise InputError(f"{path}: cannot read: a device, pipe or socket is there\nhint: {_PATH}")
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            yield file
     except FileNotFoundError:
         raise
     except OSError as error:
         raise refusal(error, path, verb="read") from error
+
+
+def new_memory(size: int) -> memoryview:
+    """Return memory for a file's bytes; Linux gives it in large pages, in half the time that small ones take."""
+    memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)[:size]
 
 
 def free_bytes(path: Path) -> int:
@@ -152,6 +181,11 @@ def require_space(path: Path, needed: int, purpose: str) -> None:
         raise InputError(
             f"{path}: {purpose} needs {needed:,} bytes of disk space, {free:,} are free\nhint: free some space first"
         )
+
+
+def sha256(data: Data) -> str:
+    """Return the sha256 of bytes, in hexadecimal; other threads go on meanwhile."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: Path) -> str:

@@ -11,12 +11,12 @@ at most a folder that the next writer removes. It knows no model.
 """
 
 import filecmp
-import hashlib
 import json
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from mbf_mlx.records import (
     parse,
 )
 from mbf_mlx.safetensors_file import read_header
-from mbf_mlx.storage import Files, read_file, refusal, require_space, sha256_file
+from mbf_mlx.storage import Data, Files, read_file, read_large, refusal, require_space, sha256, sha256_file
 from mbf_mlx.working import Working
 
 if TYPE_CHECKING:  # NumPy comes with it, and `mbf status` is to be there in an instant
@@ -304,8 +304,8 @@ class StreamFolder:
         if manifest.t == 0:
             return state_files.empty(self.identity, manifest.seed)
         names = (f"adapter/{WEIGHTS}", STATE)
-        found = [(self._content(generation, name), generation.folder / name) for name in names]
-        return state_files.read(self.identity, manifest.t, manifest.seed, *found)
+        weights, kept = zip(self._contents(generation, *names), (generation.folder / name for name in names))
+        return state_files.read(self.identity, manifest.t, manifest.seed, weights, kept)
 
     def kept_bytes(self) -> int:
         """Return the bytes of the arrays held between tasks, deployed pair included: what `state()` would hold."""
@@ -321,7 +321,7 @@ class StreamFolder:
         return self._read(self._history_of)
 
     def _history_of(self, generation: Generation) -> list[TaskRecord]:
-        where, content = generation.folder / HISTORY, self._content(generation, HISTORY)
+        where, content = generation.folder / HISTORY, bytes(*self._contents(generation, HISTORY))
         known, records = self._parsed
         if not content.startswith(known):
             known, records = b"", []
@@ -329,16 +329,21 @@ class StreamFolder:
         self._parsed = content, records
         return list(records)
 
-    def _content(self, generation: Generation, name: str) -> bytes:
-        """Return one file of a generation, just as it was committed."""
-        path, record = generation.folder / name, generation.manifest.files.get(name)
-        try:
-            data = read_file(path)
-        except FileNotFoundError:
-            raise self._damage(path, "missing") from None
-        if record is None or hashlib.sha256(data).hexdigest() != record.sha256:
-            raise self._damage(path, "its content is not what was committed")
-        return data
+    def _contents(self, generation: Generation, *names: str) -> list[memoryview]:
+        """Return files of a generation, just as they were committed; one is hashed while the next is read."""
+        found = []
+        with ThreadPoolExecutor() as pool:
+            for path in (generation.folder / name for name in names):
+                try:
+                    data = read_large(path)
+                except FileNotFoundError:
+                    raise self._damage(path, "missing") from None
+                found.append((path, data, pool.submit(sha256, data)))
+        for name, (path, _, digest) in zip(names, found):
+            record = generation.manifest.files.get(name)
+            if record is None or digest.result() != record.sha256:
+                raise self._damage(path, "its content is not what was committed")
+        return [data for _, data, _ in found]
 
     def verify(self, generation: Generation | None = None) -> None:
         """Check every byte of a generation, the current one by default.
@@ -499,28 +504,30 @@ class StreamFolder:
 
         identity = self.identity
         contents = {IDENTITY: identity.to_json(), HISTORY: history, **state_files.contents(state, identity)}
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            written_by=f"mbf-mlx {__version__}",
-            stream=identity.id,
-            generation=number,
-            t=state.t,
-            base=identity.base,
-            base_path=base_path,
-            method=identity.method,
-            method_options=identity.method_options,
-            settings=settings,
-            seed=state.seed,
-            files={name: _record(data) for name, data in contents.items()},
-        ).sealed()
-        contents[MANIFEST] = manifest.to_json()
         require_space(self.path, sum(map(len, contents.values())) + (1 << 16), "a commit")
         building = self.path / "generations" / f"building-{number:06d}"
         self._discard(building)
         try:
             self.files.make_folder(building / "adapter")
-            for name, data in contents.items():
-                self.files.write(building / name, data)
+            with ThreadPoolExecutor() as pool:
+                records = pool.map(_record, contents.values())  # hashed while they are written
+                for name, data in contents.items():
+                    self.files.write(building / name, data)
+            manifest = Manifest(
+                format_version=FORMAT_VERSION,
+                written_by=f"mbf-mlx {__version__}",
+                stream=identity.id,
+                generation=number,
+                t=state.t,
+                base=identity.base,
+                base_path=base_path,
+                method=identity.method,
+                method_options=identity.method_options,
+                settings=settings,
+                seed=state.seed,
+                files=dict(zip(contents, records)),
+            ).sealed()
+            self.files.write(building / MANIFEST, manifest.to_json())
             self.files.sync_folder(building / "adapter")
             self.files.sync_folder(building)
             self.files.rename(building, self._folder(number))
@@ -722,8 +729,8 @@ def _identity_damage(path: Path, what: str = "its content is not what was commit
     )
 
 
-def _record(data: bytes) -> FileRecord:
-    return FileRecord(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+def _record(data: Data) -> FileRecord:
+    return FileRecord(bytes=len(data), sha256=sha256(data))
 
 
 def _describe(holder: Path) -> str:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mbf_mlx import safetensors_file
 from mbf_mlx.errors import InputError
-from mbf_mlx.storage import Files, read_file
+from mbf_mlx.storage import Files, read_file, read_large
 
 PROGRESS, TENSORS = "progress.json", "tensors.safetensors"
 SAVE_SHARE = 0.02  # of a run's time, at most, goes into saves that come every so many seconds
@@ -57,9 +58,7 @@ class Working:
         self, step: int, run: dict[str, Any], machine: dict[str, Any], progress: dict[str, Any], tensors: dict[str, Any]
     ) -> None:
         """Keep this place of the run in place of the one before."""
-        from mbf_mlx import adapter
-
-        data = adapter.encode_tensors(tensors)
+        data = safetensors_file.encode(tensors)
         document = {
             "run": run,
             "machine": machine,
@@ -131,7 +130,7 @@ def _read(folder: Path) -> Saved:
     from mbf_mlx import adapter  # NumPy with it: only where there is a save to read
 
     try:
-        text, data = read_file(folder / PROGRESS), read_file(folder / TENSORS)
+        text, data = read_file(folder / PROGRESS), read_large(folder / TENSORS)
         document = json.loads(text)
         canonical = json.dumps(document).encode() == text
         if document.pop("checksum") != _checksum(document) or not canonical:

@@ -74,8 +74,9 @@ def link(folder, target):
 
 
 BAD_CONFIG = "OUT/adapter_config.json: expected lora_parameters with rank and scale, got "
-BAD_FILE = "OUT/adapters.safetensors: not a readable safetensors file: "
-CODE = "a zip or pickle file, which may hold code and is never read"
+BAD_FILE = "OUT/adapters.safetensors: not a safetensors file"
+DAMAGED = "OUT/adapters.safetensors: damaged safetensors file: "
+CODE = ": a zip or pickle file, which may hold code and is never read"
 NOT_LORA = "OUT/adapters.safetensors is not a plain LoRA adapter:\n"
 MISSING = (
     "OUT/adapter_config.json: missing; expected an adapter folder with adapter_config.json and adapters.safetensors"
@@ -120,8 +121,8 @@ ADAPTERS = {
     "a zip archive whose names leave the folder": (lambda out: save(out, weights=zipped()), BAD_FILE + CODE),
     "a pickle": (lambda out: save(out, weights=pickle.dumps({"a": 1})), BAD_FILE + CODE),
     "a header that ends early": (lambda out: save(out, weights=(99).to_bytes(8, "little") + b"{}"), BAD_FILE + "*"),
-    "a header that is no JSON": (lambda out: save(out, weights=header("{]")), BAD_FILE + "*"),
-    "a header that is no UTF-8": (lambda out: save(out, weights=header(b"\xff\xfe")), BAD_FILE + "*"),
+    "a header that is no JSON": (lambda out: save(out, weights=header("{]")), DAMAGED + "*"),
+    "a header that is no UTF-8": (lambda out: save(out, weights=header(b"\xff\xfe")), DAMAGED + "*"),
     "whole numbers": (lambda out: save(out, x__lora_a=np.ones((2, 2), "i4")), "OUT/adapters.safetensors: x.lora_a:"
                       " expected one of F64, F32, F16, BF16, got I32"),
     "one half": (lambda out: save(out, x__lora_a=np.ones((2, 2), "f4")), NOT_LORA + "  x: expected lora_a and lora_b"),

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ from mbf_mlx import adapter, exchange
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import peft
 from mbf_mlx.methods import Pair, make
+from mbf_mlx.reference import orthogonal_init
 from mbf_mlx.stream import StreamFolder
 from tests.streams import contents, learn, new_stream, tune
 
@@ -31,6 +33,10 @@ def trained(stream, folder, kind, change=lambda files: files):
     return write(change(files), folder), tuned
 
 
+def rows_cosines(one, other):
+    return [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(one, other, strict=True)]
+
+
 @pytest.mark.parametrize("kind", exchange.FORMATS)
 @pytest.mark.parametrize("tasks", [0, 1, 2])
 def test_a_task_trained_elsewhere_is_merged_as_one_trained_here(tmp_path, kind, tasks):
@@ -45,6 +51,10 @@ def test_a_task_trained_elsewhere_is_merged_as_one_trained_here(tmp_path, kind, 
     expected = make("slao").finish(stream.state(), tuned)
     with stream.writer():
         done = exchange.absorb(stream, folder, "mail")
+    file = folder / (peft.WEIGHTS if kind == "peft" else adapter.WEIGHTS)
+    assert done.record.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    cosines = [rows_cosines(pair.a, tuned[name].a) for name, pair in start.items()]
+    assert done.cosine == pytest.approx(np.mean(cosines), abs=1e-7)
     state = StreamFolder.open(tmp_path / "s").state()
     assert state.t == tasks + 1 == done.record.t
     for name, pair in expected.deployed.items():
@@ -95,10 +105,10 @@ def test_another_scale_goes_into_b(tmp_path):
     config = json.loads((folder / adapter.CONFIG).read_text())
     config["lora_parameters"]["scale"] = 8.0
     (folder / adapter.CONFIG).write_text(json.dumps(config))
-    factors, notes = exchange.read_tuned(stream, folder)
+    read = exchange.read_tuned(stream, folder)
     for name, pair in tuned.items():
-        np.testing.assert_array_equal(factors[name].b, 4 * pair.b)
-    assert notes == ("its scale is 8, the stream's 2: the ratio goes into B",)
+        np.testing.assert_array_equal(read.factors[name].b, 4 * pair.b)
+    assert read.notes == ("its scale is 8, the stream's 2: the ratio goes into B",)
 
 
 def as_bfloat16(array):
@@ -208,6 +218,16 @@ def refused(stream, folder, message, **options):
     with stream.writer(), pytest.raises(InputError, match=message):
         exchange.absorb(stream, folder, "mail", **options)
     assert contents(stream.path) == before
+
+
+@pytest.mark.parametrize("spread", [1, 1e-3, 1e-6, 1e-9, 0])
+def test_the_start_is_compared_without_making_its_basis_however_near_its_rows_are(spread):
+    """From independent rows to rows that are one and the same, where only QR has a basis."""
+    generator = np.random.default_rng(3)
+    shared, own, tuned = (generator.normal(size=shape) for shape in ((1, 32), (4, 32), (4, 32)))
+    a = (shared + spread * own).astype(np.float32)
+    basis = orthogonal_init(a.astype(np.float64))
+    np.testing.assert_allclose(exchange._basis_cosines(a, tuned), rows_cosines(basis, tuned), atol=1e-5)
 
 
 def test_an_adapter_that_started_elsewhere_is_refused_unless_forced(tmp_path):

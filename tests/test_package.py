@@ -35,9 +35,9 @@ LAYERS = [
 ]
 # Run in the plain install, where there is no mlx.
 WITHOUT_MLX = [
-    "errors", "config", "reference", "metrics", "storage", "records", "machine", "blas", "methods", "tasks", "encode",
-    "batches", "adapter", "stream", "working", "backend", "events", "exchange", "export.peft", "export.gguf_adapter",
-    "results", "experiment_file", "suites", "commands",
+    "errors", "config", "reference", "metrics", "storage", "records", "machine", "threads", "blas", "methods", "tasks",
+    "encode", "batches", "adapter", "stream", "working", "backend", "events", "exchange", "export.peft",
+    "export.gguf_adapter", "results", "experiment_file", "suites", "commands",
 ]  # fmt: skip
 
 

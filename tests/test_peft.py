@@ -70,7 +70,7 @@ def test_the_update_survives_and_alpha_is_whole_for_any_scale_and_rank(scale, ra
     files = peft.encode(factors, scale, base="base", num_blocks=2)
     config = json.loads(files[peft.CONFIG])
     assert type(config["lora_alpha"]) is int and config["lora_alpha"] >= 1
-    tensors = safetensors.numpy.load(files[peft.WEIGHTS])
+    tensors = safetensors.numpy.load(bytes(files[peft.WEIGHTS]))
     for name, delta in deltas(factors, scale).items():
         a, b = (tensors[f"base_model.model.{name}.lora_{half}.weight"].astype(np.float64) for half in "AB")
         theirs = config["lora_alpha"] / config["r"] * b @ a
@@ -212,7 +212,7 @@ def test_nan_is_refused(tmp_path):
 def test_missing_files_pickles_and_damage_are_the_users_to_know(tmp_path):
     folder = export(tmp_path / "peft", make_factors())
     (folder / peft.WEIGHTS).write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="not a readable safetensors file"):
+    with pytest.raises(InputError, match="not a safetensors file"):
         peft.read(folder)
     (folder / peft.WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(InputError, match="is a pickle, which can run code"):

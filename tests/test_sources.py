@@ -20,7 +20,7 @@ from mbf_mlx import sources
 from mbf_mlx.errors import InputError
 from mbf_mlx.fingerprint import CACHE, fingerprint
 from mbf_mlx.recipe import HubSource, PackageSource, read_recipe, recipes
-from mbf_mlx.safetensors_file import Declared, read_bytes, read_header, write
+from mbf_mlx.safetensors_file import NUMPY_DTYPES, Declared, encode, header_of, read_bytes, read_header, write
 from mbf_mlx.sources import check_folder, resolve_base
 from tests.conftest import ROOT, import_mlx
 
@@ -303,6 +303,7 @@ DAMAGED_FILES = {
         safetensors({**one(), "y": one(offsets=(8, 24))["x"]}, bytes(24)), "y: expected its data at byte 16, got 8"
     ),
     "twice": (safetensors(b'{"x": 1, "x": 2}'), "x is there twice"),
+    "half a character": (safetensors(b'{"\\ud800": 1}'), "not JSON: .* surrogates not allowed"),
 }  # fmt: skip
 
 
@@ -314,6 +315,9 @@ def test_damaged_safetensors_are_refused_with_the_reason(tmp_path, name):
     with pytest.raises(InputError, match=message) as refusal:
         read_header(path)
     assert str(path) in str(refusal.value)
+    with pytest.raises(InputError) as of_bytes:
+        header_of(content, path)
+    assert str(of_bytes.value) == str(refusal.value)
 
 
 def test_a_damaged_file_never_reaches_mlx(copy):
@@ -349,6 +353,37 @@ def test_what_we_write_is_read_by_safetensors_and_mlx(tmp_path, mx):
         np.testing.assert_array_equal(np.array(mlx[tensor.name]), array)
     with pytest.raises(ValueError, match=r"tensor 0: declared U32 \(3, 4\), got 20 bytes"):
         write(tmp_path / "y.safetensors", declared, iter([np.zeros(5, np.float32), *arrays[1:]]))
+
+
+DTYPES = [*NUMPY_DTYPES.values(), "float32", "float64", "int64", "bool"]
+tensors = st.dictionaries(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda name: name != "__metadata__"),
+    st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3), st.sampled_from("CFTS")),
+    max_size=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(named=tensors, form=st.sampled_from(["mlx", "pt"]))
+def test_what_we_encode_is_what_safetensors_saves_to_the_byte(named, form):
+    """Of any type, name, order and memory layout: row by row, column by column, transposed, every second element."""
+    import safetensors.numpy
+
+    generator, arrays = np.random.default_rng(1), {}
+    for name, (dtype, shape, layout) in named.items():
+        array = generator.integers(0, 100, size=[2 * length for length in shape] if layout == "S" else shape)
+        array = np.array(array, dtype=dtype, order="F" if layout == "F" else "C")
+        arrays[name] = array[(slice(None, None, 2),) * array.ndim] if layout == "S" else array
+        arrays[name] = array.T if layout == "T" else arrays[name]
+    data = encode(arrays, form)
+    plain = {name: np.array(array, order="C") for name, array in arrays.items()}
+    assert data == safetensors.numpy.save(plain, metadata={"format": form})
+    entries, metadata = header_of(data, Path("here"))
+    assert metadata == {"format": form}
+    assert {name: (entry.dtype, entry.shape) for name, entry in entries.items()} == {
+        name: (next(ours for ours, code in NUMPY_DTYPES.items() if np.dtype(code) == array.dtype), array.shape)
+        for name, array in arrays.items()
+    }
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,16 +1,16 @@
 """The `adapter` target: the deployed adapter as a folder of mlx-lm's layout, for whoever has the base already."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mbf_mlx import adapter
 from mbf_mlx.export.place import fresh_folder
 from mbf_mlx.methods import Factors
-from mbf_mlx.storage import Files
+from mbf_mlx.storage import Data, Files
 
 
 def write_files(
-    files: dict[str, bytes],
+    files: Mapping[str, Data],
     out: Path,
     *,
     force: bool = False,

@@ -1,7 +1,7 @@
 """What an export came to: the document that is reported, the refusal where too much was lost, and the card."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from math import sqrt
 from pathlib import Path
@@ -14,6 +14,7 @@ from mbf_mlx.export import card
 from mbf_mlx.export.fuse import MAX_ERROR, MIN_RETENTION, Fused
 from mbf_mlx.export.job import Job
 from mbf_mlx.export.place import LICENCES
+from mbf_mlx.storage import Data
 
 # Under this, or beyond fuse.py's limits for the weights, an export is refused. An answer in twenty that turns out
 # otherwise, or a fifth of the update gone, is something a user has to know of and agree to.
@@ -22,7 +23,7 @@ ERRORS = 2  # standard errors by which few rows may miss it by chance
 Document = dict[str, Any]
 
 
-def small_document(files: dict[str, bytes]) -> Document:
+def small_document(files: Mapping[str, Data]) -> Document:
     """Return what is said of an adapter, in which nothing is lost."""
     return {"bytes": sum(len(data) for data in files.values()), "notes": []}
 

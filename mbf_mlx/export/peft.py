@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
-from mbf_mlx.adapter import is_number, read_tensors, split_layer
+from mbf_mlx import safetensors_file
+from mbf_mlx.adapter import decode_tensors, is_number, read_weights, split_layer
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import Factors, Pair
+from mbf_mlx.storage import Data, sha256
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -53,10 +54,11 @@ class PeftAdapter:
     rank: int
     scale: float
     base: str | None  # base_model_name_or_path
+    sha256: str  # of adapter_model.safetensors
     notes: tuple[str, ...] = ()  # what had to be folded or padded
 
 
-def encode(factors: Factors, scale: float, *, base: str | None, num_blocks: int) -> dict[str, bytes]:
+def encode(factors: Factors, scale: float, *, base: str | None, num_blocks: int) -> dict[str, Data]:
     """Return a PEFT adapter's files by name; the same factors give the same bytes.
 
     Where scale * rank is a whole number, it becomes lora_alpha and the factors stay as they are. Otherwise lora_alpha
@@ -75,8 +77,8 @@ def encode(factors: Factors, scale: float, *, base: str | None, num_blocks: int)
     tensors = {}
     for name, pair in factors.items():
         b = np.asarray(pair.b, np.float32)
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(pair.a, np.float32)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b if factor is None else factor * b)
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = np.asarray(pair.a, np.float32)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b if factor is None else factor * b
     modules, blocks = _targets(list(factors), num_blocks)
     config = {
         "alpha_pattern": {},
@@ -99,7 +101,7 @@ def encode(factors: Factors, scale: float, *, base: str | None, num_blocks: int)
         "use_rslora": False,
     }
     return {
-        WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}),
+        WEIGHTS: safetensors_file.encode(tensors, "pt"),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
 
@@ -129,7 +131,7 @@ def read(folder: Path) -> PeftAdapter:
     """
     config = _read_config(folder)
     _refuse(config, folder)
-    halves = _read_halves(folder)
+    halves, digest = _read_halves(folder)
     scales, factors, problems, notes = {}, {}, [], []
     for layer, half in halves.items():
         a, b = half.get("A"), half.get("B")
@@ -145,7 +147,7 @@ def read(folder: Path) -> PeftAdapter:
             problems.append(f"  {layer}: holds NaN or infinite values")
         else:
             scales[layer] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-            factors[layer] = Pair(a.astype(np.float32), b.astype(np.float32))
+            factors[layer] = Pair(a.astype(np.float32, copy=False), b.astype(np.float32, copy=False))
     if problems or not factors:
         reasons = "\n".join(problems or ["  no factors at all"])
         raise InputError(f"{folder / WEIGHTS} is not a plain LoRA adapter:\n{reasons}")
@@ -158,7 +160,7 @@ def read(folder: Path) -> PeftAdapter:
     if padded:
         notes.append(f"{len(padded)} layers of a lower rank were padded with zeros to rank {rank}")
     plain = {layer: _pad(pair, scales[layer] / scale, rank) for layer, pair in factors.items()}
-    return PeftAdapter(plain, rank, float(scale), config.get("base_model_name_or_path"), tuple(notes))
+    return PeftAdapter(plain, rank, float(scale), config.get("base_model_name_or_path"), digest, tuple(notes))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -190,13 +192,13 @@ def _refuse(config: dict[str, Any], folder: Path) -> None:
         raise InputError(f"{folder / CONFIG}: cannot be read as plain LoRA:\n" + "\n".join(reasons))
 
 
-def _read_halves(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Return {"A": ..., "B": ...} by layer, in the order of the blocks."""
+def _read_halves(folder: Path) -> tuple[dict[str, dict[str, np.ndarray]], str]:
+    """Return {"A": ..., "B": ...} by layer, in the order of the blocks, and the file's sha256."""
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise InputError(f"{folder}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
     halves: dict[str, dict[str, np.ndarray]] = {}
-    other = []
-    for key, array in read_tensors(folder / WEIGHTS).items():
+    data, other = read_weights(folder / WEIGHTS), []
+    for key, array in decode_tensors(data, folder / WEIGHTS).items():
         match = _TENSOR.match(key)
         if match is None:
             other.append(f"  {key}" + (": embeddings cannot be merged" if "lora_embedding" in key else ""))
@@ -204,7 +206,7 @@ def _read_halves(folder: Path) -> dict[str, dict[str, np.ndarray]]:
             halves.setdefault(match["layer"].removeprefix(PREFIX), {})[match["half"]] = array
     if other:
         raise InputError(f"{folder / WEIGHTS} holds more than factors of linear layers:\n" + "\n".join(other))
-    return dict(sorted(halves.items(), key=lambda item: _order(item[0])))
+    return dict(sorted(halves.items(), key=lambda item: _order(item[0]))), sha256(data)
 
 
 def _order(layer: str) -> tuple[int, str]:

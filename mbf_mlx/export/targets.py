@@ -66,7 +66,7 @@ def peft_adapter(job: Job) -> Document:
     base = job.about.original or job.about.base
     files = peft.encode(job.factors, job.scale, base=base, num_blocks=job.num_blocks)
     document = small_document(files)
-    document["lora_alpha"] = json.loads(files[peft.CONFIG])["lora_alpha"]
+    document["lora_alpha"] = json.loads(bytes(files[peft.CONFIG]))["lora_alpha"]
     document["next"] = [f"vllm serve {base} --enable-lora --lora-modules tuned={job.out}"]
     if job.about.original is None:
         document["notes"] = [f"base_model_name_or_path is {base}; PEFT and vLLM want the unquantized model there"]

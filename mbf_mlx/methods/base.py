@@ -14,6 +14,7 @@ import numpy as np
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.reference import Array, namespace, orthogonal_init
+from mbf_mlx.threads import side_by_side
 
 
 class Pair(NamedTuple):
@@ -146,6 +147,15 @@ def pad_rank(pair: Pair, rank: int) -> Pair:
     rows = xp.zeros((missing, pair.a.shape[1]), dtype=pair.a.dtype)
     columns = xp.zeros((pair.b.shape[0], missing), dtype=pair.b.dtype)
     return Pair(xp.concatenate([pair.a, rows], axis=0), xp.concatenate([pair.b, columns], axis=1))
+
+
+def each_layer(function: Callable[[str], Any], factors: Factors) -> dict[str, Any]:
+    """Return what `function` makes of every layer's name, in the order of `factors`.
+
+    NumPy's layers are worked on side by side. MLX's are not: its streams belong to a thread.
+    """
+    numpy = all(isinstance(pair.a, np.ndarray) for pair in factors.values())
+    return dict(zip(factors, side_by_side(function, factors) if numpy else map(function, factors)))
 
 
 def in_double(function: Callable[..., Any], *arrays: Array) -> Any:

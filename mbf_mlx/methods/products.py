@@ -27,6 +27,7 @@ from mbf_mlx.methods.base import (
     State,
     check_choices,
     check_number,
+    each_layer,
     first_factors,
     in_double,
     pad_rank,
@@ -123,7 +124,8 @@ class Products:
         if state.t == 0:
             self._check_layers(state)
             return first_factors(state, self.options["first_a"])
-        return {name: Pair(*in_double(self._start(state.rank), *self._pairs(state, name))) for name in state.layers}
+        start = self._start(state.rank)
+        return each_layer(lambda name: Pair(*in_double(start, *self._pairs(state, name))), state.deployed)
 
     def _check_layers(self, state: State) -> None:
         """Refuse, before anything is trained, layers too small for what is merged in them."""
@@ -169,7 +171,7 @@ class Products:
             kept["inputs_gram"] = dict(inputs)
         if t == 1:
             return replace(state, t=t, deployed={n: pad_rank(p, rank) for n, p in tuned.items()}, kept=kept)
-        weight, deployed = t ** -float(self.options["exponent"]), {}
+        weight = t ** -float(self.options["exponent"])
 
         def by_weights(old_a: Array, old_b: Array, a: Array, b: Array) -> tuple[Array, Array]:
             return merge_products(old_a, old_b, a, b, weight, rank)
@@ -177,12 +179,12 @@ class Products:
         def by_inputs(old_a: Array, old_b: Array, a: Array, b: Array, old: Array, new: Array) -> tuple[Array, ...]:
             return merge_by_inputs((old_a, old_b), (a, b), weight, rank, old, new, self.options["ridge"])
 
-        for name, pair in tuned.items():
+        def merge(name: str) -> Pair:
             if inputs is None or self.options["metric"] == "weights":
-                merged = in_double(by_weights, *state.deployed[name], *pair)
-            else:
-                old_gram = state.kept["inputs_gram"][name]
-                *merged, gram = in_double(by_inputs, *state.deployed[name], *pair, old_gram, inputs[name])
-                kept["inputs_gram"][name] = gram
-            deployed[name] = Pair(*merged)
-        return replace(state, t=t, deployed=deployed, kept=kept)
+                return Pair(*in_double(by_weights, *state.deployed[name], *tuned[name]))
+            old_gram = state.kept["inputs_gram"][name]
+            *merged, gram = in_double(by_inputs, *state.deployed[name], *tuned[name], old_gram, inputs[name])
+            kept["inputs_gram"][name] = gram
+            return Pair(*merged)
+
+        return replace(state, t=t, deployed=each_layer(merge, tuned), kept=kept)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods.base import FIRST_A, Factors, Pair, State, check_choices, first_factors, in_double
+from mbf_mlx.methods.base import FIRST_A, Factors, Pair, State, check_choices, each_layer, first_factors, in_double
 from mbf_mlx.reference import merge, merge_weight, move, signed_qr
 
 CHOICES = {
@@ -81,10 +81,10 @@ class Slao:
         """Return the factors that task state.t + 1 starts from."""
         if state.t == 0 or self.settings["start_a"] == "random":
             return first_factors(state, self.settings["first_a"], zero="a" if self.settings["train"] == "a" else "b")
-        return {name: self._start_pair(state, name) for name in state.layers}
+        return each_layer(lambda name: self._start_pair(state, name), state.deployed)
 
     def _start_pair(self, state: State, name: str) -> Pair:
-        tuned, deployed = self._tuned(state, name), state.deployed[name]
+        tuned, deployed = self.tuned(state, name), state.deployed[name]
         b = {"tuned": tuned.b, "merged": deployed.b, "zero": 0 * tuned.b}[self.settings["start_b"]]
         if self.settings["start_a"] == "keep":
             return Pair(tuned.a, b)
@@ -97,7 +97,7 @@ class Slao:
         if t == 1 or merged == "none":
             deployed = dict(tuned)
         else:
-            deployed = {name: self._merge_pair(state, name, pair, t) for name, pair in tuned.items()}
+            deployed = each_layer(lambda name: self._merge_pair(state, name, tuned[name], t), tuned)
         kept = {}
         if merged in ("b", "b moved", "a and b"):
             kept["tuned_b"] = {name: pair.b for name, pair in tuned.items()}
@@ -109,7 +109,7 @@ class Slao:
         (old_a, old_b), (a, b) = state.deployed[name], tuned
         weight, merged = self._weight(t), self.settings["merged"]
         if self.settings["start_a"] == "qr-preserving":
-            _, r = in_double(signed_qr, self._tuned(state, name).a)
+            _, r = in_double(signed_qr, self.tuned(state, name).a)
             old_b = old_b @ r
         if merged == "b moved":
             old_b = in_double(move, old_a, old_b, a)
@@ -119,7 +119,7 @@ class Slao:
             b = merge(old_b, b, weight)
         return Pair(a, b)
 
-    def _tuned(self, state: State, name: str) -> Pair:
+    def tuned(self, state: State, name: str) -> Pair:
         """Return the last tuned pair: a factor that is not merged is deployed as it was tuned."""
         a, b = state.deployed[name]
         kept = state.kept
