@@ -154,6 +154,13 @@ def linalg_device() -> Iterator[None]:
         yield
 
 
+def stay_on_cpu() -> None:
+    """Let mlx compute on the CPU in this thread, which may have a default device of its own."""
+    import mlx.core as mx
+
+    mx.set_default_device(mx.cpu)
+
+
 def keep_quantized(float32_bytes: int) -> bool:
     """Return whether weights that would take `float32_bytes` unpacked are to stay packed on this device.
 

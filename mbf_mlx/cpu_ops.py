@@ -19,6 +19,7 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
+from mbf_mlx.backend import stay_on_cpu
 from mbf_mlx.blas import one_thread
 from mbf_mlx.machine import cpu_count
 
@@ -27,10 +28,7 @@ Result = TypeVar("Result")
 CORES = cpu_count()
 BLOCK = 2**16  # elements of each array that a core works on at a time: 256 kB, so that its cache holds them all
 
-_threads = [
-    ThreadPoolExecutor(1, "mbf-core", initializer=mx.set_default_device, initargs=(mx.Device(mx.cpu),))
-    for _ in range(CORES)
-]
+_threads = [ThreadPoolExecutor(1, "mbf-core", initializer=stay_on_cpu) for _ in range(CORES)]
 
 
 class _Here(threading.local):
