@@ -16,9 +16,10 @@ import numpy as np
 from mbf_mlx import safetensors_file
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import Factors, Layers, Pair
+from mbf_mlx.model_config import read_object
 from mbf_mlx.records import CONFIG as CONFIG
 from mbf_mlx.records import WEIGHTS as WEIGHTS
-from mbf_mlx.storage import Data, read_file, read_large, sha256
+from mbf_mlx.storage import Data, read_large, sha256
 
 _LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # what torch.save and pickle begin with
@@ -123,16 +124,9 @@ def is_number(value: Any) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(read_file(path))
+        return read_object(path)
     except FileNotFoundError:
         raise InputError(f"{path}: missing; expected an adapter folder with {CONFIG} and {WEIGHTS}") from None
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
 
 
 def pair_up(tensors: dict[str, np.ndarray], where: Path) -> Factors:

@@ -141,6 +141,7 @@ def learn_task(
     stream.require_space()
     generation = stream.current()
     working = Working(stream.working, stream.files)
+    working.check_place()
     run = _run_of(task, generation.number, settings)
     saved = None
     if settings.restart:

@@ -6,22 +6,52 @@ from rich.table import Table
 from rich.text import Text
 
 Document = dict[str, Any]
+MOST = 12  # tasks that the matrix shows: it takes as long for task 1000 as for task 13
 KEEPS_ROWS = ("replay", "joint")  # the methods that keep the user's data
 
 
-def matrix(document: Document) -> Table:
-    """Return R as a table: one row for each learned task, one column for each task it was scored on, in percent."""
+def matrix(document: Document, width: int) -> Table:
+    """Return R as a table: one row for each learned task, one column for each task it was scored on, in percent.
+
+    Args:
+        document: A stream's status.
+        width: Of the terminal, in characters. Where more tasks were learned than it has room for, or than MOST, the
+            newest alone are shown, and the others' mean as "earlier".
+    """
     tasks, scores = document["tasks"], document["scores"]
-    table = Table(title="score on each task after each task, in %", title_justify="left", title_style="bold")
+    first = _first_shown([task["name"] for task in tasks], width)
+    title = "score on each task after each task, in %"
+    title += f": the newest {len(tasks) - first} of {len(tasks)} tasks (mbf report: all)" if first else ""
+    table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("after learning", no_wrap=True)
-    for task in tasks:
+    if first:
+        table.add_column("earlier", justify="right")
+    for task in tasks[first:]:
         table.add_column(task["name"], justify="right", no_wrap=True)
     table.add_column("average", justify="right")
-    for t, (task, row) in enumerate(zip(tasks, scores, strict=True), start=1):
-        seen = [value for value in row[:t] if value is not None]
-        cells = [Text("") if j >= t else _cell(value) for j, value in enumerate(row)]
-        table.add_row(f"{t}. {task['name']}", *cells, percent(sum(seen) / len(seen)) if seen else "-")
+    for t, (task, row) in enumerate(zip(tasks[first:], scores[first:], strict=True), start=first + 1):
+        cells = [Text("") if j >= t else _cell(value) for j, value in enumerate(row[first:], start=first)]
+        earlier = [_mean(row[:first])] if first else []
+        table.add_row(f"{t}. {task['name']}", *earlier, *cells, _mean(row[:t]))
     return table
+
+
+def _first_shown(names: list[str], width: int) -> int:
+    """Return the place of the first task from which on a table has room for all."""
+    shown: list[str] = []
+    for name in reversed(names[-MOST:]):
+        more = [name, *shown]
+        label = max(len("after learning"), *(len(f"{len(names)}. {each}") for each in more))
+        needed = label + 4 + sum(max(len(each), len("100.0")) + 3 for each in [*more, "average", "earlier"])
+        if shown and needed > width:
+            break
+        shown = more
+    return len(names) - len(shown)
+
+
+def _mean(row: list[float | None]) -> str:
+    known = [value for value in row if value is not None]
+    return percent(sum(known) / len(known)) if known else "-"
 
 
 def _cell(value: float | None) -> Text:

@@ -83,23 +83,41 @@ def read_results(path: Path) -> list[Row]:
 
 
 class _Cell(BaseModel):
-    """What a table is made of; a row holds more."""
+    """What a table and a page are made of; a row holds more."""
 
     label: str
     setting: str
     order: str
     seed: int
+    method: str
+    options: dict[str, Any]
+    grows: bool
     tasks: list[str]
+    task_hashes: list[str]
     scores: list[list[float | None]]
+    average_accuracy: float | None
+    backward_transfer: float | None
+    forgetting: float | None
+    forward_transfer: float | None
+    newest: float | None
     kept_bytes: list[int]
     train_seconds: list[float]
+    trainings: list[str]
+    steps: list[int]
+    curves: list[list[tuple[float, float | None]]]
+    base: dict[str, Any]
+    settings: dict[str, Any]
+    rows: dict[str, Any]
+    scored_on: str
+    machine: dict[str, Any]
 
 
 def _check(row: Row, file: Path) -> None:
     try:
         cell = _Cell.model_validate(row)
         tasks = len(cell.tasks)
-        whole = tasks == len(cell.scores) == len(cell.kept_bytes) and all(
+        lists = (cell.task_hashes, cell.scores, cell.kept_bytes, cell.train_seconds, cell.trainings, cell.steps)
+        whole = all(len(found) == tasks for found in (*lists, cell.curves)) and all(
             len(scores) > t for t, scores in enumerate(cell.scores)
         )
         wrong = "" if tasks and whole else f"scores: expected one row for each of {tasks} tasks, as long as its place"

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_p
 from mlx_lm.sample_utils import make_sampler
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.sources import BaseFolder
+from mbf_mlx.sources import BaseFolder, read_config
 from mbf_mlx.stream import Generation, StreamFolder
 
 PROBE = "The stream learns"  # what the adapter is tried on
@@ -34,6 +34,7 @@ class Speaker:
         self.model, self.tokenizer = load(str(base.path), adapter_path=adapter_of(generation))[:2]
         self.proof = prove_adapter(self.model, self.tokenizer, stream, adapter_of(generation))
         self.template = stream.identity.template
+        self.base, self.context = stream.identity.base.name, read_config(base.path).get("max_position_embeddings")
         self._cache: Any = make_prompt_cache(self.model)
         self._read: list[int] = []
 
@@ -41,8 +42,19 @@ class Speaker:
         """Return the tokens that an answer to `messages` continues.
 
         Raises:
-            InputError: a text holds what is no character, as a terminal hands on bytes that are no UTF-8.
+            InputError: a text holds what is no character, as a terminal hands on bytes that are no UTF-8; or with an
+                answer's first token they are more than the base can read.
         """
+        tokens = self._tokens(messages)
+        if self.context and len(tokens) >= self.context:
+            raise InputError(
+                f"prompt: expected fewer than the {self.context:,} tokens that {self.base} can read,"
+                f" got {len(tokens):,}"
+                "\nhint: shorten it; in a chat, /new starts over"
+            )
+        return tokens
+
+    def _tokens(self, messages: str | Sequence[Message]) -> list[int]:
         for text in [messages] if isinstance(messages, str) else [str(each.get("content")) for each in messages]:
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise InputError("prompt: expected text in UTF-8, got bytes or half a surrogate pair that are none")
@@ -64,13 +76,15 @@ class Speaker:
 
         Args:
             messages: A prompt, or the messages of a conversation.
-            max_tokens: After so many the answer ends.
+            max_tokens: After so many the answer ends; it ends, too, where the base's context does.
             temp, top_p: How mlx-lm samples; greedy by default.
             seed: Of the sampling.
         """
         if seed is not None:
             mx.random.seed(seed)
         prompt = self.prompt(messages)
+        if self.context:
+            max_tokens = min(max_tokens, self.context - len(prompt))
         known = self._rewind(prompt)
         self._read = list(prompt)
         for part in stream_generate(

@@ -570,7 +570,7 @@ class StreamFolder:
 
     def _clean(self) -> None:
         """Remove what is neither the current generation nor the one before; a folder loses its name first."""
-        if self.working.exists():
+        if self.working.is_dir():
             working = Working(self.working, self.files)
             saved = working.load()
             if saved is None or self._is_committed(saved.run):

@@ -6,6 +6,7 @@ newest whole one counts. `run` is everything that decides the result; a save of 
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ class Working:
 
     def __init__(self, folder: Path, files: Files) -> None:
         self.folder, self.files = folder, files
+
+    def check_place(self) -> None:
+        """Raise InputError if something else is there, so that nothing could be saved."""
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise InputError(
+                f"{self.folder}: expected the folder of a task in training, got something else"
+                "\nhint: move it away; what was learned is not in it"
+            )
 
     def save(
         self, step: int, run: dict[str, Any], machine: dict[str, Any], progress: dict[str, Any], tensors: dict[str, Any]

@@ -250,5 +250,5 @@ def test_weights_packed_by_another_tool_are_refused_with_the_way_out(tiny_llama,
 
 
 def test_other_bits_are_refused(tiny_llama, factors, tmp_path):
-    with pytest.raises(InputError, match="bits: expected one of 4, 5, 6, 8, 16, 32, got 7"):
+    with pytest.raises(InputError, match="--bits: expected one of 4, 5, 6, 8, 16, 32, got 7"):
         write_mlx_folder(tiny_llama, factors, SCALE, tmp_path / "out", bits=7)

@@ -265,6 +265,15 @@ def test_an_existing_place_is_refused_before_any_model_is_loaded(job):
         run(replace(job, read_rows=read_rows), "mlx")
 
 
+@pytest.mark.parametrize(("target", "kind"), [("mlx", None), ("lmstudio", "mlx"), ("gguf", None), ("ollama", None)])
+def test_bits_that_no_layer_can_have_are_refused_before_anything_is_measured(job, target, kind):
+    def read_rows():
+        raise AssertionError("measured")
+
+    with pytest.raises(InputError, match="--bits: expected one of 4, .*, got 7"):
+        run(replace(job, read_rows=read_rows, bits=7, kind=kind), target)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

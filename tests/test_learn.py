@@ -64,6 +64,19 @@ class Tuned(Events):
         self.records.append(record)
 
 
+@pytest.mark.parametrize("what", ["loop", "file"])
+def test_what_is_in_the_place_of_saves_is_named_before_training(tiny_llama, tasks, tmp_path, what):
+    stream, events = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LORA), Tuned()
+    stream.learn(tasks[0], train=QUICK)
+    if what == "loop":
+        stream.folder.working.symlink_to("working")
+    else:
+        stream.folder.working.write_text("mine")
+    with pytest.raises(InputError, match="s/working: expected the folder of a task in training, got something else"):
+        stream.learn(tasks[1], train=QUICK, events=events)
+    assert len(stream.folder.history()) == 1 and events.notes == [] and os.path.lexists(stream.folder.working)
+
+
 def test_three_tasks_are_learned_merged_scored_and_reported(tiny_llama, tasks, tmp_path):
     stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LORA)
     events = Tuned()

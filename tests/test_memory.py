@@ -1,10 +1,15 @@
 """The memory formula against what mlx counts, and against numbers worked out by hand."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 from mbf_mlx.batches import make_batch
 from mbf_mlx.memory import LOGITS_BYTES, Load, Run, Shape, predict, ways_to_fit
+from tests.conftest import ROOT
+from tests.tiny_llama import write_tiny_llama
 
 SHAPE = Shape(
     hidden=256,
@@ -91,3 +96,33 @@ def test_the_formula_is_what_mlx_counts_in_a_training_step(rows, length, answer,
     taken = mx.get_peak_memory() - before
     run = Run(**{**RUN.__dict__, "checkpoint": checkpoint})
     assert predict(SHAPE, run, Load.of(batch)).batch == pytest.approx(taken, rel=0.3)
+
+
+LOAD = """
+import re, sys
+from pathlib import Path
+from mbf_mlx import backend
+backend.setup("cpu")
+from mbf_mlx.model import load_base
+folder, small, dequantize = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "plain"
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+load_base(small, dequantize=dequantize)  # imports, buffers, threads
+before = peak()
+base = load_base(folder, dequantize=dequantize)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process held at most")
+@pytest.mark.parametrize("way", ["packed", "plain"])
+def test_weights_are_never_in_memory_twice_while_they_are_loaded(tiny_llama, tmp_path, way):
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10, "num_attention_heads": 8}
+    folder = write_tiny_llama(tmp_path / "base", **sizes)
+    weights = 10 * (2 * 1024 * 1024 + 2 * 256 * 1024 + 3 * 1024 * 2816) + 2 * 300 * 1024
+    size = 4 * weights if way == "plain" else (folder / "model.safetensors").stat().st_size
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, folder, tiny_llama, way], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0.8 * size < int(done.stdout) < 1.25 * size

@@ -1,5 +1,6 @@
 """Reports as HTML: nothing is fetched, every number stands in a table, every text is escaped."""
 
+import io
 import json
 import subprocess
 import sys
@@ -63,21 +64,49 @@ def page(stream):
 
 
 def cells():
-    fields = {
-        "curves": [[[1, 2.0], [4, 1.0]], [[1, 2.5], [4, 0.75]]],
-        "steps": [4, 4],
-        "trainings": ["x", "y"],
-        "settings": {"train": {"epochs": 1, "seed": 0}, "lora": {"rank": 8}},
-        "rows": {"train": 320, "valid": 0, "test": 200},
-        "scored_on": "test",
-        "task_hashes": ["aa", "bb"],
-        "base": {"name": "tiny", "fingerprint": "ff"},
-        "machine": {"device": "cpu"},
-        "method": "slao",
-        "options": {"weight": "1/t"},
-    }
+    fields = {"options": {"weight": "1/t"}}
     other = {**fields, "trainings": ["x", "z"]}
     return [row(seed, label=label, **use) for label, use in (("slao", fields), ("<i>", other)) for seed in (0, 1)]
+
+
+def shown(names, width, scores=None):
+    """Return the lines of the matrix on a terminal of `width` characters."""
+    from rich.console import Console
+
+    from mbf_mlx.report import matrix
+
+    scores = scores or [[t / 100 if j <= t else None for j in range(len(names))] for t in range(len(names))]
+    console = Console(width=width, soft_wrap=True, record=True, file=io.StringIO())
+    console.print(matrix({"tasks": [{"name": name} for name in names], "scores": scores}, width))
+    return console.export_text().splitlines()
+
+
+def test_the_matrix_in_the_terminal_shows_every_task_where_there_is_room():
+    lines = shown(["mail", "notes", "diary"], 80)
+    assert lines[0] == "score on each task after each task, in %" and len(lines) == 8
+    assert [cell.strip() for cell in lines[-2].split("│")] == ["", "3. diary", "2.0", "2.0", "2.0", "2.0", ""]
+
+
+@pytest.mark.parametrize(("count", "width", "newest"), [(100, 200, 12), (100, 80, 4), (6, 80, 5)])
+def test_the_matrix_in_the_terminal_shows_the_newest_tasks_where_there_are_many(count, width, newest):
+    lines = shown([f"task{n}" for n in range(1, count + 1)], width)
+    assert (
+        lines[0] == f"score on each task after each task, in %: the newest {newest} of {count} tasks (mbf report: all)"
+    )
+    assert len(lines) == newest + 5
+    heads = [cell.strip() for cell in lines[2].split("┃")[1:-1]]
+    expected = [f"task{n}" for n in range(count - newest + 1, count + 1)]
+    assert heads == ["after learning", "earlier", *expected, "average"]
+    last = [cell.strip() for cell in lines[-2].split("│")[1:-1]]
+    assert last == [f"{count}. task{count}", *[f"{count - 1}.0"] * (newest + 2)]
+    assert max(map(len, lines[1:])) <= width
+
+
+def test_earlier_tasks_that_were_not_scored_have_no_mean():
+    scores = [[0.5] + [None] * 14] + [[None] * t + [0.25] + [None] * (14 - t) for t in range(1, 15)]
+    lines = shown([f"t{n}" for n in range(15)], 200, scores)
+    cells = [cell.strip() for cell in lines[-2].split("│")[1:-1]]
+    assert cells[:2] == ["15. t14", "-"] and cells[-2:] == ["25.0", "25.0"]
 
 
 def test_a_page_is_whole_and_fetches_nothing(page):

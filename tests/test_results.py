@@ -18,6 +18,17 @@ def row(seed=0, order="ab", tasks=("a", "b"), scores=((0.8,), (0.6, 0.9)), label
         "scores": [list(r) for r in scores],
         "kept_bytes": [1000, 2000],
         "train_seconds": [30.0, 40.0],
+        "method": "slao",
+        "options": {},
+        "task_hashes": ["aa", "bb"],
+        "trainings": ["x", "y"],
+        "steps": [4, 4],
+        "curves": [[[1, 2.0], [4, 1.0]], [[1, 2.5], [4, 0.75]]],
+        "settings": {"train": {"epochs": 1, "seed": 0}, "lora": {"rank": 8}},
+        "rows": {"train": 320, "valid": 0, "test": 200},
+        "scored_on": "test",
+        "base": {"name": "tiny", "fingerprint": "ff"},
+        "machine": {"device": "cpu"},
         **measured([list(r) for r in scores], None),
     }
     return {**fields, **changes}
@@ -90,6 +101,13 @@ BAD_ROWS = {
     "a task without scores": ({"scores": [[0.5]]}, SCORES),
     "a row of scores that is too short": ({"scores": [[0.5], [0.5]]}, SCORES),
     "bytes of one task": ({"kept_bytes": [1]}, SCORES),
+    "a hash of one task": ({"task_hashes": ["aa"]}, SCORES),
+    "options that are none": ({"options": 3}, "options: input should be a valid dictionary"),
+    "no method": ({"method": None}, "method: input should be a valid string"),
+    "a curve of words": (
+        {"curves": [[["a", 1.0]], []]},
+        "curves.0.0.0: input should be a valid number, unable to parse string as a number",
+    ),
 }
 
 

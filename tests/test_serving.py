@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,25 @@ def test_a_prompt_that_is_no_utf8_is_one_clear_error(taught):
         mbf("generate", taught.folder.path, "-", typed=b"a\xff"),
     ):
         assert (done.exit_code, done.stderr) == (1, expected)
+
+
+def test_a_prompt_that_is_longer_than_the_base_can_read_is_one_clear_error(taught):
+    long = "red cold " * 3000
+    config = json.loads((taught.base_folder().path / "config.json").read_text())
+    expected = (
+        rf"error: prompt: expected fewer than the {config['max_position_embeddings']:,} tokens that .+ can read, got "
+    )
+    done = mbf("generate", taught.folder.path, "-", typed=long)
+    assert done.exit_code == 1 and re.match(expected, done.stderr)
+    done = mbf("chat", taught.folder.path, "--max-tokens", 4, typed=f"{long}\nred cold\n")
+    assert done.exit_code == 0 and re.search(expected, done.stderr)
+    assert len([line for line in done.stdout.splitlines() if line.replace("> ", "").strip()]) == 1
+
+
+def test_an_answer_ends_where_the_context_does(taught):
+    speaker = taught.speaker()
+    speaker.context = len(speaker.prompt("red cold")) + 2
+    assert len("".join(speaker.answer("red cold", max_tokens=50)).split()) <= 2
 
 
 def test_an_adapter_that_changes_nothing_is_noticed_before_the_first_answer(tiny_llama, tmp_path):

@@ -7,6 +7,7 @@ import typer
 
 from mbf_mlx.commands import console
 from mbf_mlx.commands.options import Base
+from mbf_mlx.errors import InputError
 
 
 def chat(
@@ -38,8 +39,13 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         answer = ""
-        for piece in speaker.answer(messages, max_tokens=max_tokens, temp=temp, top_p=top_p):
-            print(piece, end="", flush=True)
-            answer += piece
+        try:
+            for piece in speaker.answer(messages, max_tokens=max_tokens, temp=temp, top_p=top_p):
+                print(piece, end="", flush=True)
+                answer += piece
+        except InputError as error:
+            console.err.print(f"error: {error}")
+            messages.pop()
+            continue
         print()
         messages.append({"role": "assistant", "content": answer})

@@ -170,7 +170,7 @@ def learn(
         return
     from mbf_mlx.report import matrix, summary
 
-    console.out.print(matrix(document))
+    console.out.print(matrix(document, console.out.width))
     for line in summary(document):
         console.out.print(line)
 

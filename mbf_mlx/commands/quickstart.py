@@ -122,7 +122,7 @@ def _print(result: dict[str, Any], stream: Path, fused: Path) -> None:
     console.out.print("score on each task after each task, in %:\n")
     tables = []
     for name, title in (("assistant", "merged after each task"), (RIVAL, "plain LoRA, task after task")):
-        table = matrix(result[name])
+        table = matrix(result[name], console.out.width)
         table.title = title
         tables.append(table)
     console.out.print(Columns(tables, padding=(0, 2)))  # beside each other where the terminal is wide enough

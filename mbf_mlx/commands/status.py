@@ -35,7 +35,7 @@ def status(
     from mbf_mlx.report import matrix, summary
 
     if document["tasks"]:
-        console.out.print(matrix(document))
+        console.out.print(matrix(document, console.out.width))
     for line in summary(document):
         console.out.print(line)
     if document["interrupted"]:

@@ -90,8 +90,7 @@ def write_mlx_folder(
     Raises:
         InputError: the adapter does not fit the base, or `out` may not be written.
     """
-    if bits is not None and bits not in BITS:
-        raise InputError(f"bits: expected one of {', '.join(map(str, BITS))}, got {bits}")
+    check_bits(bits)
     base = Checkpoint(base_folder)
     touched = find_layers(base, factors)
     forms = _forms(base, touched, factors, scale, bits)
@@ -115,6 +114,12 @@ def write_mlx_folder(
         if finish:
             finish(folder, report)
     return report
+
+
+def check_bits(bits: int | None) -> None:
+    """Raise InputError if no layer of a folder can have so many bits."""
+    if bits is not None and bits not in BITS:
+        raise InputError(f"--bits: expected one of {', '.join(map(str, BITS))}, got {bits}")
 
 
 def planned_bytes(base_folder: Path, factors: Factors, scale: float, bits: int | None) -> int:

@@ -17,7 +17,14 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export import peft
 from mbf_mlx.export.adapter_folder import read_back, write_files
 from mbf_mlx.export.job import Job
-from mbf_mlx.export.mlx_folder import MIXED_BITS, FolderReport, keeps_few_bits, planned_bytes, write_mlx_folder
+from mbf_mlx.export.mlx_folder import (
+    MIXED_BITS,
+    FolderReport,
+    check_bits,
+    keeps_few_bits,
+    planned_bytes,
+    write_mlx_folder,
+)
 from mbf_mlx.export.outcome import Document, add_card, check, fused_document, small_document
 from mbf_mlx.export.place import check_folder_place, check_place
 
@@ -28,6 +35,7 @@ def mlx(job: Job) -> Document:
     """Write a fused model folder."""
     from mbf_mlx.export.live import Live
 
+    check_bits(job.bits)
     check_folder_place(job.out, force=job.force, forbidden=(*job.forbidden, job.base))
     live, document = Live(job, keeps_few_bits(job.base, job.factors, job.bits)), Document()
 
@@ -144,6 +152,7 @@ def lmstudio(job: Job) -> Document:
     check_folder_place(job.out, force=job.force, forbidden=(*job.forbidden, job.base))
     document, options = Document(), dict[str, Any]()
     if (job.kind or "").lower() == "mlx":
+        check_bits(job.bits)
         live = Live(job, keeps_few_bits(job.base, job.factors, job.bits))
         options.update(engine="mlx", bits=job.bits)
     else:
