@@ -20,6 +20,7 @@ from mbf_mlx.model_config import read_object
 from mbf_mlx.records import CONFIG as CONFIG
 from mbf_mlx.records import WEIGHTS as WEIGHTS
 from mbf_mlx.storage import Data, read_large, sha256
+from mbf_mlx.threads import side_by_side
 
 _LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # what torch.save and pickle begin with
@@ -135,17 +136,11 @@ def pair_up(tensors: dict[str, np.ndarray], where: Path) -> Factors:
     Raises:
         InputError: a tensor without its other half, other names, shapes or ranks that do not fit, values not finite.
     """
-    problems, factors = [], {}
-    for name in sorted({key.rpartition(".")[0] for key in tensors}):
-        a, b = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
-        if a is None or b is None:
-            problems.append(f"  {name}: expected lora_a and lora_b")
-        elif a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-            problems.append(f"  {name}: expected (in, rank) and (rank, out), got {a.shape} and {b.shape}")
-        elif not (np.isfinite(a).all() and np.isfinite(b).all()):
-            problems.append(f"  {name}: holds NaN or infinite values")
-        else:
-            factors[name] = Pair(_turn(a), _turn(b))
+    names = sorted({key.rpartition(".")[0] for key in tensors})
+    halves = [(tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")) for name in names]
+    found = dict(zip(names, side_by_side(_pair, halves, products=False)))
+    problems = [f"  {name}: {pair}" for name, pair in found.items() if isinstance(pair, str)]
+    factors = {name: pair for name, pair in found.items() if not isinstance(pair, str)}
     problems += [f"  {key}: not a LoRA factor" for key in tensors if not key.endswith((".lora_a", ".lora_b"))]
     if ranks := {pair.a.shape[0] for pair in factors.values()} if not problems else set():
         if len(ranks) > 1:
@@ -155,6 +150,18 @@ def pair_up(tensors: dict[str, np.ndarray], where: Path) -> Factors:
     if problems:
         raise InputError(f"{where} is not a plain LoRA adapter:\n" + "\n".join(problems))
     return dict(sorted(factors.items(), key=lambda item: _order(item[0])))
+
+
+def _pair(halves: tuple[np.ndarray | None, np.ndarray | None]) -> Pair | str:
+    """Return the factors of mlx-lm's two tensors of a layer, or what is wrong with them."""
+    a, b = halves
+    if a is None or b is None:
+        return "expected lora_a and lora_b"
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+        return f"expected (in, rank) and (rank, out), got {a.shape} and {b.shape}"
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return "holds NaN or infinite values"
+    return Pair(_turn(a), _turn(b))
 
 
 def _turn(matrix: np.ndarray) -> np.ndarray:

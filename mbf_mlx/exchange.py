@@ -23,6 +23,7 @@ from mbf_mlx.reference import orthogonal_init
 from mbf_mlx.sources import read_config
 from mbf_mlx.storage import Data
 from mbf_mlx.stream import StreamFolder
+from mbf_mlx.threads import side_by_side
 
 FORMATS = ("peft", "mlx")
 PLAUSIBLE = 0.3  # mean cosine between the rows of the start's A and of the tuned one, under which it started elsewhere
@@ -146,8 +147,6 @@ def read_tuned(stream: StreamFolder, folder: Path, *, force: bool = False) -> Tu
         expected = ((identity.rank, inner), (out, identity.rank))
         if (a.shape, b.shape) != expected:
             problems.append(f"  {layer}: expected A {expected[0]} and B {expected[1]}, got {a.shape} and {b.shape}")
-        elif not (np.isfinite(a).all() and np.isfinite(b).all()):
-            problems.append(f"  {layer}: holds NaN or infinite values")
     problems += [f"  {layer}: not a layer of this stream" for layer in factors if layer not in identity.layers]
     if problems:
         shown = [*problems[:12], *([f"  and {len(problems) - 12} more"] if len(problems) > 12 else [])]
@@ -214,9 +213,12 @@ def _basis_cosines(a: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _check_finite(state: State, folder: Path) -> None:
-    bad = [name for name, (a, b) in state.deployed.items() if not (np.isfinite(a).all() and np.isfinite(b).all())]
-    if bad:
-        raise InputError(f"{folder}: the merged factors of {bad[0]} are not finite; the stream is as it was")
+    finite = side_by_side(
+        lambda pair: all(np.isfinite(factor).all() for factor in pair), state.deployed.values(), products=False
+    )
+    if not all(finite):
+        bad = next(name for name, good in zip(state.deployed, finite) if not good)
+        raise InputError(f"{folder}: the merged factors of {bad} are not finite; the stream is as it was")
 
 
 def _record(name: str, t: int, folder: Path, digest: str, source: str) -> TaskRecord:

@@ -213,14 +213,17 @@ def encode(tensors: "Mapping[str, np.ndarray]", form: str = "mlx") -> memoryview
     """
     import numpy as np
 
+    from mbf_mlx.threads import side_by_side
+
     order = {np.dtype(code): (place, dtype) for place, (dtype, code) in enumerate(NUMPY_DTYPES.items())}
     names = sorted(tensors, key=lambda name: (order[tensors[name].dtype][0], name))
     declared = [Declared(name, order[tensors[name].dtype][1], tensors[name].shape) for name in names]
     head, size = _encode_header(declared, form)
     data, at = storage.new_memory(len(head) + size), len(head)
     data[:at] = head
+    copies = []
     for name, dtype, shape in declared:
-        place = np.ndarray(shape, NUMPY_DTYPES[dtype], data, at)
-        place[...] = tensors[name]
-        at += place.nbytes
+        copies.append((np.ndarray(shape, NUMPY_DTYPES[dtype], data, at), tensors[name]))
+        at += copies[-1][0].nbytes
+    side_by_side(lambda copy: np.copyto(*copy), copies, products=False)
     return data

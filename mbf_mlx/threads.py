@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
-
-from threadpoolctl import threadpool_limits
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 from mbf_mlx.machine import cpu_count
 
@@ -12,11 +11,22 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def side_by_side(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], *, products: bool = True) -> list[Result]:
     """Return what `function` makes of every item, in order: one thread a core, and NumPy's BLAS has one in each.
 
     Left to itself OpenBLAS takes all cores for every matrix. Those of LoRA are too thin for that: QR of 16 x 4096 took
     10 ms instead of 1.2 on two cores, and over 60 where another program wanted them, too.
+
+    Args:
+        function: Works in NumPy, which lets other threads go on meanwhile.
+        items: One call each.
+        products: Whether it multiplies; where it only copies and compares, BLAS is left alone, which takes less time.
     """
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(cpu_count()) as pool:
+    with _one_thread_each() if products else nullcontext(), ThreadPoolExecutor(cpu_count()) as pool:
         return list(pool.map(function, items))
+
+
+def _one_thread_each() -> AbstractContextManager[Any]:
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, "blas")

@@ -25,3 +25,9 @@ def test_matrices_are_worked_on_in_other_threads_by_a_blas_of_one():
     assert threading.main_thread() not in {thread for thread, _ in seen}
     assert {count for _, counts in seen for count in counts} <= {1}
     assert blas_threads() == before
+
+
+def test_where_nothing_is_multiplied_blas_is_left_alone():
+    np.linalg.qr(np.ones((3, 2)))
+    before = blas_threads()
+    assert side_by_side(lambda _: blas_threads(), range(4), products=False) == [before] * 4
