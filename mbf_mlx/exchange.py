@@ -16,14 +16,14 @@ from mbf_mlx import adapter
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import peft
 from mbf_mlx.machine import freed_memory_kept
-from mbf_mlx.methods import Factors, Method, Pair, State, each_layer, hooks, make, names
+from mbf_mlx.methods import Factors, Method, Pair, State, hooks, make, names
 from mbf_mlx.methods.slao import Slao
 from mbf_mlx.records import TaskRecord
 from mbf_mlx.reference import orthogonal_init
 from mbf_mlx.sources import read_config
 from mbf_mlx.storage import Data
 from mbf_mlx.stream import StreamFolder
-from mbf_mlx.threads import side_by_side
+from mbf_mlx.threads import one_thread_each, side_by_side
 
 FORMATS = ("peft", "mlx")
 PLAUSIBLE = 0.3  # mean cosine between the rows of the start's A and of the tuned one, under which it started elsewhere
@@ -185,11 +185,12 @@ def _method(stream: StreamFolder) -> Method:
 def _cosine(method: Method, state: State, tuned: Factors) -> float:
     """Return the mean over all layers and rows of the cosine between a row of the start's A and the tuned one's."""
     if state.t and isinstance(method, Slao) and method.settings["start_a"] == "qr":
-        found = each_layer(lambda layer: _basis_cosines(method.tuned(state, layer).a, tuned[layer].a), tuned)
+        with one_thread_each():  # one layer after the other: they are too small for threads to gain
+            found = [_basis_cosines(method.tuned(state, layer).a, a) for layer, (a, _) in tuned.items()]
     else:
         start = method.start(state)
-        found = each_layer(lambda layer: _cosines(start[layer].a, tuned[layer].a), tuned)
-    return float(np.mean(list(found.values())))
+        found = [_cosines(start[layer].a, a) for layer, (a, _) in tuned.items()]
+    return float(np.mean(found))
 
 
 def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -204,11 +205,10 @@ def _basis_cosines(a: np.ndarray, other: np.ndarray) -> np.ndarray:
 
     With a a^T = L L^T, L lower triangular, that basis is L^-1 a, and its products with `other` are L^-1 (a other^T).
     """
-    a, other = a.astype(np.float64), other.astype(np.float64)
-    gram = a @ a.T
-    if np.linalg.cond(gram) > 1e10:  # rows that all but depend on each other: squared, their difference is lost
-        return _cosines(orthogonal_init(a), other)
-    products = np.diagonal(np.linalg.solve(np.linalg.cholesky(gram), a @ other.T))
+    gram, shared = (a @ a.T).astype(np.float64), (a @ other.T).astype(np.float64)
+    if np.linalg.cond(gram) > 1e4:  # rows that nearly depend on each other: float32 lost their difference when squared
+        return _cosines(orthogonal_init(a.astype(np.float64)), other)
+    products = np.diagonal(np.linalg.solve(np.linalg.cholesky(gram), shared))
     return products / np.maximum(np.linalg.norm(other, axis=1), 1e-30)
 
 

@@ -22,11 +22,12 @@ def side_by_side(function: Callable[[Item], Result], items: Iterable[Item], *, p
         items: One call each.
         products: Whether it multiplies; where it only copies and compares, BLAS is left alone, which takes less time.
     """
-    with _one_thread_each() if products else nullcontext(), ThreadPoolExecutor(cpu_count()) as pool:
+    with one_thread_each() if products else nullcontext(), ThreadPoolExecutor(cpu_count()) as pool:
         return list(pool.map(function, items))
 
 
-def _one_thread_each() -> AbstractContextManager[Any]:
+def one_thread_each() -> AbstractContextManager[Any]:
+    """Return a context in which NumPy's BLAS has one thread for each thread of ours."""
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(1, "blas")
