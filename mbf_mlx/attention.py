@@ -7,6 +7,9 @@ weights have keys before queries, so that maxima and sums over keys run along co
 mlx does the matrix products; the rest is NumPy, in place, by the rules of cpu_ops.py.
 """
 
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +36,7 @@ class Tokens:
     """The tokens that ask in one block; all of them are also asked, in every block."""
 
     own: Rows
-    shared: Rows | None  # the prefix as a row; None where there is none or it does not ask
+    shared: Rows | None  # the prefix as a row; None where there is none or it does not ask, or another part has it
     turn: tuple[np.ndarray, np.ndarray]  # cosines and sines of each token's rotary angles, (T, d / 2)
 
     @property
@@ -50,22 +53,24 @@ class Layout:
 
     def __init__(self, batch: Batch, angles: tuple[np.ndarray, np.ndarray]):
         shared, width = len(batch.prefix), batch.tokens.shape[1]
+        here = shared if batch.part == 0 else 0  # of the prefix's tokens
+        self.part = batch.part
         real = np.arange(width) < batch.lengths[:, None]
         place = np.nonzero(real)[1]  # of each token after the prefix, in its row
-        self.tokens = np.concatenate([batch.prefix, batch.tokens[real]])
-        number = np.cumsum(real).reshape(real.shape) - 1 + shared
+        self.tokens = np.concatenate([batch.prefix[:here], batch.tokens[real]])
+        number = np.cumsum(real).reshape(real.shape) - 1 + here
         self.picked = number.reshape(-1)[batch.positions]  # which of the T tokens are supervised inputs
 
         prefix = None
-        if shared:
+        if here:
             prefix = Rows(starts=[0], lengths=[shared], width=shared, mask=_mask(np.arange(shared)[None], shared))
-        everything = np.concatenate([np.arange(shared), shared + place])
+        everything = np.concatenate([np.arange(here), shared + place])
         causal = _mask(np.arange(width)[None], width)
-        rows = Rows(starts=_starts(batch.lengths, shared), lengths=batch.lengths.tolist(), width=width, mask=causal)
+        rows = Rows(starts=_starts(batch.lengths, here), lengths=batch.lengths.tolist(), width=width, mask=causal)
         self.all = Tokens(own=rows, shared=prefix, turn=(angles[0][everything], angles[1][everything]))
 
         counts = np.bincount(batch.row_of, minlength=len(real))
-        chosen = place[self.picked - shared]
+        chosen = place[self.picked - here]
         asks_at = np.zeros((len(real), int(counts.max())), np.int64)  # an unused place asks as a row's first token
         asks_at[batch.row_of, np.arange(len(chosen)) - np.repeat(_starts(counts, 0), counts)] = chosen
         mask = causal if len(chosen) == len(place) else _mask(asks_at, width)
@@ -84,6 +89,61 @@ def _mask(places: np.ndarray, keys: int) -> np.ndarray:
     return np.where(later, np.float32(-np.inf), np.float32(0))
 
 
+Pair = tuple[mx.array, mx.array]
+
+
+class Shared:
+    """A prefix's keys and values in one block: a batch's first part computes them for all, in threads of their own.
+
+    The others wait for them, and on the way back the first waits for the gradients that the others give.
+
+    Args:
+        parts: Of the batch.
+    """
+
+    def __init__(self, parts: int):
+        self._there: Future[Pair] = Future()
+        self._back: list[Future[Pair]] = [Future() for _ in range(1, parts)]
+
+    def give(self, k: mx.array, v: mx.array) -> None:
+        """Let the other parts have the prefix's keys and values, (G, 1, P, d); the same again changes nothing."""
+        with suppress(InvalidStateError):
+            self._there.set_result((k, v))
+
+    def take(self) -> Pair:
+        """Return the prefix's keys and values as soon as they are there."""
+        return self._there.result()
+
+    def give_back(self, part: int, d_k: mx.array, d_v: mx.array) -> None:
+        """Let the first part have the gradients, evaluated, that another part has of them."""
+        with suppress(InvalidStateError):
+            self._back[part - 1].set_result((d_k, d_v))
+
+    def take_back(self) -> list[Pair]:
+        """Return the gradients of the other parts as soon as they are there; they are not kept."""
+        found = [each.result() for each in self._back]
+        self._back = []
+        return found
+
+    def stop(self, error: BaseException) -> None:
+        """Let nobody wait any more: who does gets the error."""
+        for each in (self._there, *self._back):
+            with suppress(InvalidStateError):
+                each.set_exception(error)
+
+
+@contextmanager
+def together(blocks: Sequence[Shared | None]) -> Iterator[None]:
+    """Stop the other parts of a batch, which may be waiting for this one, where this one fails."""
+    try:
+        yield
+    except BaseException as error:
+        for block in blocks:
+            if block is not None:
+                block.stop(error)
+        raise
+
+
 @dataclass
 class Attended:
     """What the way back needs; the second of each list is the prefix's, where there is one."""
@@ -95,9 +155,19 @@ class Attended:
 
 
 def attend(
-    q: mx.array, k: mx.array, v: mx.array, asking: Tokens, asked: Tokens, groups: int, size: int
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    asking: Tokens,
+    asked: Tokens,
+    groups: int,
+    size: int,
+    shared: Shared | None = None,
 ) -> tuple[mx.array, Attended]:
-    """Return attention's output (asking, H * d), from projections (asking, H * d), (T, G * d) and (T, G * d)."""
+    """Return attention's output (asking, H * d), from projections (asking, H * d), (T, G * d) and (T, G * d).
+
+    Where a batch is computed in parts, `shared` is how they come by the prefix.
+    """
     cos, sin = asking.turn
     scale = np.float32(size**-0.5)
     scaled = cos * scale, sin * scale
@@ -107,6 +177,12 @@ def attend(
         v=[to_rows(v, rows, groups, size) for rows in asked.parts],
         weights=[],
     )
+    if shared is not None and asked.shared is not None:
+        shared.give(saved.k[1], saved.v[1])
+    elif shared is not None:
+        prefix_k, prefix_v = shared.take()
+        saved.k.append(prefix_k)
+        saved.v.append(prefix_v)
     mixed = blank(*q.shape)
     for i, rows in enumerate(asking.parts):
         weights = _weigh(saved, i, rows)
@@ -134,9 +210,9 @@ def _weigh(saved: Attended, i: int, rows: Rows) -> list[mx.array]:
 
 
 def attend_backward(
-    d_mixed: mx.array, saved: Attended, asking: Tokens, asked: Tokens
+    d_mixed: mx.array, saved: Attended, asking: Tokens, asked: Tokens, shared: Shared | None = None, part: int = 0
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the gradients of the projections q, k and v, from that of the output."""
+    """Return the gradients of the projections q, k and v, from that of the output; `part` of its batch, if `shared`."""
     groups, _, _, size = saved.k[0].shape
     d_k: list[Any] = [0.0 for _ in saved.k]
     d_v: list[Any] = [0.0 for _ in saved.v]
@@ -160,6 +236,12 @@ def attend_backward(
             d_rows = d_rows + (d_seen.swapaxes(-1, -2) @ saved.k[1][:, 0]).reshape(d_rows.shape)
         d_q.append(d_rows)
     mx.eval(d_q, d_k, d_v)
+    if shared is not None and part == 0:
+        for others_k, others_v in shared.take_back():
+            d_k[1], d_v[1] = d_k[1] + others_k, d_v[1] + others_v
+        mx.eval(d_k, d_v)
+    elif shared is not None:
+        shared.give_back(part, d_k.pop(), d_v.pop())
     scale = np.float32(size**-0.5)
     tokens, heads = len(asked.turn[0]), groups * size
     outs = blank(*d_mixed.shape), blank(tokens, heads), blank(tokens, heads)

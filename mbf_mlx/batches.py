@@ -13,6 +13,7 @@ from typing import Protocol, overload
 import numpy as np
 
 BUCKETS_PER_DOUBLING = 8  # rows of one bucket differ by at most 9 % in length; they mix freely from epoch to epoch
+WORTH_PARTS = 0.65  # of the cores have to be busy if a batch is computed in parts; undivided, it is about as fast then
 PAD = 0  # any token does: padding stands behind a row's last input, where a causal model never sees it
 
 
@@ -38,6 +39,7 @@ class Batch:
     row_of: np.ndarray  # int32[N], the row (0 to rows - 1) that each of them belongs to
     indices: tuple[int, ...]  # the rows' places in the task
     real_tokens: int  # prompt and completion tokens of the rows, the prefix counted for each
+    part: int = 0  # of a batch that is computed in parts, from 0; the first computes the prefix for all
 
     @property
     def computed_tokens(self) -> int:
@@ -141,7 +143,8 @@ def make_batch(encoded: Sequence[Row], indices: Sequence[int], *, share_prefix: 
 def parts_of(rows: int, prefix: int, own: int, cores: int) -> int:
     """Return into how many parts a batch is split so that each core computes one: `cores`, or 1.
 
-    Every part computes the prefix for itself, which must not cost more than the parts save.
+    The first part computes the prefix for all, so a long one leaves the others waiting; undivided, each product runs on
+    all cores.
 
     Args:
         rows: Of the batch.
@@ -149,23 +152,33 @@ def parts_of(rows: int, prefix: int, own: int, cores: int) -> int:
         own: Tokens of the rows after it.
         cores: What can compute at the same time.
     """
-    return cores if rows >= cores > 1 and prefix * (cores - 1) <= own / 2 else 1
+    largest = max(prefix + own / rows, (prefix + own) / cores)
+    return cores if rows >= cores > 1 and prefix + own >= WORTH_PARTS * cores * largest else 1
 
 
 def split(batch: Batch, cores: int) -> list[Batch]:
     """Return a batch as parts of neighbouring rows with about as many tokens each, one for each core, or as it is.
 
-    Tokens keep their order from part to part. `real_tokens` is left at 0: nobody asks a part for it.
+    The prefix counts as the first part's. Tokens keep their order from part to part. `real_tokens` is left at 0: nobody
+    asks a part for it.
     """
-    rows = len(batch.lengths)
+    rows, shared = len(batch.lengths), len(batch.prefix)
     ends = np.cumsum(batch.lengths)
-    count = parts_of(rows, len(batch.prefix), int(ends[-1]), cores)
-    cuts = [0, *(int(np.abs(ends - ends[-1] * part / count).argmin()) + 1 for part in range(1, count)), rows]
-    parts = [_rows_of(batch, first, last) for first, last in pairwise(cuts)]
+    count = parts_of(rows, shared, int(ends[-1]), cores)
+    if count == 1:
+        return [batch]
+
+    def cut(tokens: float) -> int:
+        return int(np.abs(ends - tokens).argmin()) + 1
+
+    own = max(int(ends[0]), (shared + int(ends[-1])) / count - shared)  # the first part's, behind the prefix
+    rest = (int(ends[-1]) - own) / (count - 1)
+    cuts = [0, *(cut(own + rest * part) for part in range(count - 1)), rows]
+    parts = [_rows_of(batch, number, first, last) for number, (first, last) in enumerate(pairwise(cuts))]
     return parts if all(len(part.targets) for part in parts) else [batch]
 
 
-def _rows_of(batch: Batch, first: int, last: int) -> Batch:
+def _rows_of(batch: Batch, part: int, first: int, last: int) -> Batch:
     here = (batch.row_of >= first) & (batch.row_of < last)
     lengths, row_of = batch.lengths[first:last], batch.row_of[here] - first
     width = max(int(lengths.max(initial=0)), 1)
@@ -178,6 +191,7 @@ def _rows_of(batch: Batch, first: int, last: int) -> Batch:
         row_of=row_of,
         indices=batch.indices[first:last],
         real_tokens=0,
+        part=part,
     )
 
 

@@ -18,6 +18,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mbf_mlx import cpu_ops, llama
+from mbf_mlx.attention import Shared
 from mbf_mlx.batches import Batch, split
 from mbf_mlx.blas import load_blas
 from mbf_mlx.forward import Forward
@@ -116,28 +117,31 @@ class Engine:
         all_losses, all_best, all_margins = zip(*parts)
         return np.concatenate(all_losses), np.concatenate(all_best), np.concatenate(all_margins)
 
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """Return the parts of a batch that are computed at the same time."""
+    def _parts(self, batch: Batch) -> tuple[list[Batch], list[Shared]]:
+        """Return the parts of a batch that are computed at the same time, and how they come by its prefix."""
         mx.eval(self.model.parameters())  # no thread can evaluate what another has begun
-        return split(batch, self.cores)
+        parts = split(batch, self.cores)
+        several = len(parts) > 1 and len(batch.prefix)
+        return parts, [Shared(len(parts)) for _ in self.model.layers] if several else []
 
     def _hidden_by_hand(self, batch: Batch) -> mx.array:
         """Return the hidden states at the supervised positions, (N, D)."""
+        parts, shared = self._parts(batch)
 
         def there(part: Batch) -> mx.array:
-            return evaluated(llama.Pass(self.model, {}, part, keep=False).forward())
+            return evaluated(llama.Pass(self.model, {}, part, keep=False, shared=shared).forward())
 
-        return mx.concatenate(cpu_ops.side_by_side([partial(there, part) for part in self._parts(batch)]))
+        return mx.concatenate(cpu_ops.side_by_side([partial(there, part) for part in parts]))
 
     def _loss_by_hand(self, batch: Batch) -> mx.array:
         """Return the loss by way of llama.py; mlx sees one function of the trained factors, and its gradient."""
         trained = tree_flatten(self.model.trainable_parameters())
         # Copies without history: on arrays that mlx differentiates it would keep every intermediate result.
         factors = {name: without_history(value.astype(mx.float32)) for name, value in trained}
-        parts = self._parts(batch)
+        parts, shared = self._parts(batch)
 
         def there(part: Batch) -> tuple[np.ndarray, mx.array, llama.Pass]:
-            run = llama.Pass(self.model, factors, part, checkpoint=self.checkpoint)
+            run = llama.Pass(self.model, factors, part, checkpoint=self.checkpoint, shared=shared)
             return *self._loss_and_gradient(run.forward(), part.targets, len(parts)), run
 
         done = cpu_ops.side_by_side([partial(there, part) for part in parts])

@@ -3,7 +3,8 @@
 mlx does the matrix products, cpu_ops.py what lies between them. Against mlx-lm's forward pass and mlx's gradients:
 
 - hidden states are packed, (T, D) without padding; only attention knows rows, and only it pads them;
-- the shared prefix is computed once, and every row attends to its keys and values;
+- the shared prefix is computed once, and every row attends to its keys and values: on several cores, too, where each
+  computes a part of the rows (attention.Shared);
 - the last block computes only keys and values, and the rest where a token is supervised;
 - the backward pass stops at the first layer that is trained.
 
@@ -12,6 +13,7 @@ come in G groups of the same keys and values, m queries to a group; d is a head'
 A gradient's name starts with d_. Weights stay in the modules of mlx-lm's model. `fits` says which models this is for.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from mlx_lm.models import llama, rope_utils
 from mlx_lm.tuner.lora import LoRALinear
 
 from mbf_mlx import attention, cpu_ops
-from mbf_mlx.attention import Layout
+from mbf_mlx.attention import Layout, Shared, together
 from mbf_mlx.batches import Batch
 from mbf_mlx.cpu_ops import blank, view
 from mbf_mlx.unpack import UnpackingEmbedding, UnpackingLinear, product, product_back
@@ -67,10 +69,19 @@ class Pass:
         factors: The values of the parameters that gradients are wanted for; others are read from the modules.
         checkpoint: Keep only each block's input for the way back and compute the block again.
         keep: Whether there is a way back.
+        shared: By block, how the parts of a batch come by its prefix, where `batch` is one of several. They have to
+            run at the same time, each in a thread of its own.
     """
 
     def __init__(
-        self, model: nn.Module, factors: Factors, batch: Batch, *, checkpoint: bool = False, keep: bool = True
+        self,
+        model: nn.Module,
+        factors: Factors,
+        batch: Batch,
+        *,
+        checkpoint: bool = False,
+        keep: bool = True,
+        shared: Sequence[Shared] = (),
     ):
         heads = model.layers[0].self_attn
         self.checkpoint, self.keep = checkpoint, keep
@@ -79,14 +90,19 @@ class Pass:
         self.first = next((i for i, block in enumerate(self.blocks) if block.is_trained), len(self.blocks))
         self.layout = Layout(batch, _angles(heads, batch))
         self.embed = model.model.embed_tokens
+        self.shared: Sequence[Shared | None] = shared or [None] * len(self.blocks)
         self.saved: list[Any] = []
 
     def forward(self) -> mx.array:
         """Return the hidden states at the supervised positions, (N, D), after the last norm."""
+        with together(self.shared):
+            return self._forward()
+
+    def _forward(self) -> mx.array:
         x = self.embed(mx.array(self.layout.tokens)).astype(mx.float32)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            y, saved = block.forward(x, self.layout, picked=i == last)
+            y, saved = block.forward(x, self.layout, self.shared[i], picked=i == last)
             if self.keep and i >= self.first:
                 self.saved.append(x if self.checkpoint else saved)
             x = y
@@ -101,6 +117,10 @@ class Pass:
         To be called once: it overwrites what `forward` has saved, and frees it on the way. And in a thread in which mlx
         takes no gradients (`cpu_ops.side_by_side`), or all that is computed on the way would stay.
         """
+        with together(self.shared):
+            return self._backward(d_out)
+
+    def _backward(self, d_out: mx.array) -> Factors:
         gradients: Factors = {}
         x, inverse = self.saved.pop()
         copy = d_out + 0  # for the norm to write into
@@ -108,9 +128,9 @@ class Pass:
         for i in reversed(range(self.first, len(self.blocks))):
             block, picked, saved = self.blocks[i], i == len(self.blocks) - 1, self.saved.pop()
             if self.checkpoint:
-                _, saved = block.forward(saved, self.layout, picked=picked)
+                _, saved = block.forward(saved, self.layout, self.shared[i], picked=picked)
             assert d_x is not None, "only the first trained block stops"
-            d_x = block.backward(d_x, saved, self.layout, picked, gradients, stop=i == self.first)
+            d_x = block.backward(d_x, saved, self.layout, self.shared[i], picked, gradients, stop=i == self.first)
         return gradients
 
 
@@ -225,7 +245,7 @@ class _Block:
             each.is_trained for each in (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
         )
 
-    def forward(self, x: mx.array, layout: Layout, *, picked: bool) -> tuple[mx.array, _Saved]:
+    def forward(self, x: mx.array, layout: Layout, shared: Shared | None, *, picked: bool) -> tuple[mx.array, _Saved]:
         """Return what the block makes of x (T, D), everywhere or where a token is `picked`, and what was saved."""
         asking = layout.supervised if picked else layout.all
         norm = self.block.input_layernorm
@@ -234,7 +254,7 @@ class _Block:
         middle, normed_q = (x[mx.array(layout.picked)], normed[mx.array(layout.picked)]) if picked else (x, normed)
         q = self.q(normed_q)
         mx.eval(q, k, v)
-        mixed, attended = attention.attend(q, k, v, asking, layout.all, self.groups, self.size)
+        mixed, attended = attention.attend(q, k, v, asking, layout.all, self.groups, self.size, shared)
         middle = self.o(mixed, onto=middle)
         norm = self.block.post_attention_layernorm
         middle_normed, middle_inverse = cpu_ops.rms_norm(middle, _weight(norm), norm.eps)
@@ -260,7 +280,14 @@ class _Block:
         return out, saved
 
     def backward(
-        self, d_out: mx.array, saved: _Saved, layout: Layout, picked: bool, gradients: Factors, stop: bool
+        self,
+        d_out: mx.array,
+        saved: _Saved,
+        layout: Layout,
+        shared: Shared | None,
+        picked: bool,
+        gradients: Factors,
+        stop: bool,
     ) -> mx.array | None:
         """Return the gradient of x (T, D), or None where nothing below is trained (`stop`)."""
         asking = layout.supervised if picked else layout.all
@@ -277,7 +304,7 @@ class _Block:
         d_mixed = self.o.d_input(d_middle)
         found |= self.o.d_factors(saved.mixed, d_middle)
         mx.eval(d_mixed, found)
-        d_q, d_k, d_v = attention.attend_backward(d_mixed, saved.attended, asking, layout.all)
+        d_q, d_k, d_v = attention.attend_backward(d_mixed, saved.attended, asking, layout.all, shared, layout.part)
         found |= self.q.d_factors(saved.normed_q, d_q)
         found |= self.k.d_factors(saved.normed, d_k) | self.v.d_factors(saved.normed, d_v)
         mx.eval(found)

@@ -16,8 +16,8 @@ vocabulary; r the rank; b bytes of a number (4 on a CPU, else the model's own 2)
 A block keeps, on a CPU (llama.py), 4 bytes times
     T (4 D + H d + 2 I) + (P + R W) (H + 2 G) d, and its attention weights H W (R W + P R) + H P P where they are small;
 through mlx-lm's own pass b times T (5 D + (H + 2 G) d + 2 H (P + W) + 4 I). The last block's part is N tokens on a CPU.
-On several cores (llama.py) each computes a part of the rows behind a prefix of its own, P more in T for each part but
-the first. With --grad-checkpoint every block keeps T D, and one at a time all of it.
+On several cores each computes a part of the rows, the first of them the prefix for all. With --grad-checkpoint every
+block keeps T D, and one at a time all of it.
 
 `benchmarks/memory.py` holds this against what was measured. Knows no mlx and reads no files.
 """
@@ -178,18 +178,16 @@ def _activations(shape: Shape, run: Run, load: Load, training: bool) -> int:
 def _by_hand(shape: Shape, run: Run, load: Load) -> tuple[int, int]:
     """Return the numbers that one block keeps, and those that its way back takes besides."""
     parts = parts_of(load.rows, load.prefix, load.tokens - load.prefix, run.cores)
-    repeated = (parts - 1) * load.prefix
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    padded = parts * load.prefix + load.rows * load.width
+    padded = load.prefix + load.rows * load.width
     weights = shape.heads * load.width * load.rows * (load.width + load.prefix)
     weights = weights if 4 * weights <= parts * KEPT_WEIGHTS else 0
-    tokens = load.tokens + repeated
-    kept = tokens * (3 * shape.hidden + query + 2 * shape.intermediate) + padded * (query + 2 * key) + weights
-    kept += shape.heads * load.prefix * load.prefix * parts
-    kept += tokens * shape.hidden * any(name in run.keys for name in MLP)
-    kept += tokens * shape.intermediate * (DOWN in run.keys)
+    kept = load.tokens * (3 * shape.hidden + query + 2 * shape.intermediate) + padded * (query + 2 * key) + weights
+    kept += shape.heads * load.prefix * load.prefix
+    kept += load.tokens * shape.hidden * any(name in run.keys for name in MLP)
+    kept += load.tokens * shape.intermediate * (DOWN in run.keys)
     scores = shape.heads * load.width * load.rows * (load.width + load.prefix)
-    once = tokens * (shape.intermediate + 4 * shape.hidden + 2 * (query + 2 * key))
+    once = load.tokens * (shape.intermediate + 4 * shape.hidden + 2 * (query + 2 * key))
     once += scores if weights else 2 * scores
     if run.packed:  # one piece, and its codes on the way
         largest = max(shape.vocabulary * shape.hidden, shape.hidden * shape.intermediate)
@@ -211,7 +209,7 @@ def _through_mlx(shape: Shape, load: Load) -> tuple[int, int]:
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     tokens, seen = load.prefix + load.rows * load.width, load.prefix + load.width
     kept = tokens * (5 * shape.hidden + query + 2 * key + 2 * shape.heads * seen + 4 * shape.intermediate)
-    once = tokens * (shape.intermediate + 4 * shape.hidden + 2 * (query + 2 * key) + shape.heads * seen)
+    once = load.tokens * (shape.intermediate + 4 * shape.hidden + 2 * (query + 2 * key) + shape.heads * seen)
     return kept, once
 
 

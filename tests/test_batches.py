@@ -73,11 +73,14 @@ def test_the_parts_of_a_batch_predict_the_same_in_the_same_order(rows, share, co
     assert [i for part in parts for i in part.indices] == list(batch.indices)
 
 
-def test_parts_have_about_as_many_tokens_each_and_a_long_prefix_is_computed_once():
+def test_parts_have_about_as_many_tokens_each_and_the_prefix_counts_as_the_first_ones():
     rows = [row([i] * n, [0] * (n - 1) + [1]) for i, n in enumerate((9, 9, 9, 9, 9, 9, 9, 9))]
     assert [len(part.lengths) for part in split(make_batch(rows, range(8)), 2)] == [4, 4]
     assert [len(part.lengths) for part in split(make_batch(rows, range(8)), 4)] == [2, 2, 2, 2]
     assert len(split(make_batch(rows, range(1)), 2)) == 1
+    behind = [row([7] * 11 + [i] * 5 + [1], [0] * 16 + [1]) for i in range(8)]
+    parts = split(make_batch(behind, range(8)), 2)  # a prefix of 11 tokens and 8 rows of 5 inputs
+    assert [(part.part, len(part.prefix), len(part.lengths)) for part in parts] == [(0, 11, 3), (1, 11, 5)]
     long = [row([7] * 30 + [i, 1], [0] * 31 + [1]) for i in range(4)]
     assert len(split(make_batch(long, range(4)), 2)) == 1
 

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import dequantize_model
 
 from mbf_mlx import attention, cpu_ops, engine, llama
+from mbf_mlx.backend import stay_on_cpu
 from mbf_mlx.unpack import keep_packed
 
 VOCABULARY = 61
@@ -338,6 +340,65 @@ def test_checkpointing_leaves_the_model_as_it_was():
     prepared = engine.prepare(model, checkpoint=True)
     gradients(model, prepared.loss_sum, make_batch(rows_with(6, [4, 7]), [0, 1]))
     assert [type(block) for block in model.layers] == classes
+
+
+@pytest.mark.parametrize("cores", [2, 3])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_parts_of_a_batch_share_the_prefix_that_the_first_computes(monkeypatch, cores, checkpoint):
+    several(monkeypatch, cores)
+    computed = []
+    embed = llama.Layout.__init__
+
+    def count(layout, batch, angles):
+        embed(layout, batch, angles)
+        computed.append(len(layout.tokens))
+
+    monkeypatch.setattr(llama.Layout, "__init__", count)
+    rows = rows_with(9, (5, 9, 7, 6, 8, 5, 9))
+    model = build(LLAMA)
+    prepared = assert_way_is_plain(model, rows, by_hand=True, checkpoint=checkpoint)
+    assert prepared.cores == cores
+    batch = make_batch(rows, range(len(rows)))
+    assert len(batch.prefix) == 9
+    assert len(computed) == 2 * cores  # a loss and a score
+    assert sum(computed) == 2 * (9 + batch.lengths.sum())
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_part_of_a_batch_that_fails_leaves_none_waiting(monkeypatch, failing, training):
+    several(monkeypatch, 2)
+    rotate, fails = attention.to_rows, "no more memory"
+
+    def refuse(x, rows, *args):
+        if len(x) == lengths[failing]:
+            raise MemoryError(fails)
+        return rotate(x, rows, *args)
+
+    rows = rows_with(9, (5, 9, 7, 6, 8, 5, 9))
+    batch = make_batch(rows, range(len(rows)))
+    model = build(LLAMA)
+    prepared = engine.prepare(model, by_hand=True)
+    lengths = [len(part.prefix) * (part.part == 0) + part.lengths.sum() for part in engine.split(batch, 2)]
+    assert lengths[0] != lengths[1]
+    monkeypatch.setattr(attention, "to_rows", refuse)
+    with pytest.raises(MemoryError, match=fails):
+        gradients(model, prepared.loss_sum, batch) if training else prepared.score(batch)
+    monkeypatch.setattr(attention, "to_rows", rotate)
+    assert np.isfinite(gradients(model, prepared.loss_sum, batch)[0])
+
+
+def several(monkeypatch, cores):
+    """Let a batch be computed in parts, on however many cores the tests run."""
+    threads = [ThreadPoolExecutor(1, initializer=stay_on_cpu) for _ in range(cores)]
+    monkeypatch.setattr(cpu_ops, "_threads", threads)
+    made = engine.Engine.__init__
+
+    def init(self, *args, **options):
+        made(self, *args, **options)
+        self.cores = cores
+
+    monkeypatch.setattr(engine.Engine, "__init__", init)
 
 
 def test_masked_and_far_apart_scores_stay_finite():
