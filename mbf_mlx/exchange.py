@@ -16,14 +16,14 @@ from mbf_mlx import adapter
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import peft
 from mbf_mlx.machine import freed_memory_kept
-from mbf_mlx.methods import Factors, Method, Pair, State, hooks, make, names
+from mbf_mlx.methods import Factors, Method, Pair, State, hooks, make, names, not_finite
 from mbf_mlx.methods.slao import Slao
 from mbf_mlx.records import TaskRecord
 from mbf_mlx.reference import orthogonal_init
 from mbf_mlx.sources import read_config
 from mbf_mlx.storage import Data
 from mbf_mlx.stream import StreamFolder
-from mbf_mlx.threads import one_thread_each, side_by_side
+from mbf_mlx.threads import one_thread_each
 
 FORMATS = ("peft", "mlx")
 PLAUSIBLE = 0.3  # mean cosine between the rows of the start's A and of the tuned one, under which it started elsewhere
@@ -213,12 +213,8 @@ def _basis_cosines(a: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _check_finite(state: State, folder: Path) -> None:
-    finite = side_by_side(
-        lambda pair: all(np.isfinite(factor).all() for factor in pair), state.deployed.values(), products=False
-    )
-    if not all(finite):
-        bad = next(name for name, good in zip(state.deployed, finite) if not good)
-        raise InputError(f"{folder}: the merged factors of {bad} are not finite; the stream is as it was")
+    if bad := not_finite(state):
+        raise InputError(f"{folder}: the merged factors of {bad[0]} are not finite; the stream is as it was")
 
 
 def _record(name: str, t: int, folder: Path, digest: str, source: str) -> TaskRecord:

@@ -27,7 +27,7 @@ from mbf_mlx.evaluate import metric_of, score
 from mbf_mlx.events import Events
 from mbf_mlx.experiment_file import Cell, Plan
 from mbf_mlx.learn import Learner, load_learner, machine
-from mbf_mlx.methods import Factors, Method, Pair, State, empty_state, make
+from mbf_mlx.methods import Factors, Method, Pair, State, empty_state, make, not_finite
 from mbf_mlx.model import write_factors
 from mbf_mlx.results import RESULTS, Log, Row, measured
 from mbf_mlx.sources import resolve_base
@@ -196,8 +196,7 @@ class Experiment:
             self._replace(known, json.dumps(training).encode())
         advance = partial(self.watch.measuring, name)
         after = conclude(method, state, tuning, learner.engine, rows, advance)
-        bad = [layer for layer, pair in after.deployed.items() if not all(np.isfinite(x).all() for x in pair)]
-        if bad:
+        if bad := not_finite(after):
             raise InputError(f"{cell.label}, {cell.order}, {name}: the merged factors of {bad[0]} are not finite")
         return after, training
 

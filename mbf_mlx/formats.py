@@ -8,6 +8,7 @@ memory together. Which files make up a task is left to tasks.py.
 import csv
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -24,7 +25,7 @@ class Found(NamedTuple):
     row: Row | BadRow
 
 
-class Reader:
+class Reader(ABC):
     """What the formats share: `file`, what a row that fits looks like, and a hash over everything that was read."""
 
     example = EXAMPLES["completion"]
@@ -33,21 +34,21 @@ class Reader:
         self.file = file
         self.sha256 = hashlib.sha256()
 
+    @abstractmethod
     def scan(self) -> Iterator[Found]:
         """Yield every row of the file in order.
 
         Raises:
             InputError: the file as a whole does not fit: it cannot be read, is empty, or no text in UTF-8.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, handle: BinaryIO, offset: int, line: int) -> Row:
         """Return the row that `scan` found at `offset` and `line` of the open file.
 
         Raises:
             BadRow: there is no row any more: the file was changed.
         """
-        raise NotImplementedError
 
 
 class JsonLines(Reader):

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mbf_mlx import backend
 from mbf_mlx.conclude import conclude, with_extra
 from mbf_mlx.config import LearnConfig, LoRAConfig, settings_of
@@ -26,7 +24,7 @@ from mbf_mlx.evaluate import Score, metric_of, score
 from mbf_mlx.events import Events
 from mbf_mlx.handout import task_message
 from mbf_mlx.limit import limit_of
-from mbf_mlx.methods import Factors, Layers, Method, State
+from mbf_mlx.methods import Layers, Method, State, not_finite
 from mbf_mlx.model import Base, attach, load_base, write_factors
 from mbf_mlx.parallel import Team
 from mbf_mlx.records import SCORE_DIGITS, TaskRecord
@@ -304,10 +302,7 @@ def _notes(task: Task, rows: EncodedRows) -> list[str]:
 
 
 def _check_finite(state: State, name: str) -> None:
-    factors: Factors = state.deployed
-    bad = [layer for layer, pair in factors.items() if not (np.isfinite(pair.a).all() and np.isfinite(pair.b).all())]
-    bad += [layer for tensors in state.kept.values() for layer, a in tensors.items() if not np.isfinite(a).all()]
-    if bad:
+    if bad := not_finite(state):
         raise InputError(f"{name}: the merged factors of {bad[0]} are not finite; the stream is as it was")
 
 

@@ -16,7 +16,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,8 +302,11 @@ class StreamFolder:
         manifest = generation.manifest
         if manifest.t == 0:
             return state_files.empty(self.identity, manifest.seed)
+        from mbf_mlx.threads import side_by_side
+
         names = (f"adapter/{WEIGHTS}", STATE)
-        weights, kept = zip(self._contents(generation, *names), (generation.folder / name for name in names))
+        found = side_by_side(lambda name: self._content(generation, name), names, products=False)
+        weights, kept = zip(found, (generation.folder / name for name in names))
         return state_files.read(self.identity, manifest.t, manifest.seed, weights, kept)
 
     def kept_bytes(self) -> int:
@@ -321,7 +323,7 @@ class StreamFolder:
         return self._read(self._history_of)
 
     def _history_of(self, generation: Generation) -> list[TaskRecord]:
-        where, content = generation.folder / HISTORY, bytes(*self._contents(generation, HISTORY))
+        where, content = generation.folder / HISTORY, bytes(self._content(generation, HISTORY))
         known, records = self._parsed
         if not content.startswith(known):
             known, records = b"", []
@@ -329,21 +331,17 @@ class StreamFolder:
         self._parsed = content, records
         return list(records)
 
-    def _contents(self, generation: Generation, *names: str) -> list[memoryview]:
-        """Return files of a generation, just as they were committed; one is hashed while the next is read."""
-        found = []
-        with ThreadPoolExecutor() as pool:
-            for path in (generation.folder / name for name in names):
-                try:
-                    data = read_large(path)
-                except FileNotFoundError:
-                    raise self._damage(path, "missing") from None
-                found.append((path, data, pool.submit(sha256, data)))
-        for name, (path, _, digest) in zip(names, found):
-            record = generation.manifest.files.get(name)
-            if record is None or digest.result() != record.sha256:
-                raise self._damage(path, "its content is not what was committed")
-        return [data for _, data, _ in found]
+    def _content(self, generation: Generation, name: str) -> memoryview:
+        """Return a file of a generation, just as it was committed."""
+        path = generation.folder / name
+        try:
+            data = read_large(path)
+        except FileNotFoundError:
+            raise self._damage(path, "missing") from None
+        record = generation.manifest.files.get(name)
+        if record is None or sha256(data) != record.sha256:
+            raise self._damage(path, "its content is not what was committed")
+        return data
 
     def verify(self, generation: Generation | None = None) -> None:
         """Check every byte of a generation, the current one by default.
@@ -503,6 +501,8 @@ class StreamFolder:
         from mbf_mlx import state_files
 
         identity = self.identity
+        from concurrent.futures import ThreadPoolExecutor  # `mbf status`, which commits nothing, would wait for it
+
         contents = {IDENTITY: identity.to_json(), HISTORY: history, **state_files.contents(state, identity)}
         require_space(self.path, sum(map(len, contents.values())) + (1 << 16), "a commit")
         building = self.path / "generations" / f"building-{number:06d}"

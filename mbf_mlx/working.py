@@ -13,7 +13,7 @@ from typing import Any
 
 from mbf_mlx import safetensors_file
 from mbf_mlx.errors import InputError
-from mbf_mlx.storage import Files, read_file, read_large
+from mbf_mlx.storage import Files, read_file, read_large, sha256
 
 PROGRESS, TENSORS = "progress.json", "tensors.safetensors"
 SAVE_SHARE = 0.02  # of a run's time, at most, goes into saves that come every so many seconds
@@ -72,7 +72,7 @@ class Working:
             "run": run,
             "machine": machine,
             "progress": progress,
-            "tensors_sha256": hashlib.sha256(data).hexdigest(),
+            "tensors_sha256": sha256(data),
         }
         document["checksum"] = _checksum(document)
         building, final = self.folder / "building", self.folder / f"step-{step:08d}"
@@ -144,7 +144,7 @@ def _read(folder: Path) -> Saved:
         canonical = json.dumps(document).encode() == text
         if document.pop("checksum") != _checksum(document) or not canonical:
             raise InputError(f"{folder / PROGRESS}: damaged: its content is not what was saved")
-        if hashlib.sha256(data).hexdigest() != document["tensors_sha256"]:
+        if sha256(data) != document["tensors_sha256"]:
             raise InputError(f"{folder / TENSORS}: damaged: its content is not what was saved")
         return Saved(
             run=document["run"],

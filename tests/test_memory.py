@@ -99,18 +99,17 @@ def test_the_formula_is_what_mlx_counts_in_a_training_step(rows, length, answer,
 
 
 LOAD = """
-import re, sys
+import sys
 from pathlib import Path
 from mbf_mlx import backend
 backend.setup("cpu")
+from mbf_mlx.machine import resident_peak
 from mbf_mlx.model import load_base
 folder, small, dequantize = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "plain"
-def peak():
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 load_base(small, dequantize=dequantize)  # imports, buffers, threads
-before = peak()
+before = resident_peak()
 base = load_base(folder, dequantize=dequantize)
-print(peak() - before)
+print(resident_peak() - before)
 """
 
 

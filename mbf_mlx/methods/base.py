@@ -158,6 +158,16 @@ def each_layer(function: Callable[[str], Any], factors: Factors) -> dict[str, An
     return dict(zip(factors, side_by_side(function, factors) if numpy else map(function, factors)))
 
 
+def not_finite(state: State) -> list[str]:
+    """Return the layers whose deployed or kept tensors have numbers that are not finite."""
+    tensors = {name: list(pair) for name, pair in state.deployed.items()}
+    for kept in state.kept.values():
+        for name, tensor in kept.items():
+            tensors.setdefault(name, []).append(tensor)
+    good = side_by_side(lambda each: all(np.isfinite(a).all() for a in each), tensors.values(), products=False)
+    return [name for name, finite in zip(tensors, good) if not finite]
+
+
 def in_double(function: Callable[..., Any], *arrays: Array) -> Any:
     """Return what `function` makes of the arrays, for NumPy's computed in double precision and cast back.
 

@@ -10,6 +10,7 @@ Deployed is A0 + c * vector (factors) or c * vector (delta), with a coefficient 
 the deployed pair and A0 from the seed, so neither is kept.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ STARTS = ("first", "tuned")
 SPACES = ("factors", "delta")
 
 
-class TaskVectors:
+class TaskVectors(ABC):
     """A method that combines the vectors of tasks; what makes it one is `combine`."""
 
     name = ""
@@ -37,9 +38,9 @@ class TaskVectors:
             if coefficient == 0:
                 raise InputError(f"{self.name}: coefficient: expected a number above 0 or '1/t', got 0")
 
+    @abstractmethod
     def combine(self, merged: Array, vector: Array, generator: np.random.Generator) -> Array:
         """Return the combined vector of all tasks so far, from that of the earlier ones and the newest task's own."""
-        raise NotImplementedError
 
     def start(self, state: State) -> Factors:
         """Return the first draw, every time or for the first task alone; else the last tuned pair."""
