@@ -70,6 +70,9 @@ bench: install-all
 	@for case in $(CASES); do echo "$$case"; \
 	    $(BIN)/python benchmarks/$$case.py --out benchmarks/results/$$case.json || exit 1; done
 	$(BIN)/python benchmarks/step.py --keys all --peers torch32 torch16 --out benchmarks/results/step_all_keys.json
+	$(BIN)/python benchmarks/one_billion.py --memory --out benchmarks/results/one_billion_memory.json
+	$(BIN)/python benchmarks/export_accuracy.py --epochs 1 --test-rows 60 --rows 40 --out benchmarks/results/export_accuracy.json
+	$(BIN)/python benchmarks/export_memory.py --out benchmarks/results/export_memory.json
 
 bench-check: install-dev
 	$(BIN)/python benchmarks/check.py
