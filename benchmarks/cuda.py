@@ -85,24 +85,25 @@ def ours(options: argparse.Namespace) -> Measured:
     backend.setup(options.device)
     import mlx.core as mx
     import mlx.optimizers as optim
-    from mlx import nn
-    from mlx.utils import tree_map
 
     from mbf_mlx.batches import make_batch
     from mbf_mlx.config import LoRAConfig
     from mbf_mlx.learn import load_learner
+    from mbf_mlx.tuning import Tuning
 
     learner = load_learner(options.model, LoRAConfig(rank=RANK, scale=SCALE, keys=tuple(KEYS)))
     model, engine, optimizer = learner.base.model, learner.engine, optim.AdamW(learning_rate=RATE)
-    loss_and_grad = nn.value_and_grad(model, engine.loss_sum)
+    tuning = Tuning(model)
+    loss_and_grad = engine.loss_and_grad(tuning.apply)
     model.train()
 
     def step(tokens: np.ndarray) -> None:
         rows = [argparse.Namespace(tokens=row, supervised=np.ones(len(row), bool)) for row in tokens]
         batch = make_batch(rows, range(len(rows)))
-        loss, gradients = loss_and_grad(batch)
-        optimizer.update(model, tree_map(lambda g: g / len(batch.targets), gradients))
-        mx.eval(loss, model.trainable_parameters(), optimizer.state)
+        loss, gradients = loss_and_grad(tuning.trained, batch)
+        gradients = {name: g / len(batch.targets) for name, g in gradients.items()}
+        tuning.update(optimizer.apply_gradients(gradients, tuning.trained))
+        mx.eval(loss, tuning.arrays, optimizer.state)
 
     mx.reset_peak_memory()
     return _timed(step, options), backend.peak_memory()

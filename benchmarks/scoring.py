@@ -1,6 +1,7 @@
 """Case c: scoring 200 short answers by one teacher-forced pass against generating them, and the time to a first answer.
 
-The verdicts have to be the same row by row; a row whose top two logits are within 1e-4 is a close call, counted apart.
+The model has learned from the rows for a few steps, so that it is right on some of them. The verdicts have to be the
+same row by row; a row whose top two logits are within 1e-4 is a close call, counted apart.
 
     python benchmarks/scoring.py [--rows 200] [--repeats 5] [--model FOLDER] [--out FILE]
 """
@@ -14,11 +15,12 @@ from pathlib import Path
 
 import common
 
+STEPS = 8  # of learning
 LABELS = ("sports", "music", "travel", "cooking", "news")
 
 
 def rows_of(count: int) -> list[dict[str, str]]:
-    """Return questions with one-word answers; the model will be right on some of them."""
+    """Return questions with one-word answers."""
     words = ["goal", "song", "train", "onion", "paper", "match", "choir", "coast", "butter", "vote"]
     question = "Answer with one word of sports, music, travel, cooking, news. Which fits: {}?"
     return [
@@ -50,11 +52,13 @@ def main() -> None:
     backend.setup("cpu" if sys.platform == "linux" else None)
     from mlx_lm import stream_generate
 
-    from mbf_mlx.config import DataConfig, LoRAConfig
+    from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
     from mbf_mlx.encode import Encoder
     from mbf_mlx.evaluate import score
     from mbf_mlx.learn import load_learner
     from mbf_mlx.tasks import read_task
+    from mbf_mlx.train import train
+    from mbf_mlx.tuning import Tuning
 
     learner = load_learner(options.model, LoRAConfig())
     with tempfile.TemporaryDirectory() as folder:
@@ -64,6 +68,8 @@ def main() -> None:
         )
         task = read_task(path)
         rows = Encoder(learner.tokenizer, DataConfig()).all([*task.train, *task.test][: options.rows], path)
+    train(Tuning(learner.base.model), learner.engine, rows, [], TrainConfig(iters=STEPS, learning_rate=1e-3))
+    learner.base.model.eval()
     verdicts: dict[str, list[bool]] = {}
     close: tuple[int, ...] = ()
 

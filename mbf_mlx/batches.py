@@ -6,7 +6,7 @@ token i is predicted at input i - 1. The forward pass is left to engine.py, and 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol, overload
 
@@ -14,6 +14,7 @@ import numpy as np
 
 BUCKETS_PER_DOUBLING = 8  # rows of one bucket differ by at most 9 % in length; they mix freely from epoch to epoch
 WORTH_PARTS = 0.65  # of the cores have to be busy if a batch is computed in parts; undivided, it is about as fast then
+IGNORED = -1  # a target that stands for none: its loss is 0
 PAD = 0  # any token does: padding stands behind a row's last input, where a causal model never sees it
 
 
@@ -195,22 +196,48 @@ def _rows_of(batch: Batch, part: int, first: int, last: int) -> Batch:
     )
 
 
-def without_prefix(batch: Batch) -> Batch:
-    """Return the same batch with the prefix written out in front of every row."""
-    shared = len(batch.prefix)
-    if not shared:
+def without_prefix(batch: Batch, keep: int = 0) -> Batch:
+    """Return the same batch with all but the first `keep` tokens of its prefix written out in front of every row."""
+    moved = len(batch.prefix) - keep
+    if moved <= 0:
         return batch
-    count = len(batch.tokens)
-    return Batch(
-        prefix=batch.prefix[:0],
-        tokens=np.concatenate([np.broadcast_to(batch.prefix, (count, shared)), batch.tokens], axis=1),
-        lengths=batch.lengths + shared,
-        positions=batch.positions + (batch.row_of + 1) * shared,
-        targets=batch.targets,
-        row_of=batch.row_of,
-        indices=batch.indices,
-        real_tokens=batch.real_tokens,
+    ahead = np.broadcast_to(batch.prefix[keep:], (len(batch.tokens), moved))
+    return replace(
+        batch,
+        prefix=batch.prefix[:keep],
+        tokens=np.concatenate([ahead, batch.tokens], axis=1),
+        lengths=batch.lengths + moved,
+        positions=batch.positions + (batch.row_of + 1) * moved,
     )
+
+
+def of_few_shapes(batch: Batch) -> Batch:
+    """Return a batch with the same loss whose P, L and N have at most 8 values per doubling.
+
+    What is compiled once for each shape then serves many batches. The prefix is cut, the rest is written in front of
+    the rows; L is padded; N is filled up with IGNORED targets, whose row is the last.
+    """
+    batch = without_prefix(batch, _round_down(len(batch.prefix)))
+    (rows, width), count = batch.tokens.shape, len(batch.targets)
+    wider, more = _round_up(width) - width, _round_up(count) - count
+    columns = batch.positions - batch.row_of * width
+    return replace(
+        batch,
+        tokens=np.pad(batch.tokens, ((0, 0), (0, wider)), constant_values=PAD),
+        positions=np.pad(columns + batch.row_of * (width + wider), (0, more), mode="edge"),
+        targets=np.pad(batch.targets, (0, more), constant_values=IGNORED),
+        row_of=np.pad(batch.row_of, (0, more), constant_values=rows - 1),
+    )
+
+
+def _round_down(count: int) -> int:
+    step = 1 << max(0, count.bit_length() - 4)  # 8 steps from one power of two to the next
+    return count // step * step
+
+
+def _round_up(count: int) -> int:
+    down = _round_down(count)
+    return down if down == count else down + (1 << max(0, count.bit_length() - 4))
 
 
 def _shared_prefix(inputs: list[np.ndarray], labels: list[np.ndarray]) -> int:

@@ -16,10 +16,10 @@ from mlx.utils import tree_unflatten
 from mbf_mlx import rows as task_rows
 from mbf_mlx.batches import lengths_of, make_batch, plan_batches
 from mbf_mlx.encode import Encoded
-from mbf_mlx.engine import Engine
+from mbf_mlx.engine import Arrays, Engine
 from mbf_mlx.methods import Method, Row, State
 from mbf_mlx.model import lora_layers
-from mbf_mlx.tuning import Arrays, Tuning
+from mbf_mlx.tuning import Tuning
 
 BATCH_ROWS = 8  # of a pass that only looks
 KEPT = Path("(a row that the stream keeps)")

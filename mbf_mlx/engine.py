@@ -19,15 +19,23 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mbf_mlx import cpu_ops, llama
 from mbf_mlx.attention import Shared
-from mbf_mlx.batches import Batch, split
+from mbf_mlx.batches import IGNORED, Batch, of_few_shapes, split
 from mbf_mlx.blas import load_blas
 from mbf_mlx.forward import Forward
 from mbf_mlx.memory import LOGITS_BYTES, LOGITS_COPIES
 from mbf_mlx.unpack import evaluated, without_history
 
+Arrays = dict[str, mx.array]  # by name: what is differentiated, and its gradients
+LossAndGrad = Callable[[Arrays, Batch], tuple[mx.array, Arrays]]
+
 
 def prepare(
-    model: nn.Module, *, checkpoint: bool = False, logits_bytes: int = LOGITS_BYTES, by_hand: bool | None = None
+    model: nn.Module,
+    *,
+    checkpoint: bool = False,
+    logits_bytes: int = LOGITS_BYTES,
+    by_hand: bool | None = None,
+    compiled: bool | None = None,
 ) -> "Engine":
     """Return the engine for a model with its LoRA layers attached.
 
@@ -36,21 +44,26 @@ def prepare(
         checkpoint: Recompute a block's activations in the backward pass instead of keeping them.
         logits_bytes: The budget of `memory.LOGITS_BYTES`.
         by_hand: Whether llama.py computes the pass; None is wherever it fits and the device is a CPU.
+        compiled: Whether `loss_and_grad` compiles mlx-lm's pass, once for each shape; None is on a GPU.
     """
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
     if by_hand is None:
-        by_hand = mx.default_device() == mx.Device(mx.cpu) and llama.fits(model)
-    return Engine(model, checkpoint=checkpoint, logits_bytes=logits_bytes, by_hand=by_hand)
+        by_hand = on_cpu and llama.fits(model)
+    if compiled is None:
+        compiled = not on_cpu
+    return Engine(model, checkpoint=checkpoint, logits_bytes=logits_bytes, by_hand=by_hand, compiled=compiled)
 
 
 class Engine:
     """Losses and scores of batches, on one model."""
 
-    def __init__(self, model: nn.Module, *, checkpoint: bool, logits_bytes: int, by_hand: bool):
+    def __init__(self, model: nn.Module, *, checkpoint: bool, logits_bytes: int, by_hand: bool, compiled: bool):
         self.model = model
         self.logits_bytes = logits_bytes
         self.checkpoint = checkpoint  # may be set anew between two batches
         self.before: Callable[[Batch, bool], None] = lambda batch, training: None  # called before each batch
         self.by_hand = by_hand
+        self.compiled = compiled and not by_hand
         self.cores = min(cpu_ops.CORES, load_blas().threads)  # each computes a part of a batch, by hand
         self.head = llama.Head(model) if by_hand else self.forward.head
         self.vocabulary = llama.Head(model).vocabulary if by_hand else self.forward.vocabulary
@@ -86,9 +99,49 @@ class Engine:
         targets = mx.array(batch.targets)
         if not self.picks_positions:
             return _cross_entropy(self.forward.logits(batch, self.checkpoint), targets)[0].sum()
-        if self.checkpoint and not self._head_is_trained and len(list(self._chunks(len(targets)))) > 1:
+        if self._takes_two_passes(len(targets)):
             return self._loss_within_budget(batch, targets)
         return self._chunked_loss(self.forward.hidden(batch, self.checkpoint), targets)
+
+    def _takes_two_passes(self, count: int) -> bool:
+        return self.checkpoint and not self._head_is_trained and len(list(self._chunks(count))) > 1
+
+    def loss_and_grad(self, apply: Callable[[Arrays], None]) -> LossAndGrad:
+        """Return a function from arrays and a batch to `loss_sum` of the batch and its gradients, by the arrays' names.
+
+        Where the engine is compiled, that function is compiled once for each shape of a batch, and batches are padded
+        to few shapes. It is made for one task: what `apply` reads besides the arrays is compiled in.
+
+        Args:
+            apply: Lets the model compute with these arrays.
+        """
+
+        def loss(arrays: Arrays, batch: Batch) -> mx.array:
+            apply(arrays)
+            return self.loss_sum(batch)
+
+        def loss_at(arrays: Arrays, prefix: mx.array, tokens: mx.array, at: mx.array, targets: mx.array) -> mx.array:
+            apply(arrays)
+            return self._chunked_loss(self.forward.hidden_at(prefix, tokens, at, self.checkpoint), targets)
+
+        plain: LossAndGrad = mx.value_and_grad(loss)
+        compilations: dict[tuple[bool, bool], Callable[..., tuple[mx.array, Arrays]]] = {}  # by what a trace depends on
+
+        def compiled(arrays: Arrays, batch: Batch) -> tuple[mx.array, Arrays]:
+            padded = of_few_shapes(batch)
+            count = len(padded.targets)
+            if not count or not self.picks_positions or self._takes_two_passes(count):
+                return plain(arrays, batch)
+            self.before(batch, True)
+            traced = (self.checkpoint, self.model.training)
+            if traced not in compilations:
+                state = mx.random.state  # of dropout: it goes in and comes out, or all steps would drop the same inputs
+                compilations[traced] = mx.compile(mx.value_and_grad(loss_at), inputs=state, outputs=state)
+            found = compilations[traced](arrays, *self.forward.inputs(padded), mx.array(padded.targets))
+            apply(arrays)  # tracing has left arrays without values in the model
+            return found
+
+        return compiled if self.compiled else plain
 
     def score(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return what the model says at each supervised position.
@@ -256,7 +309,8 @@ class Engine:
         losses, logits = _cross_entropy(raw, targets)
         # Written out: mlx's own gradient would hold seven arrays of this size instead of LOGITS_COPIES.
         right = mx.arange(logits.shape[-1]) == targets[:, None]
-        d_logits = (mx.softmax(logits, axis=-1) - right).astype(raw.dtype)
+        counted = (targets != IGNORED)[:, None]
+        d_logits = mx.where(counted, mx.softmax(logits, axis=-1) - right, 0).astype(raw.dtype)
         (gradient,) = mx.vjp(self.head, [hidden], [d_logits])[1]
         return losses.sum(), gradient
 
@@ -267,11 +321,11 @@ def seed_of_now() -> int:
 
 
 def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """Return the cross-entropy of each target, float32 (N,), and the logits (N, V) in float32."""
+    """Return the cross-entropy of each target, float32 (N,) and 0 for IGNORED, and the logits (N, V) in float32."""
     logits = logits.astype(mx.float32)
     targets = mx.stop_gradient(targets)  # a checkpointed call would ask for their gradient
-    right = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return mx.logsumexp(logits, axis=-1) - right, logits
+    right = mx.take_along_axis(logits, mx.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    return mx.where(targets == IGNORED, 0, mx.logsumexp(logits, axis=-1) - right), logits
 
 
 def _count_trained(module: nn.Module) -> int:

@@ -6,17 +6,21 @@ What is computed once is kept under the hash of all that determines it:
 - a score, by the deployed factors and the test rows;
 - a cell, as one line of results.
 
-A killed run goes on: finished cells and trainings are not run again, and a training continues from its last save.
+A killed run goes on, and several processes may run one experiment: finished cells and trainings are not run again, and
+a training continues from its last save.
 """
 
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from mbf_mlx import __version__, adapter, backend, cell_hash, outline, safetensors_file
 from mbf_mlx.conclude import conclude, with_extra
@@ -102,13 +106,20 @@ class Experiment:
     def run(self) -> list[Row]:
         """Run what is missing and return the results of all cells.
 
+        Processes with one folder share the work: each has the cells of one setting, order and seed for itself, because
+        these share trainings.
+
         Raises:
             InputError: rows that do not fit the model, a training whose numbers go wrong; what was finished stays.
         """
-        todo = self.missing()
-        for number, cell in enumerate(todo):
-            if self.key(cell) not in {row.get("hash") for row in self.results.read()}:
-                self.results.add(self._run(number, cell))
+        todo = list(enumerate(self.missing()))
+        together = [(key, list(group)) for key, group in groupby(todo, lambda each: _sharing(each[1]))]
+        for wait in (False, True):  # at last, for what others have begun: they may stop before its end
+            for key, group in together:
+                with suppress(Timeout), FileLock(self.folder / "cache" / f"{key}.lock", blocking=wait):
+                    for number, cell in group:
+                        if self.key(cell) not in {row.get("hash") for row in self.results.read()}:
+                            self.results.add(self._run(number, cell))
         return self.rows()
 
     def key(self, cell: Cell) -> str:
@@ -273,6 +284,11 @@ class Experiment:
         self.files.remove(building)
         self.files.write(building, data)
         self.files.rename(building, path)
+
+
+def _sharing(cell: Cell) -> str:
+    """Return what is the same for cells that may share a training."""
+    return cell_hash.digest(cell.setting, list(cell.tasks), cell.seed)
 
 
 def _nothing(learner: Learner) -> Factors:

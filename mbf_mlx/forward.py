@@ -36,25 +36,38 @@ class Forward:
         self.shares_prefix = False  # else every row computes it again
         self._text = getattr(model, "language_model", model)  # the part of a multimodal model that we train
         self._backbone = next((name for name in BACKBONES if callable(getattr(self._text, name, None))), None)
+        with _without_dropout(model):  # else two ways never agree
+            self.vocabulary = self._try()
+
+    def _try(self) -> int:
+        """See on a few tokens which ways lead to the model's own logits; return its vocabulary."""
         tokens = mx.arange(1, PROBE_TOKENS + 1)[None]
         full = self.model(tokens)
-        self.vocabulary = full.shape[-1]
         if self._backbone is None:
-            return
+            return full.shape[-1]
         try:
             self.picks_positions = same(self.head(self._flat_hidden(tokens)[2:]), full[0, 2:])
             if self.picks_positions and self._has_plain_caches():
                 behind = self._flat_hidden(tokens[:, 2:], tokens[0, :2])
                 self.shares_prefix = same(self.head(behind), full[0, 2:])
         except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):
-            return  # an architecture with another interface: what was not shown to agree stays off
+            pass  # an architecture with another interface: what was not shown to agree stays off
+        return full.shape[-1]
 
-    def hidden(self, batch: Batch, checkpoint: bool = False) -> mx.array:
-        """Return the hidden states at the supervised positions, (N, D)."""
+    def inputs(self, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+        """Return what `hidden_at` takes of a batch: the prefix (P,), the tokens (R, L) and the positions (N,)."""
         if not self.shares_prefix:
             batch = without_prefix(batch)
-        prefix = mx.array(batch.prefix) if len(batch.prefix) else None
-        return self._flat_hidden(mx.array(batch.tokens), prefix, checkpoint)[mx.array(batch.positions)]
+        return mx.array(batch.prefix), mx.array(batch.tokens), mx.array(batch.positions)
+
+    def hidden_at(self, prefix: mx.array, tokens: mx.array, positions: mx.array, checkpoint: bool = False) -> mx.array:
+        """Return the hidden states at the supervised positions, (N, D)."""
+        return self._flat_hidden(tokens, prefix if prefix.size else None, checkpoint)[positions]
+
+    def hidden(self, batch: Batch, checkpoint: bool = False) -> mx.array:
+        """Return the hidden states at a batch's supervised positions, (N, D)."""
+        prefix, tokens, positions = self.inputs(batch)
+        return self.hidden_at(prefix, tokens, positions, checkpoint)
 
     def logits(self, batch: Batch, checkpoint: bool = False) -> mx.array:
         """Return the logits at the supervised positions, (N, V), by way of all of them."""
@@ -120,6 +133,16 @@ class SharedPrefix:
 def _behind(prefix: mx.array | None, own: mx.array) -> mx.array:
     assert prefix is not None, "the prefix goes through the model before the rows"
     return mx.concatenate([mx.broadcast_to(prefix, (own.shape[0], *prefix.shape[1:])), own], axis=2)
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextmanager

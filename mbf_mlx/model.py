@@ -73,7 +73,7 @@ def load_base(
         raise InputError(f"{folder}: mlx-lm cannot load this model: {said}") from error
     tokenizer = load_tokenizer(folder, config)
     prepare(model)
-    _settle(model, dequantize, dtype is not None)
+    settle(model, dequantize=dequantize, float32=dtype is not None)
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -107,8 +107,14 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
         raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
 
 
-def _settle(model: nn.Module, dequantize: bool, float32: bool) -> None:
-    """Read the weights in, module by module, so that none is in memory twice."""
+def settle(model: nn.Module, *, dequantize: bool, float32: bool) -> None:
+    """Read the weights of a model that was loaded lazily, module by module, so that none is in memory twice.
+
+    Args:
+        model: With or without factors attached.
+        dequantize: Unpack quantized layers once, in float32.
+        float32: Compute in float32; quantized layers that are not unpacked once are unpacked in every pass.
+    """
     modules = model.named_modules()
     while modules:
         name, module = modules.pop()  # what is done with is held by nobody

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
 from mbf_mlx import metrics, units
@@ -56,7 +57,7 @@ class Log:
             InputError: the disk is full, or the file cannot be written.
         """
         try:
-            with open(self.path, "a+b") as file:
+            with FileLock(self.path.with_suffix(".lock")), open(self.path, "a+b") as file:
                 end = file.seek(0, os.SEEK_END)
                 file.seek(max(0, end - 1))
                 torn = end and file.read(1) != b"\n"

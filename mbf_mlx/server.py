@@ -26,7 +26,7 @@ from mbf_mlx.config import ServeConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.outline import check_template
 from mbf_mlx.server_handler import Handler
-from mbf_mlx.serving import adapter_of, prove_adapter, prove_fused
+from mbf_mlx.serving import adapter_of, prove_adapter, prove_fused, settle_to_speak
 from mbf_mlx.sources import BaseFolder
 from mbf_mlx.stream import StreamFolder
 
@@ -155,6 +155,7 @@ class StreamProvider(ModelProvider):
         pair = super().load(self.cli_args.model, adapter_path)
         if self.model_key == before:
             return pair
+        settle_to_speak(self.model, Path(self.cli_args.model))
         if self.fused is None:
             try:
                 proof = prove_adapter(self.model, self.tokenizer, self.folder, adapter_path)

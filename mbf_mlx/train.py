@@ -19,12 +19,12 @@ import numpy as np
 from mbf_mlx.batches import Batch, lengths_of, make_batch, plan_batches
 from mbf_mlx.config import SAMPLE_ROWS, TrainConfig
 from mbf_mlx.encode import Encoded
-from mbf_mlx.engine import Engine
+from mbf_mlx.engine import Arrays, Engine
 from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.events import Step
 from mbf_mlx.machine import freed_memory_kept
 from mbf_mlx.parallel import Message, Team
-from mbf_mlx.tuning import Arrays, Tuning
+from mbf_mlx.tuning import Tuning
 from mbf_mlx.working import SaveClock
 
 FLOOR = 0.1  # share of the peak rate at which the decay ends
@@ -107,16 +107,18 @@ def train(
     run = _Run(tuning, engine, rows, config, team)
     progress = run.restore(resume) if resume else replace(Progress(), loss_before=run.sample_loss())
     clock = SaveClock(config.save_steps, config.save_seconds, time.monotonic())
-    for number, group in enumerate(run.groups(progress.step), start=progress.step + 1):
-        if progress.stopped:
-            break
-        started = time.perf_counter()
+    groups = run.groups(progress.step)
+    group = next(groups, None)
+    while group is not None and not progress.stopped:
+        number, started = progress.step + 1, time.perf_counter()
         try:
-            progress = run.step(progress, number, group, guard)
+            begun = run.begin(number, group)
         except MemoryLimitError:
             if save and progress.step:
                 save(progress, run.tensors())
             raise
+        group = next(groups, None)  # made while the device computes
+        progress = run.finish(progress, begun, guard)
         progress = replace(progress, seconds=progress.seconds + time.perf_counter() - started)
         valid_loss = None
         if valid and (number % run.val_every == 0 or number == run.steps):
@@ -146,17 +148,17 @@ class Sums:
 
     def __init__(self, tuning: Tuning, engine: Engine, rows: Sequence[Encoded]) -> None:
         self.tuning, self.engine, self.rows = tuning, engine, rows
-        self.loss_and_grad = mx.value_and_grad(self._loss)
+        self.loss_and_grad = engine.loss_and_grad(tuning.apply)
 
     def __call__(self, batches: Sequence[Batch]) -> tuple[mx.array, Arrays]:
         """Return them for batches that go through the model one after another; nothing for no batch."""
         trained = self.tuning.trained
         total, gradients = mx.array(0.0), {name: mx.zeros_like(array) for name, array in trained.items()}
         for batch in batches:
+            mx.eval(total, gradients)  # two batches are never in memory at once
             loss, new = self.loss_and_grad(trained, batch)
             total = total + loss
             gradients = {name: gradient + new[name] for name, gradient in gradients.items()}
-            mx.eval(total, gradients)
         return total, gradients
 
     def over(self, team: Team, batches: Sequence[Sequence[int]]) -> tuple[mx.array, Arrays]:
@@ -165,14 +167,22 @@ class Sums:
         sums = team.add({"": np.array(total)} | {f".{name}": np.array(g) for name, g in gradients.items()})
         return mx.array(sums[""]), {name: mx.array(sums[f".{name}"]) for name in gradients}
 
-    def _loss(self, arrays: Arrays, batch: Batch) -> mx.array:
-        self.tuning.apply(arrays)
-        return self.engine.loss_sum(batch)
-
 
 def seed_dropout(seed: int, step: int, rank: int = 0) -> None:
     """Let a step's dropout depend on nothing but these; processes that share a step drop different inputs."""
     mx.random.seed((seed << 32) + (rank << 24) + step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A step that the device computes."""
+
+    number: int
+    group: list[Batch]
+    loss: mx.array  # the sum over the group's supervised tokens
+    supervised: int  # how many these are
+    norm: mx.array  # of the gradients, before they are clipped
+    gradients: Arrays
 
 
 class _Run:
@@ -213,7 +223,8 @@ class _Run:
                     yield [make_batch(self.rows, indices) for indices in plan[first : first + size]]
             epoch += 1
 
-    def step(self, progress: Progress, number: int, group: list[Batch], guard: bool) -> Progress:
+    def begin(self, number: int, group: list[Batch]) -> _Begun:
+        """Begin a step, without waiting for the device; the factors become those after it."""
         seed_dropout(self.config.seed, number)
         tuning, trained = self.tuning, self.tuning.trained
         supervised = sum(len(batch.targets) for batch in group)
@@ -228,14 +239,20 @@ class _Run:
             _, new = self.penalty_and_grad(trained)
             gradients = {name: gradient + new[name] for name, gradient in gradients.items()}
         norm = mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.array(0.0)))
-        value, length = float(total) / supervised, float(norm)
-        if not (math.isfinite(value) and math.isfinite(length)):
-            raise InputError(self._not_finite(number, group, value, gradients))
-        if self.config.max_grad_norm and length > self.config.max_grad_norm:
-            gradients = {name: g * (self.config.max_grad_norm / length) for name, g in gradients.items()}
+        clipped = gradients
+        if self.config.max_grad_norm:
+            share = mx.minimum(1.0, self.config.max_grad_norm / norm)
+            clipped = {name: g * share for name, g in gradients.items()}
         self.optimizer.learning_rate = mx.array(self.rate(number))
-        tuning.update(self._at_rates(trained, self.optimizer.apply_gradients(gradients, trained)))
-        mx.eval(self.optimizer.state)
+        tuning.update(self._at_rates(trained, self.optimizer.apply_gradients(clipped, trained)))
+        mx.async_eval(total, norm, self.optimizer.state)
+        return _Begun(number=number, group=group, loss=total, supervised=supervised, norm=norm, gradients=gradients)
+
+    def finish(self, progress: Progress, begun: _Begun, guard: bool) -> Progress:
+        """Wait for a step that was begun, and judge its loss."""
+        number, group, value = begun.number, begun.group, float(begun.loss) / begun.supervised
+        if not (math.isfinite(value) and math.isfinite(float(begun.norm))):
+            raise InputError(self._not_finite(number, group, value, begun.gradients))
         first = progress.first_loss if progress.first_loss is not None else value
         high = progress.high_steps + 1 if value > GUARD_FACTOR * first else 0
         if guard and high >= GUARD_STEPS:

@@ -18,6 +18,7 @@ from mbf_mlx.engine import prepare
 from mbf_mlx.machine import freed_memory_kept
 from mbf_mlx.memory import Run
 from mbf_mlx.model import attach
+from mbf_mlx.tuning import Tuning
 
 REPEATS = 4
 
@@ -58,8 +59,9 @@ def seconds(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch, bl
     engine = prepare(model, checkpoint=run.checkpoint, by_hand=None if run.by_hand else False)
     known = replace(batch, tokens=batch.tokens % vocabulary, prefix=batch.prefix % vocabulary,
                     targets=batch.targets % vocabulary)  # fmt: skip
-    loss_and_grad = nn.value_and_grad(model, engine.loss_sum)
-    step = _fastest(lambda: mx.eval(loss_and_grad(known)))
+    tuning = Tuning(model)
+    loss_and_grad = engine.loss_and_grad(tuning.apply)
+    step = _fastest(lambda: mx.eval(loss_and_grad(tuning.trained, known)))
     forward = _fastest(lambda: engine.score(known))
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array(np.concatenate([known.prefix, known.tokens[0]])[None]), cache=cache))

@@ -12,10 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mbf_mlx.engine import Arrays
 from mbf_mlx.methods import Factors, Method, State
 from mbf_mlx.model import lora_layers, read_factors
-
-Arrays = dict[str, mx.array]  # "<layer>.<field>" -> array
 
 
 class Tuning:
@@ -49,11 +48,11 @@ class Tuning:
         return {name: array for name, array in self.arrays.items() if self.rates[name]}
 
     def update(self, arrays: Mapping[str, Any]) -> None:
-        """Take new values of some arrays, and let the model apply them."""
+        """Take new values of some arrays, and let the model apply them; the device may still compute them."""
         # Row by row in memory: a matrix product's last bits depend on the layout, and a save would lose another one.
         self.arrays |= {name: mx.contiguous(mx.array(array)) for name, array in arrays.items()}
         self.apply(self.arrays)
-        mx.eval(self.arrays, [(layer.lora_a, layer.lora_b) for layer in self._layers.values()])
+        mx.async_eval(self.arrays, [(layer.lora_a, layer.lora_b) for layer in self._layers.values()])
 
     def apply(self, arrays: Arrays) -> None:
         """Let the model apply these values, those that are missing as they are; differentiable."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,14 @@ def import_mlx():
 def mx():
     """mlx.core, for tests that need no other library."""
     return import_mlx()
+
+
+@pytest.fixture
+def compiler():
+    """Skips where mlx cannot compile: on a CPU it calls g++."""
+    mx = import_mlx()
+    if mx.default_device() == mx.Device(mx.cpu) and not shutil.which("g++"):
+        pytest.skip("mlx compiles for a CPU with g++, which is not installed")
 
 
 @pytest.fixture(scope="session")

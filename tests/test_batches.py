@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbf_mlx.batches import make_batch, plan_batches, split, without_prefix
+from mbf_mlx.batches import IGNORED, make_batch, of_few_shapes, plan_batches, split, without_prefix
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,32 @@ def test_every_supervised_token_is_predicted_from_exactly_the_tokens_before_it(r
     assert len(without_prefix(batch).prefix) == 0
     assert batch.real_tokens == sum(len(each.tokens) for each in rows)
     assert batch.tokens.dtype == batch.prefix.dtype == batch.positions.dtype == batch.targets.dtype == np.int32
+
+
+@given(rows=rows_of_a_task(), share=st.booleans())
+def test_a_batch_padded_to_few_shapes_predicts_the_same(rows, share):
+    batch = make_batch(rows, range(len(rows)), share_prefix=share)
+    padded, count = of_few_shapes(batch), len(batch.targets)
+    for n in range(count):
+        assert context_of(padded, n) == context_of(batch, n)
+    np.testing.assert_array_equal(padded.targets[:count], batch.targets)
+    assert (padded.targets[count:] == IGNORED).all() and len(padded.targets) == len(padded.positions)
+    assert padded.positions.max(initial=0) < padded.tokens.size and padded.real_tokens == batch.real_tokens
+
+
+def test_padded_shapes_have_at_most_eight_values_per_doubling_and_cost_little():
+    widths, prefixes, counts = set(), set(), set()
+    for length in range(1, 1025):
+        rows = [row(np.full(length + 1, 5), np.arange(length + 1) >= 1)] * 2
+        padded = of_few_shapes(make_batch(rows, [0, 1], share_prefix=False))
+        assert length <= padded.tokens.shape[1] <= max(length + 1, 1.125 * length)
+        widths.add(padded.tokens.shape[1])
+        counts.add(len(padded.targets))
+        rows = [row(np.full(length + 2, 5), np.arange(length + 2) > length)] * 2
+        kept = len(of_few_shapes(make_batch(rows, [0, 1])).prefix)
+        assert length / 1.125 <= kept <= length
+        prefixes.add(kept)
+    assert len(widths) == len(prefixes) == 8 + 8 * 7 and len(counts) <= 8 * 8
 
 
 @given(rows=rows_of_a_task(), share=st.booleans(), cores=st.integers(1, 4))

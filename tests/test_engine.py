@@ -196,6 +196,66 @@ def test_the_pass_apart_drops_the_same_inputs():
         np.testing.assert_allclose(np.array(found[1][1][name]), np.array(gradient), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_compiled_steps_are_the_plain_ones_and_a_shape_is_traced_once(checkpoint, compiler):
+    model, traces = build(LLAMA, bits=4), []
+    start = dict(tree_flatten(model.trainable_parameters()))
+
+    def apply(arrays):
+        traces.append(next(iter(arrays.values())))
+        model.load_weights(list(arrays.items()), strict=False)
+
+    plain, compiled = (
+        engine.prepare(model, checkpoint=checkpoint, by_hand=False, compiled=each).loss_and_grad(apply)
+        for each in (False, True)
+    )
+    calls = 0
+    for number, tails in enumerate(([16, 17, 11], [18, 12, 18], [14, 17, 12])):
+        batch = make_batch(rows_with(33, tails, seed=number), range(3))
+        changed = {name: (1 + number) * array for name, array in start.items()}
+        expected, of_all = plain(changed, batch)
+        traces.clear()
+        loss, found = compiled(changed, batch)
+        calls += len(traces)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+        for name, gradient in of_all.items():
+            np.testing.assert_allclose(np.array(found[name]), np.array(gradient), rtol=1e-4, atol=1e-5)
+        assert mx.array_equal(
+            model.layers[0].self_attn.q_proj.lora_a, changed["model.layers.0.self_attn.q_proj.lora_a"]
+        )
+    assert calls == 3 + 1  # each call applies the arrays at its end, and the one trace once
+
+
+def test_compiled_dropout_is_the_plain_ones_and_another_in_each_step(compiler):
+    model = build(LLAMA)
+    for block in model.layers:
+        block.self_attn.q_proj.dropout = nn.Dropout(0.3)
+    model.train()
+    arrays = dict(tree_flatten(model.trainable_parameters()))
+    batch, losses = make_batch(rows_with(8, [16, 16]), range(2)), {}
+    for compiled in (False, True):
+        way = engine.prepare(model, by_hand=False, compiled=compiled)
+        assert way.picks_positions and way.shares_prefix and model.training
+        step = way.loss_and_grad(lambda arrays: model.load_weights(list(arrays.items()), strict=False))
+        losses[compiled] = []
+        for seed in (1, 2, 1):
+            mx.random.seed(seed)
+            losses[compiled].append(float(step(arrays, batch)[0]))
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+    assert losses[True][0] == losses[True][2] != losses[True][1]
+
+
+def test_what_cannot_be_compiled_is_computed_plainly(compiler):
+    model = build(LLAMA)
+    arrays = dict(tree_flatten(model.trainable_parameters()))
+    rows = [*rows_with(3, [9, 4, 8]), Row(np.array([1, 2, 3], np.int32), np.zeros(3, bool))]
+    way = engine.prepare(model, by_hand=False, compiled=True, checkpoint=True, logits_bytes=1)
+    step = way.loss_and_grad(lambda arrays: model.load_weights(list(arrays.items()), strict=False))
+    expected, _ = gradients(model, lambda: plain_loss(model, rows))
+    assert float(step(arrays, make_batch(rows, range(3)))[0]) == pytest.approx(expected, rel=1e-5)
+    assert float(step(arrays, make_batch(rows, [3]))[0]) == 0
+
+
 @pytest.mark.parametrize(
     ("prefix", "tails", "supervised"),
     [(9, [4, 4], 9), (1, [1, 1, 1], 1), (12, [0, 0, 0], 3), (0, [5, 2], 2), (20, [3], 2)],

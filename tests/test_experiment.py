@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from typer.testing import CliRunner
 from mbf_mlx import results
 from mbf_mlx.errors import InputError
 from mbf_mlx.experiment_file import read_plan
+from tests.conftest import ROOT
 from tests.test_train import rows_of
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
@@ -93,6 +97,29 @@ def test_a_finished_experiment_is_not_run_again_and_another_seed_adds_only_its_c
     rows = bench([("sequential", "{}")], "seeds = [0, 1]\n", folder="again", watch=watch).run()
     assert [row["seed"] for row in rows] == [0, 1] and rows[0] == first[0]
     assert len(watch.steps) == 6
+
+
+def test_another_process_takes_what_nobody_is_at_and_waits_for_the_rest(bench):
+    others = []
+
+    class Meeting(Counted):
+        def step(self, name, step, peak_memory):
+            super().step(name, step, peak_memory)
+            if not others:  # it finds seed 0 begun, so it runs seed 1, then waits for us
+                command = [sys.executable, ROOT / "cli.py", "experiment", "tiny.toml", "--out", "several", "--json"]
+                others.append(subprocess.Popen(command, cwd=bench.root, stdout=subprocess.PIPE, text=True))
+                while others[0].poll() is None and not made.results.read():
+                    time.sleep(0.05)
+                assert [row["seed"] for row in made.results.read()] == [1]
+                with pytest.raises(subprocess.TimeoutExpired):
+                    others[0].wait(0.5)
+
+    made = bench([("sequential", "{}")], "seeds = [0, 1]\n", folder="several", watch=(watch := Meeting()))
+    rows = made.run()
+    assert [row["seed"] for row in rows] == [0, 1] and len(watch.steps) == 6
+    said, _ = others[0].communicate(timeout=60)
+    assert others[0].returncode == 0 and len(json.loads(said)["cells"]) == 2
+    assert len(made.results.read()) == 2
 
 
 def test_a_killed_experiment_goes_on_to_the_same_result(bench):

@@ -19,6 +19,7 @@ mx = pytest.importorskip("mlx.core", reason="mlx is not installed: pip install '
 from mbf_mlx import Stream  # noqa: E402
 from mbf_mlx.batches import make_batch  # noqa: E402
 from mbf_mlx.conclude import conclude, input_grams, squared_gradients, with_extra  # noqa: E402
+from mbf_mlx.engine import prepare  # noqa: E402
 from mbf_mlx.learn import load_learner  # noqa: E402
 from mbf_mlx.train import train  # noqa: E402
 from mbf_mlx.tuning import Tuning  # noqa: E402
@@ -173,6 +174,17 @@ def test_the_model_applies_the_effective_pairs_and_gradients_go_through_them(lea
         )
         assert said == pytest.approx((ahead - behind) / (2 * step), rel=0.02, abs=2e-2), name
         tuning.apply(tuning.arrays)
+
+
+@pytest.mark.parametrize("name", ["slao", "c-lora", "inclora", "lorac"])
+def test_compiled_steps_train_what_plain_ones_do(name, learner, encoded, compiler):
+    found = {}
+    for compiled in (False, True):
+        engine = prepare(learner.base.model, by_hand=False, compiled=compiled)
+        _, _, tuning = two_tasks(name, {}, dataclasses.replace(learner, engine=engine), encoded)
+        found[compiled] = tuning.arrays
+    for array, expected in found[False].items():
+        np.testing.assert_allclose(np.array(found[True][array]), np.array(expected), rtol=1e-3, atol=1e-5)
 
 
 def test_squared_gradients_are_the_mean_over_rows(learner, encoded):

@@ -28,7 +28,8 @@ def experiment(
 ) -> None:
     """Run methods x task orders x seeds (x settings) and compare them in one table.
 
-    Cells run one after another; a finished one is never run again, and a killed run goes on where it was.
+    Cells run one after another; a finished one is never run again, and a killed run goes on where it was. Further
+    processes with the same --out take cells that nobody is at.
 
     Example: mbf experiment benchmarks/experiments/first.toml --markdown
     """
@@ -50,12 +51,9 @@ def experiment(
 
 
 def _run(plan: Any, folder: Path) -> "list[Row]":
-    from filelock import FileLock, Timeout
-
     from mbf_mlx import backend
 
     backend.setup()  # loads the fast BLAS, which mlx takes only where it is there first
-    from mbf_mlx.errors import InputError
     from mbf_mlx.experiment import Experiment, Watch
     from mbf_mlx.storage import Files
 
@@ -79,21 +77,17 @@ def _run(plan: Any, folder: Path) -> "list[Row]":
             self.update(self.done, now=self.what, measuring=f"{done}/{total}")
 
     Files().make_folder(folder)
-    try:
-        with FileLock(folder / "lock", blocking=False):
-            experiment = Experiment(plan, folder, Watch())
-            missing = experiment.missing()
-            total = sum(len(cell.tasks) for cell in missing)
-            console.err.print(f"{len(plan.cells)} cells, {len(plan.cells) - len(missing)} of them finished: {folder}")
-            if not missing:
-                return experiment.rows()
-            with console.progress("experiment", total, "tasks") as update:
-                experiment.watch = Shown(update, total)
-                rows = experiment.run()
-                update(total)
-            return rows
-    except Timeout:
-        raise InputError(f"{folder}: another mbf experiment is writing here\nhint: wait for it, or --out") from None
+    experiment = Experiment(plan, folder, Watch())
+    missing = experiment.missing()
+    total = sum(len(cell.tasks) for cell in missing)
+    console.err.print(f"{len(plan.cells)} cells, {len(plan.cells) - len(missing)} of them finished: {folder}")
+    if not missing:
+        return experiment.rows()
+    with console.progress("experiment", total, "tasks") as update:
+        experiment.watch = Shown(update, total)
+        rows = experiment.run()
+        update(total)
+    return rows
 
 
 def _print(name: str, rows: "list[Row]", json: bool, markdown: bool) -> None:

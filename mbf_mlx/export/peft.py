@@ -19,6 +19,7 @@ from mbf_mlx import safetensors_file
 from mbf_mlx.adapter import decode_tensors, is_number, read_weights, split_layer
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import Factors, Pair
+from mbf_mlx.model_config import read_object
 from mbf_mlx.storage import Data, sha256
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -166,14 +167,13 @@ def read(folder: Path) -> PeftAdapter:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_object(path)
     except FileNotFoundError:
         raise InputError(f"{path}: missing; expected a PEFT folder with {CONFIG} and {WEIGHTS}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{path}: peft_type: expected 'LORA', got {kind!r}; only LoRA can be merged")
+    if config.get("peft_type") != "LORA":
+        raise InputError(
+            f"{path}: peft_type: expected 'LORA', got {config.get('peft_type')!r}; only LoRA can be merged"
+        )
     return config
 
 
