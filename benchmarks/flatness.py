@@ -3,7 +3,7 @@
 Peak memory, resident set after the task, bytes of `adapter/` and `state.safetensors`: the median of five tasks at each
 end of one stream; bytes must be equal to the byte. A commit, learning outside of training steps (reading, scoring the
 newest two tasks, committing) and `mbf status`, process included: in turn on that stream and on a copy of it that was
-made after task 2, medians of nine rounds and of their ratios.
+made after task 2, each of them first in every other round, medians of the rounds and of their ratios.
 
     python benchmarks/flatness.py [--tasks 100] [--model FOLDER] [--out FILE]
 """
@@ -24,7 +24,7 @@ import synthetic
 
 WORDS = ("red", "green", "blue", "small", "large", "cold", "warm", "old", "new", "round")
 ENDS = 5  # tasks at each end
-ROUNDS = 9
+ROUNDS = 31
 COUNTS = ("peak_bytes", "resident_bytes", "adapter_bytes", "state_bytes")
 TIMES = ("commit_seconds", "other_seconds", "status_seconds")
 
@@ -100,6 +100,7 @@ def main() -> None:
         rounds = []
         for number in range(options.tasks + 1, options.tasks + 2 + ROUNDS):
             task = write_task(folder, number)
+            ends = dict(reversed(ends.items()))
             status = {
                 name: {"status_seconds": common.command_seconds(common.mbf("status", folder / name))} for name in ends
             }
