@@ -132,7 +132,8 @@ def profile(case: str, options: argparse.Namespace) -> dict[str, Any]:
             mx.eval(network.trainable_parameters(), optimizer.state)
 
     found: dict[str, list[float]] = defaultdict(list)
-    plain, flops = [], {}
+    work: dict[str, list[float]] = defaultdict(list)
+    plain = []
     for number, rows in enumerate(step.batches_of(case, options.model, options.steps + 1)):
         started = time.process_time()
         one(rows)
@@ -148,8 +149,9 @@ def profile(case: str, options: argparse.Namespace) -> dict[str, Any]:
             for kind, seconds in clock.seconds.items():
                 found[kind].append(seconds)
             found[REST].append(whole - sum(clock.seconds.values()))
-            flops = dict(clock.flops)
-    seconds = {kind: statistics.median(values) for kind, values in found.items()}
+            for kind, flops in clock.flops.items():
+                work[kind].append(flops)
+    seconds, flops = ({kind: statistics.median(each) for kind, each in part.items()} for part in (found, work))
     return {"seconds": seconds, "flops": flops, "unwatched": plain}
 
 
