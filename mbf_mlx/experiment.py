@@ -288,7 +288,7 @@ class Experiment:
 
 def _sharing(cell: Cell) -> str:
     """Return what is the same for cells that may share a training."""
-    return cell_hash.digest(cell.setting, list(cell.tasks), cell.seed)
+    return cell_hash.digest(cell_hash.settings_of_cell(cell), list(cell.tasks), cell.seed)
 
 
 def _nothing(learner: Learner) -> Factors:

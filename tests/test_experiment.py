@@ -122,6 +122,17 @@ def test_another_process_takes_what_nobody_is_at_and_waits_for_the_rest(bench):
     assert len(made.results.read()) == 2
 
 
+def test_files_with_other_settings_do_not_wait_for_each_other(bench):
+    def locks(settings):
+        made = bench([("sequential", "{}")], folder="apart", watch=Counted())
+        cells = (dataclasses.replace(c, train=dataclasses.replace(c.train, **settings)) for c in made.plan.cells)
+        made.plan = dataclasses.replace(made.plan, cells=tuple(cells))
+        made.run()
+        return {path.name for path in (made.folder / "cache").glob("*.lock")}
+
+    assert len(locks({})) + 1 == len(locks({"learning_rate": 1e-4})) == len(locks({"save_every": "1"}))
+
+
 def test_a_killed_experiment_goes_on_to_the_same_result(bench):
     head, methods = "train_rows = 6\n", [("replay", "{bytes = 4000}"), ("c-lora", "{}")]
     whole = bench(methods, head, folder="whole").run()
