@@ -1,7 +1,7 @@
 """From a task's tuned factors to the next state: measured where the method asks for it, merged, and shown the task.
 
 The hooks `extra_rows`, `measure` and `after_task` are called here and nowhere else. Shapes: A (rank, in), B (out,
-rank), P (k, in) of a layer, a Gram of it (k, k). Nothing is trained and nothing written.
+rank), P (k, in) of a layer. Nothing is trained and nothing written.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ from mbf_mlx.model import lora_layers
 from mbf_mlx.tuning import Tuning
 
 BATCH_ROWS = 8  # of a pass that only looks
+MEASURED_ROWS = 512  # that a method's `measure` is shown of a task at most, evenly drawn: means hardly gain by more
 KEPT = Path("(a row that the stream keeps)")
 
 Advance = Callable[[int, int], None]  # rows done, of so many
@@ -62,14 +63,17 @@ def conclude(
     """
     tuned, asks, needs = tuning.named(), getattr(method, "measure", None), getattr(method, "needs", None)
     tuning.model.eval()
-    grams = input_grams(tuning.model, engine, rows, asks(state, tuned), advance) if asks else None
+    inputs = None
+    if asks:
+        some = [rows[i] for i in range(0, len(rows), -(-len(rows) // MEASURED_ROWS))]
+        inputs = input_moments(tuning.model, engine, some, asks(state, tuned), advance)
     what: Any = None
     if needs == "rows":
         what = [Row(row.tokens, row.supervised) for row in rows]
     elif needs == "gradients":
         what = squared_gradients(tuning, engine, rows, advance)
     finish: Any = method.finish
-    after = finish(state, tuned) if grams is None else finish(state, tuned, inputs=grams)
+    after = finish(state, tuned) if inputs is None else finish(state, tuned, inputs=inputs)
     show: Any = getattr(method, "after_task", None)
     return show(after, what) if show and needs else after
 
@@ -107,14 +111,14 @@ class Watching(nn.Module):
         return self.layer(x)
 
 
-def input_grams(
+def input_moments(
     model: nn.Module,
     engine: Engine,
     rows: Sequence[Encoded],
     directions: dict[str, Any],
     advance: Advance = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
-    """Return, for each layer, the mean of (P x)(P x)^T over the tokens x that reach it in `rows`, (k, k).
+    """Return, for each layer, the mean of (P x) x^T over the tokens x that reach it in `rows`, (k, in).
 
     Args:
         model: As it stands; padding is not counted, nor what follows a row's last supervised token.
@@ -125,14 +129,14 @@ def input_grams(
     """
     layers = {name: layer for name, layer in lora_layers(model).items() if name in directions}
     turned = {name: mx.array(np.asarray(p, np.float32)).T for name, p in directions.items()}
-    sums = {name: mx.zeros((p.shape[1], p.shape[1])) for name, p in turned.items()}
+    sums = {name: mx.zeros((p.shape[1], p.shape[0])) for name, p in turned.items()}
     mask = mx.array(0.0)
     way = engine.forward  # made when first asked for, and it runs the model then: not while we watch
 
     def watch(name: str) -> Callable[[mx.array], None]:
         def note(x: mx.array) -> None:
-            seen = (x.reshape(-1, x.shape[-1]).astype(mx.float32) @ turned[name]) * mask
-            sums[name] = sums[name] + seen.T @ seen
+            tokens = x.reshape(-1, x.shape[-1]).astype(mx.float32) * mask
+            sums[name] = sums[name] + (tokens @ turned[name]).T @ tokens
 
         return note
 

@@ -277,6 +277,43 @@ def _complete(old: Array, new: Array) -> Array:
     return xp.concatenate([upper, lower], axis=0)
 
 
+def sketch_gram(moments: Array, directions: Array) -> Array:
+    """Return S (k, in) with S^T S near the Gram G that was seen in a few directions P alone.
+
+    S^T S = (P G)^T (P G P^T)^+ (P G), the Nystroem approximation: exact where G's rank is no larger than k.
+
+    Args:
+        moments: P G, (k, in), G being the mean of x x^T over inputs x.
+        directions: P, (k, in), random.
+
+    Source: Tropp, Yurtsever, Udell and Cevher 2017, arXiv:1706.05736, without their shift: what is too small to be told
+    from zero is left out instead.
+    """
+    xp, core = namespace(moments), moments @ directions.T
+    values, vectors = xp.linalg.eigh((core + core.T) / 2)
+    large = values > 1e-6 * values.max()  # of what single precision knows
+    return (vectors * xp.where(large, 1 / xp.sqrt(xp.where(large, values, 1.0)), 0.0)).T @ moments
+
+
+def merge_sketches(sketches: Sequence[Array], weights: Sequence[float], count: int) -> Array:
+    """Return S (count, in) whose S^T S is nearest to the sum of weight * s^T s, in Frobenius norm.
+
+    Args:
+        sketches: Each (k, in), at least `count` rows in all.
+        weights: Of each, not negative.
+        count: Rows of the result; they are orthogonal, the shortest first.
+
+    Raises:
+        ValueError: fewer rows than `count`.
+    """
+    xp = namespace(sketches[0])
+    stacked = xp.concatenate([math.sqrt(w) * s for w, s in zip(weights, sketches, strict=True)], axis=0)
+    if stacked.shape[0] < count:
+        raise ValueError(f"merge_sketches: expected at least {count} rows in all, got {stacked.shape[0]}")
+    _, vectors = xp.linalg.eigh(stacked @ stacked.T)
+    return vectors[:, -count:].T @ stacked
+
+
 def delta(a: Array, b: Array, scale: float) -> Array:
     """Return the update of one base weight, scale * B @ A, (out, in), from A (rank, in) and B (out, rank)."""
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:

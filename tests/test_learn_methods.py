@@ -18,7 +18,7 @@ mx = pytest.importorskip("mlx.core", reason="mlx is not installed: pip install '
 
 from mbf_mlx import Stream  # noqa: E402
 from mbf_mlx.batches import make_batch  # noqa: E402
-from mbf_mlx.conclude import conclude, input_grams, squared_gradients, with_extra  # noqa: E402
+from mbf_mlx.conclude import conclude, input_moments, squared_gradients, with_extra  # noqa: E402
 from mbf_mlx.engine import prepare  # noqa: E402
 from mbf_mlx.learn import load_learner  # noqa: E402
 from mbf_mlx.train import train  # noqa: E402
@@ -148,6 +148,15 @@ def test_a_penalty_takes_part_in_every_step(learner, encoded):
     assert distance(1e5) < 0.5 * distance(0.0)
 
 
+def test_anchored_holds_what_the_update_does_to_old_rows(learner, encoded):
+    def change(strength):
+        _, state, tuning = two_tasks("anchored", {"strength": strength}, learner, encoded, config)
+        return float(make("anchored", {"strength": 1}).penalty(tuning.named(), state))
+
+    config = dataclasses.replace(QUICK, iters=12)
+    assert change(100.0) < 0.2 * change(0.0)
+
+
 def test_the_model_applies_the_effective_pairs_and_gradients_go_through_them(learner, encoded):
     """Along a random direction the loss changes as its gradient says, for what trains in C-LoRA and LoRAC."""
     batch = make_batch(encoded, range(4))
@@ -208,21 +217,20 @@ def test_squared_gradients_are_the_mean_over_rows(learner, encoded):
     np.testing.assert_allclose(found[layer].b, by_hand, rtol=1e-4, atol=1e-9)
 
 
-def test_input_grams_count_every_read_token_once_and_no_padding(learner, encoded, tolerance):
+def test_input_moments_count_every_read_token_once_and_no_padding(learner, encoded, tolerance):
     model, generator = learner.base.model, np.random.default_rng(0)
     Tuning(model, make("slao"), empty_state(learner.layers, LORA.rank))
     directions = {n: generator.normal(size=(3, inner)).astype(np.float32) for n, (_, inner) in learner.layers.items()}
-    found = input_grams(model, learner.engine, encoded, directions)
+    found = input_moments(model, learner.engine, encoded, directions)
     assert set(found) == set(learner.layers)
     # The first block's input, by hand: embeddings through the first norm.
     block = model.layers[0]
     layer = next(name for name in directions if name.endswith("layers.0.self_attn.q_proj"))
-    total, count = np.zeros((3, 3)), 0
+    total, count = 0, 0
     for row in encoded:
         read = row.tokens[: np.flatnonzero(row.supervised)[-1]]
         x = np.array(block.input_layernorm(model.model.embed_tokens(mx.array(read)))).astype(np.float64)
-        seen = x @ directions[layer].T.astype(np.float64)
-        total, count = total + seen.T @ seen, count + len(read)
+        total, count = total + (x @ directions[layer].T.astype(np.float64)).T @ x, count + len(read)
     np.testing.assert_allclose(found[layer], total / count, **tolerance("gradients"))
     assert all(type(module).__name__ == "LoRALinear" for module in (block.self_attn.q_proj, block.self_attn.v_proj))
 

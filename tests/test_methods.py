@@ -56,6 +56,7 @@ def test_hooks_say_what_a_method_needs_of_training():
     assert methods.hooks(make("ewc")) == ["penalty", "after_task"]
     assert methods.hooks(make("lorac")) == ["rates", "effective", "penalty", "after_task"]
     assert methods.hooks(make("products", {"metric": "inputs"})) == ["measure"]
+    assert methods.hooks(make("anchored")) == ["penalty", "measure"]
     assert methods.hooks(make("replay")) == ["after_task", "extra_rows"]
 
 
@@ -117,7 +118,7 @@ def test_what_a_method_keeps_grows_with_the_tasks_only_where_it_says_so(name):
         }
         more = {}
         if hasattr(method, "measure"):
-            more["inputs"] = {layer: p @ p.T for layer, p in method.measure(state, tuned).items()}
+            more["inputs"] = method.measure(state, tuned)  # of inputs alike in every direction
         state = method.finish(state, tuned, **more)
         if getattr(method, "needs", None) == "gradients":
             state = method.after_task(state, {n: type(f)(*(x * x for x in f)) for n, f in tuned.items()})

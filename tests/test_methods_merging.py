@@ -139,9 +139,10 @@ def test_products_by_inputs_ask_for_directions_and_merge_with_the_grams():
     state, shapes, expected = empty_state(LAYERS, RANK), [], {}
     for t, (x, tuned) in enumerate(zip(inputs, map(drawn, range(3)), strict=True), start=1):
         directions = method.measure(state, tuned)
+        seen = {name: (x @ p.T).T @ x / len(x) for name, p in directions.items()}
         grams = {name: (x @ p.T).T @ (x @ p.T) / len(x) for name, p in directions.items()}
         shapes.append({p.shape for p in directions.values()})
-        state = method.finish(state, tuned, inputs={name: gram.astype(np.float32) for name, gram in grams.items()})
+        state = method.finish(state, tuned, inputs={name: each.astype(np.float32) for name, each in seen.items()})
         for name, pair in tuned.items():
             pair = tuple(factor.astype(np.float64) for factor in pair)
             old = expected.get(name)
@@ -153,7 +154,7 @@ def test_products_by_inputs_ask_for_directions_and_merge_with_the_grams():
         np.testing.assert_allclose(
             np.linalg.eigvalsh(state.kept["inputs_gram"][name]), np.linalg.eigvalsh(gram), rtol=1e-3
         )
-    with pytest.raises(ValueError, match="needs the Gram matrices that `measure` asks for"):
+    with pytest.raises(ValueError, match="needs the inputs that `measure` asks for"):
         method.finish(state, drawn(3))
 
 

@@ -38,7 +38,8 @@ def run(method, tasks, layers=LAYERS, rank=RANK, seed=0):
         start = method.start(state)
         tuned = {name: noise(100 + t, fields, 0.3) for name, fields in start.items()}
         chain.append(tuned)
-        state = method.finish(state, tuned)
+        more = {"inputs": method.measure(state, tuned)} if hasattr(method, "measure") else {}  # alike in all directions
+        state = method.finish(state, tuned, **more)
         if getattr(method, "needs", None) == "gradients":
             state = method.after_task(state, squares(tuned))
     return state, chain
@@ -71,7 +72,7 @@ def test_l2_by_hand():
     assert float(method.penalty(one(5, 2), state)) == pytest.approx(2 * (9 + 1))
 
 
-@pytest.mark.parametrize("name", ["ewc", "l2", "nmt-lora"])
+@pytest.mark.parametrize("name", ["ewc", "l2", "nmt-lora", "anchored"])
 def test_methods_with_a_penalty_go_on_from_their_own_pair_and_deploy_it(name):
     method = make(name)
     state, chain = run(method, 2)
@@ -80,13 +81,13 @@ def test_methods_with_a_penalty_go_on_from_their_own_pair_and_deploy_it(name):
         assert np.array_equal(method.start(state)[layer].a, tuned.a)
 
 
-@pytest.mark.parametrize("name", ["ewc", "l2", "nmt-lora", "o-lora", "c-lora"])
+@pytest.mark.parametrize("name", ["ewc", "l2", "nmt-lora", "o-lora", "c-lora", "anchored"])
 def test_there_is_nothing_to_hold_back_in_the_first_task(name):
     method, state = make(name), empty_state(LAYERS, RANK)
     assert method.penalty(method.start(state), state) is None
 
 
-PENALTIES = ["ewc", "l2", "nmt-lora", "o-lora", "c-lora", "lorac"]
+PENALTIES = ["ewc", "l2", "nmt-lora", "o-lora", "c-lora", "lorac", "anchored"]
 
 
 @pytest.mark.parametrize("name", PENALTIES)
@@ -154,6 +155,64 @@ def test_a_penalty_has_finite_gradients_at_the_start_of_a_task(name):
     fields = {n: [mx.array(x) for x in f] for n, f in start.items()}
     gradients = mx.grad(lambda f: method.penalty({n: kinds[n](*x) for n, x in f.items()}, there))(fields)
     assert all(bool(mx.isfinite(g).all()) for part in gradients.values() for g in part)
+
+
+# --- anchored --------------------------------------------------------------------------------------------------------
+
+
+def with_inputs(method, chain, inputs, layers):
+    """The state after tasks that were tuned to `chain`, each having shown the layers its inputs, (n, in)."""
+    state = empty_state(layers, RANK)
+    for tuned, x in zip(chain, inputs, strict=True):
+        asked = method.measure(state, tuned)
+        moments = {name: ((x @ p.T.astype(np.float64)).T @ x / len(x)).astype(np.float32) for name, p in asked.items()}
+        state = method.finish(state, tuned, inputs=moments)
+    return state
+
+
+@pytest.mark.parametrize("inner", [24, 500])  # all of the input's directions measured, and few of them
+def test_anchored_pays_for_what_the_update_does_otherwise_to_old_inputs(inner):
+    layers, generator, method = {"q": (30, inner), "v": (12, inner)}, np.random.default_rng(3), make("anchored")
+    spread = generator.normal(size=(1, inner)), generator.normal(size=(1, inner))
+    inputs = [generator.normal(size=(50, 1)) @ each for each in spread]  # two directions: fewer than are kept
+    state = with_inputs(method, [drawn(t, layers) for t in range(2)], inputs, layers)
+    new, expected = drawn(9, layers), []
+    for name in layers:
+        changed, old = update(new[name]) - update(state.deployed[name]), update(state.deployed[name])
+        sizes = [np.mean([np.sum(np.square(x @ w.T)) / len(x) for x in inputs]) for w in (changed, old)]
+        expected.append(sizes[0] / sizes[1])
+    assert float(method.penalty(new, state)) == pytest.approx(10 * np.mean(expected), rel=1e-3)
+    # What is nothing to old inputs costs nothing.
+    seen = np.linalg.qr(np.concatenate(spread).T)[0].T
+    free = {n: Pair(p.a + a - a @ seen.T @ seen, p.b) for (n, p), (a, _) in zip(state.deployed.items(), new.values())}
+    assert float(method.penalty(free, state)) < 1e-4 * float(method.penalty(new, state))
+
+
+def test_anchored_keeps_two_pairs_at_most_and_the_largest_directions():
+    layers, method = {"q": (10, 10), "v": (4, 10), "up": (30, 10)}, make("anchored")
+    generator = np.random.default_rng(1)
+    inputs = [generator.normal(size=(90, 10)) * np.arange(10, 0, -1) ** 2 for _ in range(3)]
+    state = with_inputs(method, [drawn(t, layers) for t in range(3)], inputs, layers)
+    assert state.kept_bytes() <= 2 * 4 * sum(RANK * (out + inner) for out, inner in layers.values())
+    gram = np.mean([x.T @ x / len(x) for x in inputs], axis=0)
+    for name, count in {"q": 6, "v": 4, "up": 10}.items():
+        kept = state.kept["sketch"][name].astype(np.float64)
+        assert kept.shape == (count, 10)
+        values, vectors = np.linalg.eigh(gram)
+        nearest = (vectors[:, -count:] * values[-count:]) @ vectors[:, -count:].T
+        assert np.linalg.norm(kept.T @ kept - gram) < 1.02 * np.linalg.norm(nearest - gram) + 1e-3
+
+
+def test_anchored_takes_a_layer_that_did_nothing_to_old_inputs_as_it_is():
+    layers, method = {"q": (8, 9), "v": (7, 9)}, make("anchored", {"strength": 2})
+    tuned = drawn(0, layers)
+    tuned["v"] = Pair(tuned["v"].a, 0 * tuned["v"].b)
+    state = with_inputs(method, [tuned], [np.eye(9)], layers)
+    moved = tuned | {"v": Pair(np.eye(3, 9, dtype=np.float32), np.full((7, 3), 0.5, np.float32))}
+    sketch = state.kept["sketch"]["v"].astype(np.float64)
+    assert float(method.penalty(moved, state)) == pytest.approx(
+        np.square(update(moved["v"]) @ sketch.T).sum(), rel=1e-4
+    )
 
 
 # --- LoRA for translation --------------------------------------------------------------------------------------------
@@ -442,6 +501,7 @@ def test_c_lora_penalizes_new_routing_that_overlaps_the_old_by_hand():
         ("joint", {"start": "merged"}, "joint: start: expected one of first, tuned, got 'merged'"),
         ("inclora", {"first_a": 1}, "inclora: first_a: expected one of uniform, orthonormal, got 1"),
         ("o-lora", {"orthogonal": "much"}, "o-lora: orthogonal: expected a number of at least 0, got 'much'"),
+        ("anchored", {"strength": -1}, "anchored: strength: expected a number of at least 0, got -1"),
         ("lorac", {"freeze": 1.5}, r"lorac: freeze: expected a number in \[0, 1\], got 1.5"),
         ("c-lora", {"rate_shared": -1}, "c-lora: rate_shared: expected a number of at least 0, got -1"),
     ],
@@ -452,7 +512,5 @@ def test_methods_that_train_along_refuse_options_outside_their_choices(name, opt
 
 
 def test_these_methods_can_be_had():
-    wanted = (
-        "slao sequential products frozen-a running-mean magmax task-arithmetic ties dare opcm ewc l2 replay inclora"
-    )
-    assert set(names()) == {*wanted.split(), "o-lora", "joint", "lorac", "c-lora", "nmt-lora"}
+    wanted = "slao sequential products frozen-a running-mean magmax task-arithmetic ties dare opcm ewc l2 replay"
+    assert set(names()) == {*wanted.split(), "anchored", "inclora", "o-lora", "joint", "lorac", "c-lora", "nmt-lora"}

@@ -173,8 +173,9 @@ class Products:
             kept = {"tuned_a": {n: p.a for n, p in tuned.items()}, "tuned_b": {n: p.b for n, p in tuned.items()}}
         if self.options["metric"] == "inputs":
             if inputs is None:
-                raise ValueError("products: metric 'inputs' needs the Gram matrices that `measure` asks for")
-            kept["inputs_gram"] = dict(inputs)
+                raise ValueError("products: metric 'inputs' needs the inputs that `measure` asks for")
+            directions = self._measure(state, tuned)
+            kept["inputs_gram"] = {name: inputs[name] @ p.T for name, p in directions.items()}
         if t == 1:
             return replace(state, t=t, deployed={n: pad_rank(p, rank) for n, p in tuned.items()}, kept=kept)
         weight = t ** -float(self.options["exponent"])
@@ -188,8 +189,8 @@ class Products:
         def merge(name: str) -> Pair:
             if inputs is None or self.options["metric"] == "weights":
                 return Pair(*in_double(by_weights, *state.deployed[name], *tuned[name]))
-            old_gram = state.kept["inputs_gram"][name]
-            *merged, gram = in_double(by_inputs, *state.deployed[name], *tuned[name], old_gram, inputs[name])
+            grams = state.kept["inputs_gram"][name], kept["inputs_gram"][name]
+            *merged, gram = in_double(by_inputs, *state.deployed[name], *tuned[name], *grams)
             kept["inputs_gram"][name] = gram
             return Pair(*merged)
 

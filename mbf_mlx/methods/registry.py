@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mbf_mlx.errors import InputError
+from mbf_mlx.methods.anchored import Anchored
 from mbf_mlx.methods.base import Method
 from mbf_mlx.methods.c_lora import CLora
 from mbf_mlx.methods.dare import Dare
@@ -45,6 +46,7 @@ _METHODS: dict[str, Callable[..., Method]] = {
     "slao": Slao,
     "sequential": Sequential,
     "products": Products,
+    "anchored": Anchored,
     "frozen-a": FrozenA,
     "running-mean": RunningMean,
     "task-arithmetic": TaskArithmetic,

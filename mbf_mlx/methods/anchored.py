@@ -1,0 +1,111 @@
+"""Anchored: what the update does to old tasks' inputs is held in place while the next task trains.
+
+A layer with the update M = B A adds M x to what it makes of an input x. Training changes M by D, and old tasks see of
+that only D x on their own inputs: on average |D x|^2 = tr(D G D^T), G being the mean of x x^T over their tokens. So a
+step's loss is
+
+    loss + strength * mean over layers of tr(D G D^T) / tr(M G M^T)
+
+with M and G as they were after the last task: the penalty is the strength where old outputs of the update have changed
+as much as they are large. In directions that old inputs do not have, the new task learns freely. Nothing is merged:
+what was tuned is deployed.
+
+G stays small. Grams of tasks add up, so the mean over t tasks is (1 - 1/t) G + 1/t of the new one's; of it the
+largest directions are kept, S (k, in) with S^T S near G (`reference.sketch_gram`, `reference.merge_sketches`), as many
+as a second pair would have numbers: k = rank (in + out) / in.
+
+Keeps: one pair and S, together no more than two pairs. Constant in the number of tasks.
+
+Source: ours. Others bar these directions altogether and keep more of them with every task: GPM, Saha et al. 2021,
+arXiv:2103.09762; InfLoRA, Liang and Li 2024, arXiv:2404.00228. EWC (`ewc`) weights single factors instead.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mbf_mlx.methods.base import (
+    FIRST_A,
+    Factors,
+    Pair,
+    State,
+    check_choices,
+    check_number,
+    each_layer,
+    first_factors,
+    in_double,
+)
+from mbf_mlx.reference import Array, merge_sketches, sketch_gram
+
+OVERSAMPLING = 4  # random directions in which a task's inputs are measured, for each that is kept
+
+
+class Anchored:
+    """Sequential LoRA that pays for changing what its update does to old inputs.
+
+    Args:
+        strength: Of the penalty, in units of the loss (nats).
+        first_a: A of the first task: "orthonormal", or "uniform" as in LoRA.
+
+    Raises:
+        InputError: an argument outside its choices.
+    """
+
+    name = "anchored"
+    grows = False
+
+    def __init__(self, strength: float = 10.0, first_a: str = "orthonormal") -> None:
+        self.options: dict[str, Any] = {"strength": strength, "first_a": first_a}
+        check_choices(self.name, self.options, {"first_a": FIRST_A})
+        check_number(self.name, "strength", strength, 0)
+
+    def start(self, state: State) -> Factors:
+        """Return the last tuned pair, or a random A and a zero B for the first task."""
+        return dict(state.deployed) if state.t else first_factors(state, self.options["first_a"])
+
+    def penalty(self, tuned: Factors, state: State) -> Array | None:
+        """Return the penalty, None in the first task."""
+        if state.t == 0:
+            return None
+        total: Any = 0.0
+        for name, (a, b) in tuned.items():
+            inputs, pair = state.kept["sketch"][name].T, state.deployed[name]
+            old = pair.b @ (pair.a @ inputs)
+            moved, size = b @ (a @ inputs) - old, (old * old).sum()
+            total = total + (moved * moved).sum() / (size + (size == 0))  # a layer that did nothing to them: absolute
+        return self.options["strength"] / len(tuned) * total
+
+    def measure(self, state: State, tuned: Factors) -> dict[str, Array]:
+        """Return random directions of each layer's input, (OVERSAMPLING k, in) or all."""
+        generator, directions = np.random.default_rng([state.seed, state.t]), {}
+        for name in sorted(tuned):
+            inner = state.layers[name][1]
+            count = OVERSAMPLING * _kept(state, name)
+            drawn = np.eye(inner) if count >= inner else generator.normal(size=(count, inner)) / np.sqrt(inner)
+            directions[name] = drawn.astype(np.float32)
+        return directions
+
+    def finish(self, state: State, tuned: Factors, inputs: dict[str, Array] | None = None) -> State:
+        """Deploy what was tuned; `inputs` are the task's, as `measure` asks for them."""
+        if inputs is None:
+            raise ValueError("anchored: `finish` needs the inputs that `measure` asks for")
+        t, directions = state.t + 1, self.measure(state, tuned)
+
+        def sketched(name: str) -> Array:
+            old = [state.kept["sketch"][name]] if state.t else []
+            count = _kept(state, name)
+
+            def both(moments: Array, asked: Array, *old: Array) -> Array:
+                return merge_sketches([*old, sketch_gram(moments, asked)], [1 - 1 / t, 1 / t][-len(old) - 1 :], count)
+
+            return in_double(both, inputs[name], directions[name], *old)
+
+        deployed = {name: Pair(*pair) for name, pair in tuned.items()}
+        return replace(state, t=t, deployed=deployed, kept={"sketch": each_layer(sketched, tuned)})
+
+
+def _kept(state: State, name: str) -> int:
+    """Return how many directions of a layer's inputs are kept: as many as a pair has numbers, or all."""
+    out, inner = state.layers[name]
+    return min(inner, state.rank * (inner + out) // inner)
