@@ -46,6 +46,7 @@ class MethodEntry(_Part):
     label: str = ""  # what the table calls it; by default the method and its options
     options: dict[str, Any] = Field(default_factory=dict)
     orders: list[str] | None = None  # those it is run on, of the file's; all by default
+    settings: list[str] | None = None
     seeds: list[int] | None = None
 
 
@@ -119,7 +120,8 @@ def read_plan(path: Path, tasks: Path | None = None) -> Plan:
     file, suite = _read(path)
     orders: dict[str, tuple[str, ...]] = {**suite.orders, **{n: tuple(o) for n, o in file.orders.items()}}
     wanted = {name for entry in file.methods for name in entry.orders or orders}
-    problems = _order_problems(file, orders)
+    settings = file.settings or {"": Variant()}
+    problems = _order_problems(file, orders) + _setting_problems(file)
     cells: list[Cell] = []
     for number, entry in enumerate(file.methods):
         try:
@@ -127,7 +129,9 @@ def read_plan(path: Path, tasks: Path | None = None) -> Plan:
         except InputError as error:
             problems.append(f"methods[{number}]: {error}")
             continue
-        for setting, variant in (file.settings or {"": Variant()}).items():
+        for setting, variant in settings.items():
+            if setting not in (entry.settings or settings):
+                continue
             try:
                 lora = _settings(LoRAConfig, "lora", {}, file.lora, variant.lora)
                 train = _settings(TrainConfig, "train", suite.train, file.train, variant.train)
@@ -214,6 +218,16 @@ def _order_problems(file: ExperimentFile, orders: dict[str, tuple[str, ...]]) ->
         for name in entry.orders or ():
             if name not in orders:
                 problems.append(f"methods[{number}].orders: no order called {name}{_near(name, orders)}")
+    return problems
+
+
+def _setting_problems(file: ExperimentFile) -> list[str]:
+    problems = []
+    for number, entry in enumerate(file.methods):
+        for name in entry.settings or ():
+            if name not in file.settings:
+                known = _near(name, file.settings) if file.settings else "; the file has no settings"
+                problems.append(f"methods[{number}].settings: no setting called {name}{known}")
     return problems
 
 

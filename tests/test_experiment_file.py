@@ -54,6 +54,11 @@ def test_cells_are_methods_times_orders_times_seeds_times_settings(write):
     assert plan.name == "first" and set(plan.tasks) == {"a", "b"}
 
 
+def test_a_method_may_be_run_with_some_of_the_settings_alone(write):
+    plan = read_plan(write(BASE + METHODS + 'settings = ["high"]\n[settings.low]\n[settings.high]\n'))
+    assert {(c.method, c.setting) for c in plan.cells} == {("slao", "low"), ("slao", "high"), ("products", "high")}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -71,6 +76,14 @@ def test_cells_are_methods_times_orders_times_seeds_times_settings(write):
         (BASE + "c = ['a', 'nope']\n" + METHODS, "tasks/nope: No such file"),
         (BASE + "c = ['a', 'a']\n" + METHODS, "orders.c: a stands in it twice"),
         (BASE + METHODS.replace('"ab"', '"abc"'), "methods[1].orders: no order called abc; did you mean ab?"),
+        (
+            BASE + METHODS + 'settings = ["hi"]\n[settings.high]\n',
+            "methods[1].settings: no setting called hi; did you mean high",
+        ),
+        (
+            BASE + METHODS + 'settings = ["x"]\n',
+            "methods[1].settings: no setting called x; the file has no settings",
+        ),
         (BASE + METHODS + METHODS, "methods: two of them, or two equal seeds, are called 'slao'"),
         ("preset = 'standart'\n" + BASE + METHODS, "preset: expected one of standard, long, superni, got 'standart'"),
         ("score_on = 'valid'\n" + BASE + METHODS, "score_on is 'valid', and this task has no valid rows"),

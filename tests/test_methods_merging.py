@@ -125,13 +125,6 @@ def test_products_slow_a_down_after_the_first_task_alone():
     assert method.rates(after(method, drawn(1))) == {"a": 0.25, "b": 1.0}
 
 
-def test_products_learn_later_tasks_more_slowly():
-    method = make("products", {"decay": 0.5, "rate_a": 0.5})
-    assert method.rates(empty_state(LAYERS, RANK)) == {"a": 1.0, "b": 1.0}
-    assert method.rates(after(method, drawn(1), drawn(2), drawn(3))) == {"a": 0.25, "b": 0.5}
-    assert not hasattr(make("products"), "rates")
-
-
 def test_products_by_inputs_ask_for_directions_and_merge_with_the_grams():
     method = make("products", {"metric": "inputs"})
     generator = np.random.default_rng(9)
@@ -177,7 +170,6 @@ def test_products_measure_nothing_where_the_metric_is_that_of_weights():
         ({"metric": "inputs", "rank": 5}, "leave out rank"),
         ({"ridge": -1}, "products: ridge: expected a number of at least 0, got -1"),
         ({"rate_a": 2}, r"products: rate_a: expected a number in \[0, 1\], got 2"),
-        ({"decay": -1}, r"products: decay: expected a number in \[0, 2\], got -1"),
     ],
 )
 def test_products_refuse_what_has_no_meaning(options, message):

@@ -8,8 +8,7 @@ Options are what can be had at the same memory:
 - in which basis: see `basis`;
 - `metric` "inputs": what is near is judged by the layer's outputs on the tasks' own inputs instead of by weights, with
   a Gram matrix of rank x rank numbers a layer kept for the old ones (`reference.merge_by_inputs`);
-- `rate_a`: how fast A learns after the first task, compared with B: the less A moves, the less the cut takes away;
-- `decay`: how fast tasks learn after the first, which has nothing to forget: task t at t ** -decay of the rate.
+- `rate_a`: how fast A learns after the first task, compared with B: the less A moves, the less the cut takes away.
 
 Keeps: two pairs (merged and tuned), or one where tasks start from the merged one; with "inputs" rank^2 numbers a layer
 more. Constant in the number of tasks.
@@ -63,7 +62,6 @@ class Products:
         metric: "weights" or "inputs".
         ridge: How far "inputs" is held back towards "weights": `reference.merge_by_inputs`.
         rate_a: A's learning rate as a share of B's, after the first task, in [0, 1].
-        decay: The learning rate of task t is t ** -decay of the given one, decay in [0, 2].
         first_a: A of the first task: "orthonormal", or "uniform" as in LoRA.
 
     Raises:
@@ -82,7 +80,6 @@ class Products:
         metric: str = "weights",
         ridge: float = 0.1,
         rate_a: float = 1.0,
-        decay: float = 0.0,
         first_a: str = "orthonormal",
     ) -> None:
         self.options: dict[str, Any] = {
@@ -93,7 +90,6 @@ class Products:
             "metric": metric,
             "ridge": ridge,
             "rate_a": rate_a,
-            "decay": decay,
             "first_a": first_a,
         }
         check_choices(self.name, self.options, CHOICES)
@@ -102,7 +98,6 @@ class Products:
             raise InputError(f"products: rank: expected a whole number of at least 1, got {rank!r}")
         check_number(self.name, "ridge", ridge, 0)
         check_number(self.name, "rate_a", rate_a, 0, 1)
-        check_number(self.name, "decay", decay, 0, 2)
         if start not in ("tuned", "merged"):
             check_number(self.name, "start ('tuned', 'merged' or the tuned pair's share)", start, 0, 1)
         self._share = float({"tuned": 1, "merged": 0}.get(str(start), start))
@@ -117,13 +112,12 @@ class Products:
                     "products: metric 'inputs' knows the inputs in the stream's rank alone; leave out rank"
                 )
             self.measure = self._measure  # hooks that learn.py and train.py look for by name
-        if rate_a < 1 or decay > 0:
+        if rate_a < 1:
             self.rates = self._rates
 
     def _rates(self, state: State) -> dict[str, float]:
         """Return the learning rates of A and B as shares of the task's own."""
-        share = (state.t + 1) ** -float(self.options["decay"])
-        return {"a": share * self.options["rate_a"] if state.t else 1.0, "b": share}
+        return {"a": self.options["rate_a"] if state.t else 1.0, "b": 1.0}
 
     def start(self, state: State) -> Factors:
         """Return the factors that task state.t + 1 starts from."""
