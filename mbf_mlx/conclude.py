@@ -22,7 +22,7 @@ from mbf_mlx.model import lora_layers
 from mbf_mlx.tuning import Tuning
 
 BATCH_ROWS = 8  # of a pass that only looks
-MEASURED_ROWS = 512  # that a method's `measure` is shown of a task at most, evenly drawn: means hardly gain by more
+MEASURED_ROWS = 128  # that a method's `measure` is shown of a task at most, evenly drawn: means of thousands of tokens
 KEPT = Path("(a row that the stream keeps)")
 
 Advance = Callable[[int, int], None]  # rows done, of so many

@@ -73,7 +73,7 @@ class Method(Protocol):
       it may train other named tuples than `Pair`, and none at all in some layers.
     - `penalty(tuned, state)`: a scalar that is added to the loss of every step, or None where there is none.
     - `measure(state, tuned) -> dict[str, Array]`: a matrix P (k, in) for each layer; `finish` is then called with
-      `inputs=`, for each layer the mean of (P x) x^T over the tokens x that reach the layer in the task's rows (512 of
+      `inputs=`, for each layer the mean of (P x) x^T over the tokens x that reach the layer in the task's rows (128 of
       them at most), (k, in), the model applying what was tuned.
     - `needs` and `after_task(state, what) -> State`, called after `finish`: for `needs` "gradients", `what` has, for
       each array that trained, the mean over the task's rows of the squared gradient of the row's loss (its mean
