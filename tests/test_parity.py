@@ -59,6 +59,11 @@ def numbers():
     return found | {"old": gram(np, basis[0]), "new": gram(np, basis[1])}
 
 
+def square(sketch):
+    """What a sketch stands for: its rows' signs are open."""
+    return sketch.T @ sketch
+
+
 # name -> (does it factorize, what it makes of a, c (rank, in), b, d (out, rank) and old, new (2 rank, 2 rank))
 CASES = {
     "orthogonal_init": (True, lambda x: reference.orthogonal_init(x["a"])),
@@ -77,6 +82,8 @@ CASES = {
             reference.merge_by_inputs((x["a"], x["b"]), (x["c"], x["d"]), 0.5, RANK, x["old"], x["new"])[:2]
         ),
     ),
+    "sketch_gram": (True, lambda x: square(reference.sketch_gram(x["a"] @ x["c"].T @ x["c"], x["a"]))),
+    "merge_sketches": (True, lambda x: square(reference.merge_sketches([x["a"], x["c"]], [0.25, 0.75], RANK))),
     "delta": (False, lambda x: reference.delta(x["a"], x["b"], 2.0)),
     "update_norm": (False, lambda x: reference.update_norm(x["a"], x["b"])),
 }

@@ -432,6 +432,42 @@ def test_the_old_gram_of_the_next_merge_is_that_of_the_mixed_inputs(xp):
     np.testing.assert_allclose(to_numpy(gram), z.T @ z / len(new), atol=1e-3 * np.abs(to_numpy(gram)).max())
 
 
+# --- Grams kept in few numbers ---------------------------------------------------------------------------------------
+
+
+def test_a_gram_of_few_directions_is_seen_whole_in_a_few_more(xp):
+    generator = np.random.default_rng(12)
+    inputs, directions = generator.normal(size=(50, 3)) @ generator.normal(size=(3, 40)), generator.normal(size=(6, 40))
+    gram = inputs.T @ inputs / 50
+    sketch = to_numpy(reference.sketch_gram(single(xp, directions @ gram), single(xp, directions)))
+    assert sketch.shape == (6, 40)
+    np.testing.assert_allclose(sketch.T @ sketch, gram, atol=2e-3 * np.abs(gram).max())
+
+
+def test_a_gram_of_many_directions_is_seen_in_its_large_ones():
+    generator = np.random.default_rng(13)
+    inputs = generator.normal(size=(500, 40)) * 0.7 ** np.arange(40)
+    gram, directions = inputs.T @ inputs / 500, generator.normal(size=(20, 40))
+    sketch = reference.sketch_gram(directions @ gram, directions)
+    assert np.linalg.norm(sketch.T @ sketch - gram) < 0.01 * np.linalg.norm(gram)
+    assert np.linalg.eigvalsh(gram - sketch.T @ sketch).min() > -1e-9  # Nystroem never sees more than there is
+
+
+def test_merged_sketches_are_the_largest_directions_of_the_mean(xp):
+    generator = np.random.default_rng(14)
+    sketches = [generator.normal(size=(rows, 9)) for rows in (4, 3)]
+    merged = to_numpy(reference.merge_sketches([single(xp, s) for s in sketches], [0.75, 0.25], 5))
+    values, vectors = np.linalg.eigh(0.75 * sketches[0].T @ sketches[0] + 0.25 * sketches[1].T @ sketches[1])
+    expected = (vectors[:, -5:] * values[-5:]) @ vectors[:, -5:].T
+    np.testing.assert_allclose(merged.T @ merged, expected, atol=1e-4)
+    np.testing.assert_allclose(merged @ merged.T, np.diag(values[-5:]), atol=1e-4)
+
+
+def test_merged_sketches_cannot_have_more_rows_than_they_are_made_of():
+    with pytest.raises(ValueError, match="merge_sketches: expected at least 4 rows in all, got 3"):
+        reference.merge_sketches([np.ones((2, 5)), np.ones((1, 5))], [0.5, 0.5], 4)
+
+
 # --- sums of products, and cuts ---------------------------------------------------------------------------------------
 
 
@@ -501,4 +537,5 @@ def test_results_stay_in_the_namespace_they_came_from(xp):
     a, b = single(xp, np.eye(2, 3)), single(xp, np.ones((4, 2)))
     results = [reference.orthogonal_init(a), reference.merge(a, a, 0.5), reference.delta(a, b, 1.0)]
     results += reference.merge_products(a, b, a, b, 0.5, 2)
+    results += [reference.sketch_gram(a, a), reference.merge_sketches([a], [1.0], 1)]
     assert all(type(result) is type(a) for result in results)
