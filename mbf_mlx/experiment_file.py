@@ -120,8 +120,18 @@ def read_plan(path: Path, tasks: Path | None = None) -> Plan:
     file, suite = _read(path)
     orders: dict[str, tuple[str, ...]] = {**suite.orders, **{n: tuple(o) for n, o in file.orders.items()}}
     wanted = {name for entry in file.methods for name in entry.orders or orders}
-    settings = file.settings or {"": Variant()}
-    problems = _order_problems(file, orders) + _setting_problems(file)
+    problems = _name_problems(file, orders)
+    settings: dict[str, tuple[LoRAConfig, TrainConfig, DataConfig]] = {}
+    for setting, variant in (file.settings or {"": Variant()}).items():
+        try:
+            settings[setting] = (
+                _settings(LoRAConfig, "lora", {}, file.lora, variant.lora),
+                _settings(TrainConfig, "train", suite.train, file.train, variant.train),
+                _settings(DataConfig, "data", suite.data, file.data, variant.data),
+            )
+        except InputError as error:
+            if str(error) not in problems:
+                problems.append(str(error))
     cells: list[Cell] = []
     for number, entry in enumerate(file.methods):
         try:
@@ -129,16 +139,8 @@ def read_plan(path: Path, tasks: Path | None = None) -> Plan:
         except InputError as error:
             problems.append(f"methods[{number}]: {error}")
             continue
-        for setting, variant in settings.items():
+        for setting, (lora, train, data) in settings.items():
             if setting not in (entry.settings or settings):
-                continue
-            try:
-                lora = _settings(LoRAConfig, "lora", {}, file.lora, variant.lora)
-                train = _settings(TrainConfig, "train", suite.train, file.train, variant.train)
-                data = _settings(DataConfig, "data", suite.data, file.data, variant.data)
-            except InputError as error:
-                if str(error) not in problems:
-                    problems.append(str(error))
                 continue
             cells += [
                 Cell(
@@ -207,7 +209,7 @@ def _settings(kind: type[Settings], part: str, *layers: dict[str, Any]) -> Setti
     return kind(**values)
 
 
-def _order_problems(file: ExperimentFile, orders: dict[str, tuple[str, ...]]) -> list[str]:
+def _name_problems(file: ExperimentFile, orders: dict[str, tuple[str, ...]]) -> list[str]:
     problems = [] if orders else ["orders: expected at least one order of tasks, or a preset that has them"]
     for name, tasks in orders.items():
         if not tasks:
@@ -215,19 +217,11 @@ def _order_problems(file: ExperimentFile, orders: dict[str, tuple[str, ...]]) ->
         twice = sorted({task for task in tasks if tasks.count(task) > 1})
         problems += [f"orders.{name}: {task} stands in it twice" for task in twice]
     for number, entry in enumerate(file.methods):
-        for name in entry.orders or ():
-            if name not in orders:
-                problems.append(f"methods[{number}].orders: no order called {name}{_near(name, orders)}")
-    return problems
-
-
-def _setting_problems(file: ExperimentFile) -> list[str]:
-    problems = []
-    for number, entry in enumerate(file.methods):
-        for name in entry.settings or ():
-            if name not in file.settings:
-                known = _near(name, file.settings) if file.settings else "; the file has no settings"
-                problems.append(f"methods[{number}].settings: no setting called {name}{known}")
+        for what, names, known in (("order", entry.orders, orders), ("setting", entry.settings, file.settings)):
+            for name in names or ():
+                if name not in known:
+                    hint = _near(name, known) if known else f"; the file has no {what}s"
+                    problems.append(f"methods[{number}].{what}s: no {what} called {name}{hint}")
     return problems
 
 

@@ -21,27 +21,19 @@ arXiv:2103.09762; InfLoRA, Liang and Li 2024, arXiv:2404.00228. EWC (`ewc`) weig
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from mbf_mlx.methods.base import (
-    FIRST_A,
-    Factors,
-    Pair,
-    State,
-    check_choices,
-    check_number,
-    each_layer,
-    first_factors,
-    in_double,
-)
+from mbf_mlx.methods.base import Factors, State, check_number, each_layer, in_double
+from mbf_mlx.methods.sequential import Sequential
 from mbf_mlx.reference import Array, merge_sketches, sketch_gram
 
 OVERSAMPLING = 4  # random directions in which a task's inputs are measured, for each that is kept
 
 
-class Anchored:
+class Anchored(Sequential):
     """Sequential LoRA that pays for changing what its update does to old inputs.
 
     Args:
@@ -53,16 +45,11 @@ class Anchored:
     """
 
     name = "anchored"
-    grows = False
 
     def __init__(self, strength: float = 10.0, first_a: str = "orthonormal") -> None:
-        self.options: dict[str, Any] = {"strength": strength, "first_a": first_a}
-        check_choices(self.name, self.options, {"first_a": FIRST_A})
+        super().__init__(first_a)
+        self.options = {"strength": strength} | self.options
         check_number(self.name, "strength", strength, 0)
-
-    def start(self, state: State) -> Factors:
-        """Return the last tuned pair, or a random A and a zero B for the first task."""
-        return dict(state.deployed) if state.t else first_factors(state, self.options["first_a"])
 
     def penalty(self, tuned: Factors, state: State) -> Array | None:
         """Return the penalty, None in the first task."""
@@ -92,17 +79,15 @@ class Anchored:
             raise ValueError("anchored: `finish` needs the inputs that `measure` asks for")
         t, directions = state.t + 1, self.measure(state, tuned)
 
+        def mixed(count: int, moments: Array, asked: Array, *old: Array) -> Array:
+            new = sketch_gram(moments, asked)
+            return merge_sketches([*old, new], [1 - 1 / t, 1 / t] if old else [1.0], count)
+
         def sketched(name: str) -> Array:
             old = [state.kept["sketch"][name]] if state.t else []
-            count = _kept(state, name)
+            return in_double(partial(mixed, _kept(state, name)), inputs[name], directions[name], *old)
 
-            def both(moments: Array, asked: Array, *old: Array) -> Array:
-                return merge_sketches([*old, sketch_gram(moments, asked)], [1 - 1 / t, 1 / t][-len(old) - 1 :], count)
-
-            return in_double(both, inputs[name], directions[name], *old)
-
-        deployed = {name: Pair(*pair) for name, pair in tuned.items()}
-        return replace(state, t=t, deployed=deployed, kept={"sketch": each_layer(sketched, tuned)})
+        return replace(super().finish(state, tuned), kept={"sketch": each_layer(sketched, tuned)})
 
 
 def _kept(state: State, name: str) -> int:

@@ -13,11 +13,12 @@ with the rows' own labels (the empirical Fisher), as most published code does.
 from dataclasses import replace
 from typing import Any
 
-from mbf_mlx.methods.base import FIRST_A, Factors, Pair, State, check_choices, check_number, first_factors
+from mbf_mlx.methods.base import Factors, Pair, State, check_number
+from mbf_mlx.methods.sequential import Sequential
 from mbf_mlx.reference import Array
 
 
-class Ewc:
+class Ewc(Sequential):
     """Online EWC.
 
     Args:
@@ -30,28 +31,19 @@ class Ewc:
     """
 
     name = "ewc"
-    grows = False
     needs = "gradients"
 
     def __init__(self, strength: float = 400.0, fading: float = 1.0, first_a: str = "uniform") -> None:
-        self.options: dict[str, Any] = {"strength": strength, "fading": fading, "first_a": first_a}
-        check_choices(self.name, self.options, {"first_a": FIRST_A})
+        super().__init__(first_a)
+        self.options = {"strength": strength, "fading": fading} | self.options
         check_number(self.name, "strength", strength, 0)
         check_number(self.name, "fading", fading, 0, 1)
-
-    def start(self, state: State) -> Factors:
-        """Return the last tuned pair, or a random A and a zero B for the first task."""
-        return dict(state.deployed) if state.t else first_factors(state, self.options["first_a"])
 
     def penalty(self, tuned: Factors, state: State) -> Array | None:
         """Return the penalty, None where no task's gradients are known yet."""
         if "fisher_a" not in state.kept:
             return None
         return 0.5 * self.options["strength"] * squared_distance(tuned, state.deployed, weights_of(state, "fisher"))
-
-    def finish(self, state: State, tuned: Factors) -> State:
-        """Deploy the tuned pair as it is."""
-        return replace(state, t=state.t + 1, deployed=dict(tuned))
 
     def after_task(self, state: State, gradients: Factors) -> State:
         """Add the task's mean squared gradients to the faded sum."""

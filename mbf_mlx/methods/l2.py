@@ -7,15 +7,13 @@ Keeps: the tuned pair, nothing else. Constant in the number of tasks.
 Source: the plain rival in Kirkpatrick et al. 2017, arXiv:1612.00796.
 """
 
-from dataclasses import replace
-from typing import Any
-
-from mbf_mlx.methods.base import FIRST_A, Factors, State, check_choices, check_number, first_factors
+from mbf_mlx.methods.base import Factors, State, check_number
 from mbf_mlx.methods.ewc import squared_distance
+from mbf_mlx.methods.sequential import Sequential
 from mbf_mlx.reference import Array
 
 
-class L2:
+class L2(Sequential):
     """Sequential LoRA with an L2 penalty from the second task on.
 
     Args:
@@ -27,21 +25,12 @@ class L2:
     """
 
     name = "l2"
-    grows = False
 
     def __init__(self, strength: float = 0.01, first_a: str = "uniform") -> None:
-        self.options: dict[str, Any] = {"strength": strength, "first_a": first_a}
-        check_choices(self.name, self.options, {"first_a": FIRST_A})
+        super().__init__(first_a)
+        self.options = {"strength": strength} | self.options
         check_number(self.name, "strength", strength, 0)
-
-    def start(self, state: State) -> Factors:
-        """Return the last tuned pair, or a random A and a zero B for the first task."""
-        return dict(state.deployed) if state.t else first_factors(state, self.options["first_a"])
 
     def penalty(self, tuned: Factors, state: State) -> Array | None:
         """Return the penalty, None in the first task."""
         return 0.5 * self.options["strength"] * squared_distance(tuned, state.deployed) if state.t else None
-
-    def finish(self, state: State, tuned: Factors) -> State:
-        """Deploy the tuned pair as it is."""
-        return replace(state, t=state.t + 1, deployed=dict(tuned))

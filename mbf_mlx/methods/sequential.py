@@ -10,7 +10,7 @@ from mbf_mlx.methods.base import FIRST_A, Factors, State, check_choices, first_f
 
 
 class Sequential:
-    """Plain SeqLoRA.
+    """Plain SeqLoRA, and what methods are built on that add a penalty to it.
 
     Args:
         first_a: A of the first task: "uniform" as in LoRA, or "orthonormal".
@@ -32,4 +32,4 @@ class Sequential:
 
     def finish(self, state: State, tuned: Factors) -> State:
         """Deploy the tuned pair as it is."""
-        return replace(state, t=state.t + 1, deployed=dict(tuned), kept={})
+        return replace(state, t=state.t + 1, deployed=dict(tuned))
