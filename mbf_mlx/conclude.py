@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from mbf_mlx import rows as task_rows
-from mbf_mlx.batches import lengths_of, make_batch, plan_batches
+from mbf_mlx.batches import make_batch
 from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Arrays, Engine
-from mbf_mlx.methods import Method, Row, State
-from mbf_mlx.model import lora_layers
+from mbf_mlx.methods import Method, Row, Seen, State
 from mbf_mlx.tuning import Tuning
 
-BATCH_ROWS = 8  # of a pass that only looks
-MEASURED_ROWS = 128  # that a method's `measure` is shown of a task at most, evenly drawn: means of thousands of tokens
+MEASURED_ROWS = (
+    128  # that a method's `measure` is shown of a task at most, evenly drawn: they cost as much as training on them
+)
+TINY = 1e-37  # of squared gradients: what float32 can still divide by
+KNOWN_WELL = 1e-6  # nats: a row's loss below this is taken for it
 KEPT = Path("(a row that the stream keeps)")
 
 Advance = Callable[[int, int], None]  # rows done, of so many
@@ -66,7 +66,7 @@ def conclude(
     inputs = None
     if asks:
         some = [rows[i] for i in range(0, len(rows), -(-len(rows) // MEASURED_ROWS))]
-        inputs = input_moments(tuning.model, engine, some, asks(state, tuned), advance)
+        inputs = input_moments(tuning, engine, some, asks(state, tuned), advance)
     what: Any = None
     if needs == "rows":
         what = [Row(row.tokens, row.supervised) for row in rows]
@@ -98,59 +98,45 @@ def squared_gradients(
     return tuning.named({name: total / len(rows) for name, total in sums.items()})
 
 
-class Watching(nn.Module):
-    """Stands in for a layer, computes what it computes and notes its inputs."""
-
-    def __init__(self, layer: nn.Module, note: Callable[[mx.array], None]) -> None:
-        super().__init__()
-        self.layer = layer
-        self._note = note
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self._note(x)
-        return self.layer(x)
-
-
 def input_moments(
-    model: nn.Module,
+    tuning: Tuning,
     engine: Engine,
     rows: Sequence[Encoded],
     directions: dict[str, Any],
     advance: Advance = lambda done, total: None,
-) -> dict[str, np.ndarray]:
-    """Return, for each layer, the mean of (P x) x^T over the tokens x that reach it in `rows`, (k, in).
+) -> dict[str, Seen]:
+    """Return what each layer's inputs are in `rows`, by how much it matters what the layer makes of them.
+
+    That is the mean over rows of the sum of w (P x) x^T over a row's tokens x. w is the token's share of the row's
+    squared gradients: |g|^2 over its sum, g (out) being the gradient of the row's loss with respect to what the layer
+    makes of x. Most tokens matter to hardly anything.
 
     Args:
-        model: As it stands; padding is not counted, nor what follows a row's last supervised token.
-        engine: Of that model.
+        tuning: As training left it.
+        engine: Of its model.
         rows: Token rows.
         directions: P (k, in) of each layer.
         advance: Told how many rows are done.
     """
-    layers = {name: layer for name, layer in lora_layers(model).items() if name in directions}
     turned = {name: mx.array(np.asarray(p, np.float32)).T for name, p in directions.items()}
-    sums = {name: mx.zeros((p.shape[1], p.shape[0])) for name, p in turned.items()}
-    mask = mx.array(0.0)
-    way = engine.forward  # made when first asked for, and it runs the model then: not while we watch
+    sums = {name: np.zeros(p.shape[::-1], np.float32) for name, p in turned.items()}
+    mx.eval(turned)
 
-    def watch(name: str) -> Callable[[mx.array], None]:
-        def note(x: mx.array) -> None:
-            tokens = x.reshape(-1, x.shape[-1]).astype(mx.float32) * mask
-            sums[name] = sums[name] + (tokens @ turned[name]).T @ tokens
+    def note(name: str, x: mx.array, gradients: mx.array) -> None:
+        if name in sums:
+            x, weights = x.astype(mx.float32), mx.square(gradients.astype(mx.float32)).sum(axis=-1, keepdims=True)
+            shares = weights / mx.maximum(weights.sum(), TINY)
+            sums[name] += np.array((shares * (x @ turned[name])).T @ x)
 
-        return note
+    def loss(arrays: Arrays, batch: Any) -> mx.array:
+        tuning.apply(arrays)
+        # The logarithm's gradient differs in size alone, and half precision does not lose it where a row is known well.
+        return mx.log(engine.loss_sum(batch) + KNOWN_WELL)
 
-    model.update_modules(tree_unflatten([(name, Watching(layer, watch(name))) for name, layer in layers.items()]))
-    count = done = 0
-    try:
-        for indices in plan_batches(lengths_of(rows), BATCH_ROWS, 0, 0):
-            batch = make_batch(rows, indices, share_prefix=False)
-            mask = mx.array((np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]).reshape(-1, 1), mx.float32)
-            out = way.hidden(batch) if way.picks_positions else way.logits(batch)
-            mx.eval(sums)
-            del out  # never evaluated: what lies behind the last watched layer is not needed
-            count, done = count + int(batch.lengths.sum()), done + len(indices)
-            advance(done, len(rows))
-    finally:
-        model.update_modules(tree_unflatten(list(layers.items())))
-    return {name: np.array(total / max(1, count)) for name, total in sums.items()}
+    gradient = mx.grad(loss)
+    with engine.watched(note):
+        for index in range(len(rows)):
+            mx.eval(gradient(tuning.arrays, make_batch(rows, [index], share_prefix=False)))
+            advance(index + 1, len(rows))
+    tuning.apply(tuning.arrays)
+    return {name: Seen(directions[name], total / len(rows)) for name, total in sums.items()}

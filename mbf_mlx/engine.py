@@ -9,6 +9,7 @@ a Llama on a CPU a pass of our own (llama.py), with its gradients by hand. `prep
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,7 +24,9 @@ from mbf_mlx.batches import IGNORED, Batch, of_few_shapes, split
 from mbf_mlx.blas import load_blas
 from mbf_mlx.forward import Forward
 from mbf_mlx.memory import LOGITS_BYTES, LOGITS_COPIES
+from mbf_mlx.model import lora_layers
 from mbf_mlx.unpack import evaluated, without_history
+from mbf_mlx.watching import called_by
 
 Arrays = dict[str, mx.array]  # by name: what is differentiated, and its gradients
 LossAndGrad = Callable[[Arrays, Batch], tuple[mx.array, Arrays]]
@@ -63,6 +66,7 @@ class Engine:
         self.checkpoint = checkpoint  # may be set anew between two batches
         self.before: Callable[[Batch, bool], None] = lambda batch, training: None  # called before each batch
         self.by_hand = by_hand
+        self._note: llama.Note | None = None
         self.compiled = compiled and not by_hand
         self.cores = min(cpu_ops.CORES, load_blas().threads)  # each computes a part of a batch, by hand
         self.head = llama.Head(model) if by_hand else self.forward.head
@@ -143,6 +147,37 @@ class Engine:
 
         return compiled if self.compiled else plain
 
+    @contextmanager
+    def watched(self, note: llama.Note) -> Iterator[None]:
+        """Where a loss is differentiated within this context, tell of each trained layer's inputs and gradients.
+
+        `note` has to evaluate what it makes of them: it may be called in another thread. Losses are those of one row.
+        """
+        if self.by_hand:
+            self._note = note
+            try:
+                yield
+            finally:
+                self._note = None
+            return
+        _ = self.forward  # made now: it runs the model once, which nobody asked to watch
+
+        def call(name: str, layer: nn.Module, x: mx.array) -> mx.array:
+            @mx.custom_function
+            def same(y: mx.array) -> mx.array:
+                return y
+
+            @same.vjp
+            def told(_: Any, gradient: mx.array, __: Any) -> mx.array:
+                note(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+                return gradient
+
+            y: mx.array = same(layer(x))  # type: ignore[assignment]
+            return y
+
+        with called_by(call, self.model, lora_layers(self.model)):
+            yield
+
     def score(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return what the model says at each supervised position.
 
@@ -194,7 +229,7 @@ class Engine:
         parts, shared = self._parts(batch)
 
         def there(part: Batch) -> tuple[np.ndarray, mx.array, llama.Pass]:
-            run = llama.Pass(self.model, factors, part, checkpoint=self.checkpoint, shared=shared)
+            run = llama.Pass(self.model, factors, part, checkpoint=self.checkpoint, shared=shared, note=self._note)
             return *self._loss_and_gradient(run.forward(), part.targets, len(parts)), run
 
         done = cpu_ops.side_by_side([partial(there, part) for part in parts])

@@ -13,7 +13,7 @@ come in G groups of the same keys and values, m queries to a group; d is a head'
 A gradient's name starts with d_. Weights stay in the modules of mlx-lm's model. `fits` says which models this is for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,9 @@ LINEAR = (nn.Linear, nn.QuantizedLinear, UnpackingLinear)
 Factors = dict[
     str, mx.array
 ]  # by the names that `trainable_parameters` has, "….lora_a" (in, r) and "….lora_b" (r, out)
+Note = Callable[
+    [str, mx.array, mx.array], None
+]  # a layer, its inputs (T, in) and the gradients of its outputs (T, out)
 
 
 def fits(model: nn.Module) -> bool:
@@ -71,6 +74,7 @@ class Pass:
         keep: Whether there is a way back.
         shared: By block, how the parts of a batch come by its prefix, where `batch` is one of several. They have to
             run at the same time, each in a thread of its own.
+        note: Told of each layer that is trained, on the way back.
     """
 
     def __init__(
@@ -82,11 +86,12 @@ class Pass:
         checkpoint: bool = False,
         keep: bool = True,
         shared: Sequence[Shared] = (),
+        note: Note | None = None,
     ):
         heads = model.layers[0].self_attn
         self.checkpoint, self.keep = checkpoint, keep
         self.norm = model.model.norm
-        self.blocks = [_Block(block, f"model.layers.{i}", factors) for i, block in enumerate(model.layers)]
+        self.blocks = [_Block(block, f"model.layers.{i}", factors, note) for i, block in enumerate(model.layers)]
         self.first = next((i for i, block in enumerate(self.blocks) if block.is_trained), len(self.blocks))
         self.layout = Layout(batch, _angles(heads, batch))
         self.embed = model.model.embed_tokens
@@ -164,7 +169,8 @@ class Head:
 class _Linear:
     """One linear layer: a frozen weight, and its factors where it is trained."""
 
-    def __init__(self, module: nn.Module, name: str, factors: Factors):
+    def __init__(self, module: nn.Module, name: str, factors: Factors, note: Note | None):
+        self.note = note
         self.base = module.linear if isinstance(module, LoRALinear) else module
         self.name = name
         self.is_trained = f"{name}.lora_a" in factors or f"{name}.lora_b" in factors
@@ -206,6 +212,8 @@ class _Linear:
         """Return the gradients of the factors, where there are any to train."""
         if not self.is_trained or x is None:
             return {}
+        if self.note:
+            self.note(self.name, x, d_y)
         d_b = self.scale * ((x @ self.a).T @ d_y)
         return {f"{self.name}.lora_a": x.T @ (d_y @ self.b.T), f"{self.name}.lora_b": d_b}
 
@@ -229,17 +237,17 @@ class _Saved:
 
 
 class _Block:
-    def __init__(self, block: nn.Module, name: str, factors: Factors):
+    def __init__(self, block: nn.Module, name: str, factors: Factors, note: Note | None):
         self.block = block
         self.size = block.self_attn.head_dim
         self.groups = block.self_attn.n_kv_heads
         attention, mlp = block.self_attn, block.mlp
         self.q, self.k, self.v, self.o = (
-            _Linear(attention[each], f"{name}.self_attn.{each}", factors)
+            _Linear(attention[each], f"{name}.self_attn.{each}", factors, note)
             for each in ("q_proj", "k_proj", "v_proj", "o_proj")
         )
         self.gate, self.up, self.down = (
-            _Linear(mlp[each], f"{name}.mlp.{each}", factors) for each in ("gate_proj", "up_proj", "down_proj")
+            _Linear(mlp[each], f"{name}.mlp.{each}", factors, note) for each in ("gate_proj", "up_proj", "down_proj")
         )
         self.is_trained = any(
             each.is_trained for each in (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)

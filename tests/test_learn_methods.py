@@ -16,13 +16,17 @@ from tests.test_train import rows_of
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
+from mlx import nn  # noqa: E402
+
 from mbf_mlx import Stream  # noqa: E402
 from mbf_mlx.batches import make_batch  # noqa: E402
 from mbf_mlx.conclude import conclude, input_moments, squared_gradients, with_extra  # noqa: E402
 from mbf_mlx.engine import prepare  # noqa: E402
 from mbf_mlx.learn import load_learner  # noqa: E402
+from mbf_mlx.model import lora_layers  # noqa: E402
 from mbf_mlx.train import train  # noqa: E402
 from mbf_mlx.tuning import Tuning  # noqa: E402
+from mbf_mlx.watching import called_by  # noqa: E402
 
 LORA = LoRAConfig(rank=2)
 QUICK = TrainConfig(iters=2, batch_size=4, learning_rate=5e-3)
@@ -217,22 +221,46 @@ def test_squared_gradients_are_the_mean_over_rows(learner, encoded):
     np.testing.assert_allclose(found[layer].b, by_hand, rtol=1e-4, atol=1e-9)
 
 
-def test_input_moments_count_every_read_token_once_and_no_padding(learner, encoded, tolerance):
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_input_moments_weigh_tokens_by_the_squared_gradients_of_what_is_made_of_them(
+    by_hand, checkpoint, learner, encoded
+):
     model, generator = learner.base.model, np.random.default_rng(0)
-    Tuning(model, make("slao"), empty_state(learner.layers, LORA.rank))
+    tuning = Tuning(model, make("slao"), empty_state(learner.layers, LORA.rank))
+    tuning.update({n: mx.array(generator.normal(size=a.shape).astype(np.float32)) for n, a in tuning.arrays.items()})
+    model.eval()
+    engine = prepare(model, by_hand=by_hand, checkpoint=checkpoint)
     directions = {n: generator.normal(size=(3, inner)).astype(np.float32) for n, (_, inner) in learner.layers.items()}
-    found = input_moments(model, learner.engine, encoded, directions)
-    assert set(found) == set(learner.layers)
-    # The first block's input, by hand: embeddings through the first norm.
-    block = model.layers[0]
-    layer = next(name for name in directions if name.endswith("layers.0.self_attn.q_proj"))
-    total, count = 0, 0
-    for row in encoded:
-        read = row.tokens[: np.flatnonzero(row.supervised)[-1]]
-        x = np.array(block.input_layernorm(model.model.embed_tokens(mx.array(read)))).astype(np.float64)
-        total, count = total + (x @ directions[layer].T.astype(np.float64)).T @ x, count + len(read)
-    np.testing.assert_allclose(found[layer], total / count, **tolerance("gradients"))
-    assert all(type(module).__name__ == "LoRALinear" for module in (block.self_attn.q_proj, block.self_attn.v_proj))
+    told = []
+    found = input_moments(tuning, engine, encoded[:3], directions, lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert all(seen.directions is directions[name] for name, seen in found.items())
+    # By another way: what is added to a layer's output has the gradient of that output.
+    layers, added, inputs, expected = lora_layers(model), {}, {}, dict.fromkeys(learner.layers, 0.0)
+
+    def call(name, layer, x):
+        inputs[name] = x[0]
+        return layer(x) + added[name]
+
+    with called_by(call, model, layers):
+        for row in encoded[:3]:
+            tokens, supervised = mx.array(row.tokens), mx.array(row.supervised[1:])
+
+            def loss(zeros, tokens=tokens, supervised=supervised):
+                added.update(zeros)
+                return (nn.losses.cross_entropy(model(tokens[None, :-1])[0], tokens[1:]) * supervised).sum()
+
+            zeros = {name: mx.zeros((len(row.tokens) - 1, out)) for name, (out, _) in learner.layers.items()}
+            gradients = mx.grad(loss)(zeros)
+            mx.eval(gradients)
+            loss(zeros)
+            for name, p in directions.items():
+                x, weights = np.array(inputs[name]), np.square(np.array(gradients[name])).sum(axis=1)
+                expected[name] = expected[name] + ((x @ p.T) * (weights / weights.sum())[:, None]).T @ x / 3
+    for name, seen in found.items():
+        np.testing.assert_allclose(seen.moments, expected[name], rtol=1e-3, atol=1e-4 * np.abs(expected[name]).max())
+    assert {type(module).__name__ for module in lora_layers(model).values()} == {"LoRALinear"}
 
 
 def test_the_options_of_a_method_come_from_the_command_line():

@@ -8,7 +8,7 @@ import pytest
 
 from mbf_mlx import methods
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods import Row, State, empty_state, make, registry
+from mbf_mlx.methods import Row, Seen, State, empty_state, make, registry
 from mbf_mlx.methods.base import first_factors, in_double
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (6, 9), "model.layers.0.self_attn.v_proj": (4, 9)}
@@ -118,7 +118,7 @@ def test_what_a_method_keeps_grows_with_the_tasks_only_where_it_says_so(name):
         }
         more = {}
         if hasattr(method, "measure"):
-            more["inputs"] = method.measure(state, tuned)  # of inputs alike in every direction
+            more["inputs"] = {n: Seen(p, p) for n, p in method.measure(state, tuned).items()}  # alike in all directions
         state = method.finish(state, tuned, **more)
         if getattr(method, "needs", None) == "gradients":
             state = method.after_task(state, {n: type(f)(*(x * x for x in f)) for n, f in tuned.items()})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods import Pair, empty_state, make
+from mbf_mlx.methods import Pair, Seen, empty_state, make
 from mbf_mlx.methods.base import first_factors
 from mbf_mlx.reference import merge_by_inputs, orthogonal_init
 
@@ -132,10 +132,10 @@ def test_products_by_inputs_ask_for_directions_and_merge_with_the_grams():
     state, shapes, expected = empty_state(LAYERS, RANK), [], {}
     for t, (x, tuned) in enumerate(zip(inputs, map(drawn, range(3)), strict=True), start=1):
         directions = method.measure(state, tuned)
-        seen = {name: (x @ p.T).T @ x / len(x) for name, p in directions.items()}
+        seen = {name: Seen(p, ((x @ p.T).T @ x / len(x)).astype(np.float32)) for name, p in directions.items()}
         grams = {name: (x @ p.T).T @ (x @ p.T) / len(x) for name, p in directions.items()}
         shapes.append({p.shape for p in directions.values()})
-        state = method.finish(state, tuned, inputs={name: each.astype(np.float32) for name, each in seen.items()})
+        state = method.finish(state, tuned, inputs=seen)
         for name, pair in tuned.items():
             pair = tuple(factor.astype(np.float64) for factor in pair)
             old = expected.get(name)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods import Pair, Row, State, empty_state, make, names
+from mbf_mlx.methods import Pair, Row, Seen, State, empty_state, make, names
 from mbf_mlx.methods.lorac import Composed
 from tests import arrays
 from tests.arrays import single, to_numpy
@@ -38,7 +38,8 @@ def run(method, tasks, layers=LAYERS, rank=RANK, seed=0):
         start = method.start(state)
         tuned = {name: noise(100 + t, fields, 0.3) for name, fields in start.items()}
         chain.append(tuned)
-        more = {"inputs": method.measure(state, tuned)} if hasattr(method, "measure") else {}  # alike in all directions
+        asked = method.measure(state, tuned) if hasattr(method, "measure") else {}
+        more = {"inputs": {name: Seen(p, p) for name, p in asked.items()}} if asked else {}  # alike in all directions
         state = method.finish(state, tuned, **more)
         if getattr(method, "needs", None) == "gradients":
             state = method.after_task(state, squares(tuned))
@@ -165,8 +166,8 @@ def with_inputs(method, chain, inputs, layers):
     state = empty_state(layers, RANK)
     for tuned, x in zip(chain, inputs, strict=True):
         asked = method.measure(state, tuned)
-        moments = {name: ((x @ p.T.astype(np.float64)).T @ x / len(x)).astype(np.float32) for name, p in asked.items()}
-        state = method.finish(state, tuned, inputs=moments)
+        seen = {name: Seen(p, ((x @ p.T).T @ x / len(x)).astype(np.float32)) for name, p in asked.items()}
+        state = method.finish(state, tuned, inputs=seen)
     return state
 
 

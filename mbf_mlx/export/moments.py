@@ -14,10 +14,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
-from mbf_mlx.conclude import Watching
 from mbf_mlx.storage import refusal
+from mbf_mlx.watching import called_by
 
 BUDGET_BYTES = 256 << 20  # of matrices at a time
 TOKENS = 1024  # of one forward pass
@@ -103,29 +102,25 @@ def _one_pass(
     mask = mx.array(0.0)
     last: tuple[mx.array, str] | None = None
 
-    def watch(name: str) -> Callable[[mx.array], None]:
-        def note(x: mx.array) -> None:
-            nonlocal last
-            if last is not None and last[0] is x:
-                leader[name] = last[1]
-                return
+    def call(name: str, layer: nn.Module, x: mx.array) -> mx.array:
+        nonlocal last
+        if last is not None and last[0] is x:
+            leader[name] = last[1]
+        else:
             leader[name] = name
             last = (x, name)
             flat = x.reshape(-1, x.shape[-1]).astype(mx.float32) * mask
             sums[name] = sums.get(name, mx.array(0.0)) + flat.T @ flat
+        y: mx.array = layer(x)
+        return y
 
-        return note
-
-    model.update_modules(tree_unflatten([(name, Watching(layer, watch(name))) for name, layer in layers.items()]))
-    try:
+    with called_by(call, model, layers):
         for tokens, real in _batches(rows):
             mask, last = mx.array(real.reshape(-1, 1)), None
             out = model(mx.array(tokens))
             mx.eval(sums)
             del out  # never evaluated: what lies behind the last watched layer is not needed, the logits least of all
             advance(len(tokens))
-    finally:
-        model.update_modules(tree_unflatten(list(layers.items())))
     count = max(1, sum(len(row.tokens) for row in rows))
     groups: dict[str, list[str]] = {}
     for name in layers:

@@ -3,7 +3,19 @@
 A method works on factors alone and in the namespace of the arrays it is given; it runs no model. One file each.
 """
 
-from mbf_mlx.methods.base import Factors, Layers, Method, Pair, Row, State, each_layer, empty_state, hooks, not_finite
+from mbf_mlx.methods.base import (
+    Factors,
+    Layers,
+    Method,
+    Pair,
+    Row,
+    Seen,
+    State,
+    each_layer,
+    empty_state,
+    hooks,
+    not_finite,
+)
 from mbf_mlx.methods.registry import make, names
 
 __all__ = [
@@ -12,6 +24,7 @@ __all__ = [
     "Method",
     "Pair",
     "Row",
+    "Seen",
     "State",
     "each_layer",
     "empty_state",

@@ -1,8 +1,10 @@
 """Anchored: what the update does to old tasks' inputs is held in place while the next task trains.
 
 A layer with the update M = B A adds M x to what it makes of an input x. Training changes M by D, and old tasks see of
-that only D x on their own inputs: on average |D x|^2 = tr(D G D^T), G being the mean of x x^T over their tokens. So a
-step's loss is
+that only D x on their own inputs. Where a row's loss has the gradient g with respect to what the layer makes of a
+token, D changes it by g^T D x, which is at most |g| |D x|. So a token counts by w = |g|^2 / sum of its row's |g|^2, and
+old rows see a change of tr(D G D^T), G being the mean over rows of the sum of w x x^T over tokens
+(`conclude.input_moments`). So a step's loss is
 
     loss + strength * mean over layers of tr(D G D^T) / tr(M G M^T)
 
@@ -26,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from mbf_mlx.methods.base import Factors, State, check_number, each_layer, in_double
+from mbf_mlx.methods.base import Factors, Seen, State, check_number, each_layer, in_double
 from mbf_mlx.methods.sequential import Sequential
 from mbf_mlx.reference import Array, merge_sketches, sketch_gram
 
@@ -73,19 +75,19 @@ class Anchored(Sequential):
             directions[name] = drawn.astype(np.float32)
         return directions
 
-    def finish(self, state: State, tuned: Factors, inputs: dict[str, Array] | None = None) -> State:
+    def finish(self, state: State, tuned: Factors, inputs: dict[str, Seen] | None = None) -> State:
         """Deploy what was tuned; `inputs` are the task's, as `measure` asks for them."""
         if inputs is None:
             raise ValueError("anchored: `finish` needs the inputs that `measure` asks for")
-        t, directions = state.t + 1, self.measure(state, tuned)
+        t = state.t + 1
 
-        def mixed(count: int, moments: Array, asked: Array, *old: Array) -> Array:
-            new = sketch_gram(moments, asked)
+        def mixed(count: int, directions: Array, moments: Array, *old: Array) -> Array:
+            new = sketch_gram(moments, directions)
             return merge_sketches([*old, new], [1 - 1 / t, 1 / t] if old else [1.0], count)
 
         def sketched(name: str) -> Array:
             old = [state.kept["sketch"][name]] if state.t else []
-            return in_double(partial(mixed, _kept(state, name)), inputs[name], directions[name], *old)
+            return in_double(partial(mixed, _kept(state, name)), *inputs[name], *old)
 
         return replace(super().finish(state, tuned), kept={"sketch": each_layer(sketched, tuned)})
 

@@ -61,6 +61,13 @@ class Row(NamedTuple):
     supervised: np.ndarray  # bool[n]; supervised[i] says that token i is a label
 
 
+class Seen(NamedTuple):
+    """A task's inputs of one layer, as `measure` asked for them."""
+
+    directions: Array  # P (k, in)
+    moments: Array  # (k, in): the mean over rows of the sum of w (P x) x^T over tokens x; see `conclude.input_moments`
+
+
 class Method(Protocol):
     """A continual method: `start` and `finish` are all that the paper's needs.
 
@@ -73,8 +80,8 @@ class Method(Protocol):
       it may train other named tuples than `Pair`, and none at all in some layers.
     - `penalty(tuned, state)`: a scalar that is added to the loss of every step, or None where there is none.
     - `measure(state, tuned) -> dict[str, Array]`: a matrix P (k, in) for each layer; `finish` is then called with
-      `inputs=`, for each layer the mean of (P x) x^T over the tokens x that reach the layer in the task's rows (128 of
-      them at most), (k, in), the model applying what was tuned.
+      `inputs=`, a `Seen` for each layer: what its inputs are in the task's rows (128 of them at most), the model
+      applying what was tuned.
     - `needs` and `after_task(state, what) -> State`, called after `finish`: for `needs` "gradients", `what` has, for
       each array that trained, the mean over the task's rows of the squared gradient of the row's loss (its mean
       cross-entropy); for "rows" it is the task's training rows, a list of `Row`.

@@ -6,7 +6,8 @@ rank; w = t ** -exponent. So an old B is never used under an A that it was not t
 Options are what can be had at the same memory:
 - where the next task starts: at the tuned pair, at the merged one (then nothing else is kept), or between them;
 - in which basis: see `basis`;
-- `metric` "inputs": what is near is judged by the layer's outputs on the tasks' own inputs instead of by weights, with
+- `metric` "inputs": what is near is judged by the layer's outputs on the tasks' own inputs instead of by weights, each
+  token as much as its row's loss depends on it, with
   a Gram matrix of rank x rank numbers a layer kept for the old ones (`reference.merge_by_inputs`);
 - `rate_a`: how fast A learns after the first task, compared with B: the less A moves, the less the cut takes away.
 
@@ -24,6 +25,7 @@ from mbf_mlx.methods.base import (
     FIRST_A,
     Factors,
     Pair,
+    Seen,
     State,
     check_choices,
     check_number,
@@ -159,7 +161,7 @@ class Products:
             return {name: in_double(orthogonal_init, pair.a) for name, pair in tuned.items()}
         return {name: in_double(input_basis, state.deployed[name].a, pair.a) for name, pair in tuned.items()}
 
-    def finish(self, state: State, tuned: Factors, inputs: dict[str, Array] | None = None) -> State:
+    def finish(self, state: State, tuned: Factors, inputs: dict[str, Seen] | None = None) -> State:
         """Merge the tuned factors of task state.t + 1 into the deployed ones; `inputs` where `measure` asks for it."""
         t, rank = state.t + 1, self.options["rank"] or state.rank
         kept: dict[str, dict[str, Array]] = {}
@@ -168,8 +170,7 @@ class Products:
         if self.options["metric"] == "inputs":
             if inputs is None:
                 raise ValueError("products: metric 'inputs' needs the inputs that `measure` asks for")
-            directions = self._measure(state, tuned)
-            kept["inputs_gram"] = {name: inputs[name] @ p.T for name, p in directions.items()}
+            kept["inputs_gram"] = {name: seen.moments @ seen.directions.T for name, seen in inputs.items()}
         if t == 1:
             return replace(state, t=t, deployed={n: pad_rank(p, rank) for n, p in tuned.items()}, kept=kept)
         weight = t ** -float(self.options["exponent"])
