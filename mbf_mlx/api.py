@@ -19,7 +19,7 @@ from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, Tra
 from mbf_mlx.encode import Encoder
 from mbf_mlx.errors import InputError
 from mbf_mlx.events import Events
-from mbf_mlx.methods import Layers, Method, make
+from mbf_mlx.methods import Factors, Layers, Method, Seen, State, make
 from mbf_mlx.parallel import Team
 from mbf_mlx.records import FORMAT_VERSION, BaseRecord, Identity, TaskRecord
 from mbf_mlx.status import status_document
@@ -27,6 +27,7 @@ from mbf_mlx.stream import StreamFolder
 from mbf_mlx.tasks import Task, read_task
 
 if TYPE_CHECKING:
+    from mbf_mlx.exchange import Absorbed
     from mbf_mlx.sources import BaseFolder
 
     Find = Callable[[str], BaseFolder]  # where the base model of a name is
@@ -203,6 +204,49 @@ class Stream:
                     chosen = replace(settings, restart=settings.restart and number == 0)
                     records.append(learning.learn_task(self.folder, learner, method, task, chosen, events, tests, team))
         return records
+
+    def absorb(
+        self, adapter: str | Path, name: str, *, task: str | Path = "", force: bool = False, again: bool = False
+    ) -> "Absorbed":
+        """Merge an adapter tuned elsewhere as the next task: see `exchange.absorb`.
+
+        Args:
+            adapter: Its folder, in PEFT's or mlx-lm's layout.
+            name: The task's.
+            task: Its file or folder, to be scored on later; a method that measures a task's inputs needs it.
+            force, again: As for `mbf absorb`.
+
+        Raises:
+            InputError: an adapter that does not belong, a name that is taken; the stream is as it was.
+        """
+        from mbf_mlx import exchange
+        from mbf_mlx.tasks import check_name
+
+        with self.folder.writer():
+            return exchange.absorb(
+                self.folder,
+                Path(adapter),
+                check_name(name),
+                source=str(task),
+                force=force,
+                again=again,
+                look=self._look,
+            )
+
+    def _look(self, method: Method, state: State, tuned: Factors, source: str) -> dict[str, Seen]:
+        """Return the inputs that a task's training rows have, the model applying what was tuned."""
+        backend.setup()
+        from mbf_mlx.conclude import seen
+        from mbf_mlx.tuning import Tuning
+
+        learner, task = self._load(), read_task(Path(source))
+        data = DataConfig(template=self.folder.identity.template)
+        rows = Encoder(learner.tokenizer, data, self.folder.path).all(task.train, task.path)
+        tuning = Tuning(learner.base.model, method, state)
+        tuning.update({f"{name}.{field}": x for name, pair in tuned.items() for field, x in pair._asdict().items()})
+        learner.base.model.eval()
+        directions: dict[str, Any] = method.measure(state, tuned)  # type: ignore[attr-defined]
+        return seen(tuning, learner.engine, rows, directions)
 
     def _skip(self, task: Task, again: bool, events: Any) -> bool:
         from mbf_mlx.learn import known

@@ -63,10 +63,7 @@ def conclude(
     """
     tuned, asks, needs = tuning.named(), getattr(method, "measure", None), getattr(method, "needs", None)
     tuning.model.eval()
-    inputs = None
-    if asks:
-        some = [rows[i] for i in range(0, len(rows), -(-len(rows) // MEASURED_ROWS))]
-        inputs = input_moments(tuning, engine, some, asks(state, tuned), advance)
+    inputs = seen(tuning, engine, rows, asks(state, tuned), advance) if asks else None
     what: Any = None
     if needs == "rows":
         what = [Row(row.tokens, row.supervised) for row in rows]
@@ -96,6 +93,18 @@ def squared_gradients(
         advance(index + 1, len(rows))
     tuning.apply(tuning.arrays)
     return tuning.named({name: total / len(rows) for name, total in sums.items()})
+
+
+def seen(
+    tuning: Tuning,
+    engine: Engine,
+    rows: Sequence[Encoded],
+    directions: dict[str, Any],
+    advance: Advance = lambda done, total: None,
+) -> dict[str, Seen]:
+    """Return `input_moments` of MEASURED_ROWS of the rows at most."""
+    some = [rows[i] for i in range(0, len(rows), -(-len(rows) // MEASURED_ROWS))]
+    return input_moments(tuning, engine, some, directions, advance)
 
 
 def input_moments(

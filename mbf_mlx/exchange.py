@@ -1,14 +1,16 @@
-"""Adapters trained elsewhere: hand out the start of the next task, absorb the tuned result. NumPy alone, no model.
+"""Adapters trained elsewhere: hand out the start of the next task, absorb the tuned result. NumPy alone, no model:
+where a method looks at a task's inputs, whoever calls brings what runs the model.
 
 Shapes: A (rank, in), B (out, rank). What PEFT, Unsloth, axolotl, LLaMA-Factory or mlx-lm trained from our start comes
 back as one adapter, whose update is brought to the stream's own scale: B' = B * their scale / ours. The base is
 compared by its architecture, its layers and their shapes, because elsewhere training may run on the unquantized model.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from mbf_mlx import adapter
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import peft
 from mbf_mlx.machine import freed_memory_kept
-from mbf_mlx.methods import Factors, Method, Pair, State, hooks, make, names, not_finite
+from mbf_mlx.methods import Factors, Method, Pair, Seen, State, hooks, make, names, not_finite
 from mbf_mlx.methods.slao import Slao
 from mbf_mlx.records import TaskRecord
 from mbf_mlx.reference import orthogonal_init
@@ -24,6 +26,8 @@ from mbf_mlx.sources import read_config
 from mbf_mlx.storage import Data
 from mbf_mlx.stream import StreamFolder
 from mbf_mlx.threads import one_thread_each
+
+Look = Callable[[Method, State, Factors, str], dict[str, Seen]]  # what a task's file shows the tuned layers
 
 FORMATS = ("peft", "mlx")
 PLAUSIBLE = 0.3  # mean cosine between the rows of the start's A and of the tuned one, under which it started elsewhere
@@ -48,17 +52,21 @@ class Tuned(NamedTuple):
 
 
 def check_method(method: Method) -> None:
-    """Check that a method needs nothing of training but the tuned factors, so that it may happen elsewhere.
+    """Check that a method can do with what was tuned elsewhere, at most a look at the task's inputs.
 
     Raises:
         InputError: it takes part in the training itself.
     """
-    if hooks(method):
-        plain = ", ".join(name for name in names() if not hooks(make(name)))
+    if not _absorbs(method):
+        plain = ", ".join(name for name in names() if _absorbs(make(name)))
         raise InputError(
             f"method {method.name}: expected one that merges what training leaves ({plain}); this one takes part in the"
             " training itself, so its tasks cannot be trained elsewhere\nhint: mbf learn trains them here"
         )
+
+
+def _absorbs(method: Method) -> bool:
+    return set(hooks(method)) <= {"measure"} or hasattr(method, "absorb")
 
 
 def next_start(stream: StreamFolder, kind: str) -> dict[str, Data]:
@@ -85,7 +93,14 @@ def next_start(stream: StreamFolder, kind: str) -> dict[str, Data]:
 
 @freed_memory_kept()
 def absorb(
-    stream: StreamFolder, folder: Path, name: str, *, source: str = "", force: bool = False, again: bool = False
+    stream: StreamFolder,
+    folder: Path,
+    name: str,
+    *,
+    source: str = "",
+    force: bool = False,
+    again: bool = False,
+    look: Look | None = None,
 ) -> Absorbed:
     """Merge an adapter tuned elsewhere as the stream's next task, and commit it. Needs the stream's writer lock.
 
@@ -93,17 +108,25 @@ def absorb(
         stream: The stream whose start it was trained from.
         folder: The adapter, in PEFT's or mlx-lm's layout.
         name: Of the task.
-        source: The task's file or folder, to be scored on later; may be left out.
+        source: The task's file or folder, to be scored on later; may be left out unless the method measures inputs.
         force: Absorb an adapter that does not look as if it started from our start, or on our architecture.
         again: Absorb under a name that the stream has already.
+        look: Runs the model for a method that measures inputs.
 
     Raises:
-        InputError: an adapter that does not belong, a name that is taken; the stream is as it was.
+        InputError: an adapter that does not belong, a name that is taken, no rows where the method measures their
+            inputs; the stream is as it was.
     """
     history = stream.history()
     if not again and any(record.name == name for record in history):
         raise InputError(f"--name: {stream.path} has learned a task named {name!r}; choose another name, or --again")
     method = _method(stream)
+    measures = hasattr(method, "measure")
+    if measures and not (source and look):
+        raise InputError(
+            f"--task: method {method.name} measures the inputs that a task has; expected the task file that the adapter"
+            " was trained on, got none"
+        )
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_tuned, stream, folder, force=force)
         state = stream.state()
@@ -115,7 +138,11 @@ def absorb(
             f" rows at least {PLAUSIBLE}), got {cosine:.2f}\nhint: mbf next {stream.path} OUT writes that start;"
             " --force absorbs the adapter all the same"
         )
-    state = method.finish(state, tuned.factors)
+    if measures and look:
+        finish: Any = getattr(method, "absorb", method.finish)
+        state = finish(state, tuned.factors, inputs=look(method, state, tuned.factors, source))
+    else:
+        state = method.finish(state, tuned.factors)
     _check_finite(state, folder)
     record = _record(name, state.t, folder, tuned.sha256, source)
     generation = stream.current().manifest

@@ -233,15 +233,16 @@ def merge_by_inputs(
     in `merge_products`; in a direction that only one side's inputs have, that side decides.
 
     With Q = input_basis(...), z = Q x, M = X_old Q and D = X_new Q, the minimum before the cut is
-    W = ((1 - w) X_old G_old + w X_new G_new) ((1 - w) G_old + w G_new)^-1 Q, G being means of z z^T. G_old is known in
-    the first `rank` coordinates alone; in the others it is taken to be as the new inputs' and unrelated to the first.
-    The ridge keeps directions from being decided by inputs that hardly have them.
+    W = ((1 - w) X_old G_old + w X_new G_new) ((1 - w) G_old + w G_new)^-1 Q, G being means of z z^T. A G_old that is
+    known in the first `rank` coordinates alone is taken to be as the new inputs' in the others, and unrelated to the
+    first. The ridge keeps directions from being decided by inputs that hardly have them.
 
     Args:
         merged, tuned: A (rank, in) and B (out, rank) each.
         weight: Of the tuned pair, in [0, 1].
         rank: Of the result.
-        old_gram: (rank, rank), the mean of z z^T over the old tasks' inputs, z = orthogonal_init(merged A) x.
+        old_gram: (rank, rank), the mean of z z^T over the old tasks' inputs, z = orthogonal_init(merged A) x; or
+            (2 rank, 2 rank), as the new one.
         new_gram: (2 rank, 2 rank), the same over the new task's inputs, z = input_basis(merged A, tuned A) x.
         ridge: Share of the Grams' mean diagonal that is added to the diagonals; a large one leads to `merge_products`.
 

@@ -193,6 +193,14 @@ def test_every_method_that_only_merges_absorbs(tmp_path, name):
         )
 
 
+@pytest.mark.parametrize(("name", "options"), [("anchored", {}), ("products", {"metric": "inputs"})])
+def test_a_method_that_measures_inputs_asks_for_the_rows(tmp_path, name, options):
+    stream = new_stream(tmp_path / "s", method=name, method_options=make(name, options).options)
+    folder, _ = trained(stream, tmp_path / "tuned", "peft")
+    message = f"--task: method {name} measures .* expected the task file that the adapter was trained on, got none"
+    refused(stream, folder, message)
+
+
 @pytest.mark.parametrize("kind", exchange.FORMATS)
 def test_an_adapter_of_another_architecture_is_refused_where_its_base_is_here(tmp_path, kind):
     stream = learn(new_stream(tmp_path / "s"), 1)

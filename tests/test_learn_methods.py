@@ -5,12 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mbf_mlx import methods
+from mbf_mlx import exchange, methods
 from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 from mbf_mlx.encode import Encoder
 from mbf_mlx.events import Events
+from mbf_mlx.export import peft
 from mbf_mlx.methods import empty_state, make
 from mbf_mlx.tasks import read_task
+from tests.streams import tune
 from tests.test_learn import arrays, assert_same
 from tests.test_train import rows_of
 
@@ -261,6 +263,29 @@ def test_input_moments_weigh_tokens_by_the_squared_gradients_of_what_is_made_of_
     for name, seen in found.items():
         np.testing.assert_allclose(seen.moments, expected[name], rtol=1e-3, atol=1e-4 * np.abs(expected[name]).max())
     assert {type(module).__name__ for module in lora_layers(model).values()} == {"LoRALinear"}
+
+
+@pytest.mark.parametrize(("name", "options"), [("anchored", {}), ("products", {"metric": "inputs"})])
+def test_a_method_that_measures_inputs_absorbs_with_the_rows(name, options, open_stream, tasks, tmp_path):
+    stream = open_stream(name, options)
+    stream.learn(tasks[0], train=QUICK)
+    start = peft_files(exchange.next_start(stream.folder, "peft"), tmp_path / "start")
+    tuned = tune(stream.folder.state(), peft.read(start).factors)
+    files = peft.encode(tuned, stream.folder.identity.scale, base="tiny", num_blocks=2)
+    done = stream.absorb(peft_files(files, tmp_path / "tuned"), "mail", task=tasks[1])
+    state = stream.folder.state()
+    assert done.record.t == state.t == 2 and done.record.train_rows == 8
+    moved = [state.deployed[n].b @ state.deployed[n].a - tuned[n].b @ tuned[n].a for n in tuned]
+    assert all(np.abs(each).max() > 1e-4 for each in moved)  # merged, not taken as it is
+    stream.learn(tasks[2], train=QUICK)
+    assert stream.status()["scores"][2][1] is not None
+
+
+def peft_files(files, folder):
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
 
 
 def test_the_options_of_a_method_come_from_the_command_line():

@@ -216,6 +216,51 @@ def test_anchored_takes_a_layer_that_did_nothing_to_old_inputs_as_it_is():
     )
 
 
+def test_anchored_merges_what_was_tuned_elsewhere_by_the_inputs_of_both():
+    layers, method, generator = {"q": (30, 24), "v": (12, 24)}, make("anchored"), np.random.default_rng(5)
+    directions = np.linalg.qr(generator.normal(size=(24, 4)))[0].T
+    old, new = (generator.normal(size=(50, 2)) @ directions[i : i + 2] for i in (0, 2))
+    before = with_inputs(method, [drawn(0, layers)], [old], layers)
+    tuned = drawn(1, layers)
+    seen = {n: Seen(p, ((new @ p.T).T @ new / 50).astype(np.float32)) for n, p in method.measure(before, tuned).items()}
+    after = method.absorb(before, tuned, seen)
+    assert after.t == 2
+    for name in layers:
+        was, wanted, now = (update(factors[name]) for factors in (before.deployed, tuned, after.deployed))
+        for x, right in ((old, was), (new, wanted)):  # each side's outputs on its own inputs, up to the ridge
+            assert np.linalg.norm(x @ (now - right).T) < 0.2 * np.linalg.norm(x @ (was - wanted).T)
+        np.testing.assert_allclose(
+            after.kept["sketch"][name], method.finish(before, tuned, seen).kept["sketch"][name], rtol=1e-6
+        )
+        a = after.deployed[name].a.astype(np.float64)
+        np.testing.assert_allclose(a @ a.T, np.eye(RANK), atol=1e-5)
+
+
+def test_anchored_merges_as_products_where_all_inputs_are_alike():
+    layers, method = {"up": (30, 10)}, make("anchored")  # a layer whose sketch holds every direction
+    before = with_inputs(method, [drawn(0, layers)], [np.eye(10)], layers)
+    tuned = drawn(1, layers)
+    seen = {n: Seen(p, (p / 10).astype(np.float32)) for n, p in method.measure(before, tuned).items()}
+    after, weight = method.absorb(before, tuned, seen), 2**-0.5
+    mixed = (1 - weight) * update(before.deployed["up"]) + weight * update(tuned["up"])
+    left, values, right = np.linalg.svd(mixed)
+    expected = (left[:, :RANK] * values[:RANK]) @ right[:RANK]
+    np.testing.assert_allclose(update(after.deployed["up"]), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_anchored_absorbs_a_first_task_as_it_is_and_refuses_layers_too_small_for_two_pairs():
+    layers, method = {"q": (30, 24), "small": (9, 5)}, make("anchored")
+    state, tuned = empty_state(layers, RANK), drawn(0, layers)
+
+    def seen(state):
+        return {n: Seen(p, p) for n, p in method.measure(state, tuned).items()}
+
+    state = method.absorb(state, tuned, seen(state))
+    assert all(np.array_equal(state.deployed[n].b, tuned[n].b) for n in layers)
+    with pytest.raises(InputError, match=r"anchored: expected layers with at least 6 inputs, .*got\n  small: 9 x 5$"):
+        method.absorb(state, tuned, seen(state))
+
+
 # --- LoRA for translation --------------------------------------------------------------------------------------------
 
 

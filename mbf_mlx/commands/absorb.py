@@ -6,14 +6,18 @@ from typing import Annotated
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Json
+from mbf_mlx.commands.options import Base, Json
 
 
 def absorb(
     stream: Annotated[Path, typer.Argument(help="The stream's folder.")],
     adapter: Annotated[Path, typer.Argument(help="The tuned adapter's folder, in PEFT's or mlx-lm's layout.")],
     name: Annotated[str, typer.Option("--name", help="The task's name.")],
-    task: Annotated[Path | None, typer.Option("--task", help="Its task file, to be scored on later.")] = None,
+    task: Annotated[
+        Path | None,
+        typer.Option("--task", help="Its task file, to be scored on later; anchored measures its inputs."),
+    ] = None,
+    model: Base = None,
     again: Annotated[bool, typer.Option("--again", help="Absorb under a name that the stream has already.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Absorb what does not look trained from our start.")] = False,
     json: Json = False,
@@ -23,14 +27,9 @@ def absorb(
     Example: mbf absorb assistant tuned --name mail
     """
     from mbf_mlx.api import Stream
-    from mbf_mlx.exchange import absorb as merge_in
-    from mbf_mlx.tasks import check_name
 
-    opened = Stream.open(stream)
-    with opened.folder.writer():
-        done = merge_in(
-            opened.folder, adapter, check_name(name), source=str(task) if task else "", force=force, again=again
-        )
+    opened = Stream.open(stream, base=model)
+    done = opened.absorb(adapter, name, task=task or "", force=force, again=again)
     for note in done.notes:
         console.warn(note)
     if json:

@@ -16,6 +16,9 @@ G stays small. Grams of tasks add up, so the mean over t tasks is (1 - 1/t) G + 
 largest directions are kept, S (k, in) with S^T S near G (`reference.sketch_gram`, `reference.merge_sketches`), as many
 as a second pair would have numbers: k = rank (in + out) / in.
 
+A task that was trained elsewhere paid nothing. It is merged as `products` merges by inputs: the old tasks' update and
+its own, each on its own inputs.
+
 Keeps: one pair and S, together no more than two pairs. Constant in the number of tasks.
 
 Source: ours. Others bar these directions altogether and keep more of them with every task: GPM, Saha et al. 2021,
@@ -28,9 +31,10 @@ from typing import Any
 
 import numpy as np
 
-from mbf_mlx.methods.base import Factors, Seen, State, check_number, each_layer, in_double
+from mbf_mlx.errors import InputError
+from mbf_mlx.methods.base import Factors, Pair, Seen, State, check_number, each_layer, in_double
 from mbf_mlx.methods.sequential import Sequential
-from mbf_mlx.reference import Array, merge_sketches, sketch_gram
+from mbf_mlx.reference import Array, in_basis, input_basis, merge_by_inputs, merge_sketches, sketch_gram
 
 OVERSAMPLING = 4  # random directions in which a task's inputs are measured, for each that is kept
 
@@ -90,6 +94,35 @@ class Anchored(Sequential):
             return in_double(partial(mixed, _kept(state, name)), *inputs[name], *old)
 
         return replace(super().finish(state, tuned), kept={"sketch": each_layer(sketched, tuned)})
+
+    def absorb(self, state: State, tuned: Factors, inputs: dict[str, Seen]) -> State:
+        """Return the state after a task that was tuned elsewhere; `inputs` as for `finish`.
+
+        Raises:
+            InputError: a layer with fewer inputs than both pairs have rows.
+        """
+        after = self.finish(state, tuned, inputs)
+        if state.t == 0:
+            return after
+        if small := [f"  {name}: {out} x {i}" for name, (out, i) in state.layers.items() if i < 2 * state.rank]:
+            raise InputError(
+                f"anchored: expected layers with at least {2 * state.rank} inputs, twice the rank, to merge what was"
+                " tuned elsewhere, got\n" + "\n".join(small)
+            )
+
+        def merged(*arrays: Array) -> tuple[Array, Array]:
+            old_a, old_b, a, b, sketch, directions, moments = arrays
+            basis = input_basis(old_a, a)
+            new, old = sketch_gram(moments, directions) @ basis.T, sketch @ basis.T
+            weight = after.t**-0.5
+            a, b, _ = merge_by_inputs((old_a, old_b), (a, b), weight, state.rank, old.T @ old, new.T @ new)
+            return in_basis(a, b, "qr-preserving")
+
+        def layer(name: str) -> Pair:
+            old = *state.deployed[name], *tuned[name], state.kept["sketch"][name]
+            return Pair(*in_double(merged, *old, *inputs[name]))
+
+        return replace(after, deployed=each_layer(layer, tuned))
 
 
 def _kept(state: State, name: str) -> int:

@@ -85,6 +85,8 @@ class Method(Protocol):
     - `needs` and `after_task(state, what) -> State`, called after `finish`: for `needs` "gradients", `what` has, for
       each array that trained, the mean over the task's rows of the squared gradient of the row's loss (its mean
       cross-entropy); for "rows" it is the task's training rows, a list of `Row`.
+    - `absorb(state, tuned, inputs) -> State`, beside `measure`: called in place of `finish` where a task was trained
+      elsewhere, and nothing of the method took part.
     - `extra_rows(state, count) -> list[Row]`: rows to mix into the `count` rows of the task.
     """
 
