@@ -14,7 +14,7 @@ what was tuned is deployed.
 
 G stays small. Grams of tasks add up, so the mean over t tasks is (1 - 1/t) G + 1/t of the new one's; of it the
 largest directions are kept, S (k, in) with S^T S near G (`reference.sketch_gram`, `reference.merge_sketches`), as many
-as a second pair would have numbers: k = rank (in + out) / in.
+as a second pair would have bytes: k = 2 rank (in + out) / in, in half precision.
 
 A task that was trained elsewhere paid nothing. It is merged as `products` merges by inputs: the old tasks' update and
 its own, each on its own inputs.
@@ -34,9 +34,10 @@ import numpy as np
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods.base import Factors, Pair, Seen, State, check_number, each_layer, in_double
 from mbf_mlx.methods.sequential import Sequential
-from mbf_mlx.reference import Array, in_basis, input_basis, merge_by_inputs, merge_sketches, sketch_gram
+from mbf_mlx.reference import Array, in_basis, input_basis, merge_by_inputs, merge_sketches, namespace, sketch_gram
 
-OVERSAMPLING = 4  # random directions in which a task's inputs are measured, for each that is kept
+OVERSAMPLING = 3  # random directions in which a task's inputs are measured, for each that is kept
+LARGEST = 65504.0  # in half precision
 
 
 class Anchored(Sequential):
@@ -87,11 +88,13 @@ class Anchored(Sequential):
 
         def mixed(count: int, directions: Array, moments: Array, *old: Array) -> Array:
             new = sketch_gram(moments, directions)
-            return merge_sketches([*old, new], [1 - 1 / t, 1 / t] if old else [1.0], count)
+            mean = merge_sketches([*old, new], [1 - 1 / t, 1 / t] if old else [1.0], count)
+            return namespace(mean).clip(mean, -LARGEST, LARGEST)
 
         def sketched(name: str) -> Array:
             old = [state.kept["sketch"][name]] if state.t else []
-            return in_double(partial(mixed, _kept(state, name)), *inputs[name], *old)
+            mean = in_double(partial(mixed, _kept(state, name)), *inputs[name], *old)
+            return mean.astype(namespace(mean).float16)
 
         return replace(super().finish(state, tuned), kept={"sketch": each_layer(sketched, tuned)})
 
@@ -126,6 +129,6 @@ class Anchored(Sequential):
 
 
 def _kept(state: State, name: str) -> int:
-    """Return how many directions of a layer's inputs are kept: as many as a pair has numbers, or all."""
+    """Return how many directions of a layer's inputs are kept, in half precision: as a pair has bytes, or all."""
     out, inner = state.layers[name]
-    return min(inner, state.rank * (inner + out) // inner)
+    return min(inner, 2 * state.rank * (inner + out) // inner)
