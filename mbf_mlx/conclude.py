@@ -6,6 +6,7 @@ rank), P (k, in) of a layer. Nothing is trained and nothing written.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import mlx.core as mx
@@ -15,14 +16,10 @@ from mbf_mlx import rows as task_rows
 from mbf_mlx.batches import make_batch
 from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Arrays, Engine
-from mbf_mlx.methods import Method, Row, Seen, State
+from mbf_mlx.methods import Method, Row, Seen, State, measured_rows
 from mbf_mlx.tuning import Tuning
 
-MEASURED_ROWS = (
-    128  # that a method's `measure` is shown of a task at most, evenly drawn: they cost as much as training on them
-)
 TINY = 1e-37  # of squared gradients: what float32 can still divide by
-KNOWN_WELL = 1e-6  # nats: a row's loss below this is taken for it
 KEPT = Path("(a row that the stream keeps)")
 
 Advance = Callable[[int, int], None]  # rows done, of so many
@@ -102,9 +99,8 @@ def seen(
     directions: dict[str, Any],
     advance: Advance = lambda done, total: None,
 ) -> dict[str, Seen]:
-    """Return `input_moments` of MEASURED_ROWS of the rows at most."""
-    some = [rows[i] for i in range(0, len(rows), -(-len(rows) // MEASURED_ROWS))]
-    return input_moments(tuning, engine, some, directions, advance)
+    """Return `input_moments` of the rows that stand for all."""
+    return input_moments(tuning, engine, [rows[i] for i in measured_rows(len(rows))], directions, advance)
 
 
 def input_moments(
@@ -131,21 +127,29 @@ def input_moments(
     sums = {name: np.zeros(p.shape[::-1], np.float32) for name, p in turned.items()}
     mx.eval(turned)
 
-    def note(name: str, x: mx.array, gradients: mx.array) -> None:
+    found: dict[str, dict[int, np.ndarray]] = {name: {} for name in sums}
+    lock = Lock()
+    tuning.apply(tuning.arrays)
+
+    def add(name: str) -> None:  # in the rows' order, whichever thread was first: a sum's last bits depend on it
+        for place in sorted(found[name]):
+            sums[name] += found[name].pop(place)
+
+    def note(place: int, name: str, x: mx.array, gradients: mx.array) -> None:
         if name in sums:
             x, weights = x.astype(mx.float32), mx.square(gradients.astype(mx.float32)).sum(axis=-1, keepdims=True)
             shares = weights / mx.maximum(weights.sum(), TINY)
-            sums[name] += np.array((shares * (x @ turned[name])).T @ x)
+            product = np.array((shares * (x @ turned[name])).T @ x)
+            with lock:
+                found[name][place] = product
+                if len(found[name]) == len(batches):
+                    add(name)
 
-    def loss(arrays: Arrays, batch: Any) -> mx.array:
-        tuning.apply(arrays)
-        # The logarithm's gradient differs in size alone, and half precision does not lose it where a row is known well.
-        return mx.log(engine.loss_sum(batch) + KNOWN_WELL)
-
-    gradient = mx.grad(loss)
-    with engine.watched(note):
-        for index in range(len(rows)):
-            mx.eval(gradient(tuning.arrays, make_batch(rows, [index], share_prefix=False)))
-            advance(index + 1, len(rows))
-    tuning.apply(tuning.arrays)
+    for start in range(0, len(rows), engine.at_once):
+        indices = range(start, min(start + engine.at_once, len(rows)))
+        batches = [make_batch(rows, [index], share_prefix=False) for index in indices]
+        engine.watch(batches, note)
+        for name in found:
+            add(name)
+        advance(indices.stop, len(rows))
     return {name: Seen(directions[name], total / len(rows)) for name, total in sums.items()}

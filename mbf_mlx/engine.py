@@ -8,8 +8,7 @@ Two ways lead to the hidden states: mlx-lm's own forward pass (forward.py), for 
 a Llama on a CPU a pass of our own (llama.py), with its gradients by hand. `prepare` chooses, and is the only switch.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -29,6 +28,7 @@ from mbf_mlx.unpack import evaluated, without_history
 from mbf_mlx.watching import called_by
 
 Arrays = dict[str, mx.array]  # by name: what is differentiated, and its gradients
+KNOWN_WELL = 1e-6  # nats: a loss below this is taken for it where its logarithm is
 LossAndGrad = Callable[[Arrays, Batch], tuple[mx.array, Arrays]]
 
 
@@ -66,7 +66,6 @@ class Engine:
         self.checkpoint = checkpoint  # may be set anew between two batches
         self.before: Callable[[Batch, bool], None] = lambda batch, training: None  # called before each batch
         self.by_hand = by_hand
-        self._note: llama.Note | None = None
         self.compiled = compiled and not by_hand
         self.cores = min(cpu_ops.CORES, load_blas().threads)  # each computes a part of a batch, by hand
         self.head = llama.Head(model) if by_hand else self.forward.head
@@ -98,8 +97,10 @@ class Engine:
         if not len(batch.targets):
             return mx.array(0.0)
         self.before(batch, True)
-        if self.by_hand:
-            return self._loss_by_hand(batch)
+        return self._loss_by_hand(batch) if self.by_hand else self._loss(batch)
+
+    def _loss(self, batch: Batch) -> mx.array:
+        """Return the loss by mlx-lm's way."""
         targets = mx.array(batch.targets)
         if not self.picks_positions:
             return _cross_entropy(self.forward.logits(batch, self.checkpoint), targets)[0].sum()
@@ -147,36 +148,64 @@ class Engine:
 
         return compiled if self.compiled else plain
 
-    @contextmanager
-    def watched(self, note: llama.Note) -> Iterator[None]:
-        """Where a loss is differentiated within this context, tell of each trained layer's inputs and gradients.
+    @property
+    def at_once(self) -> int:
+        """How many batches `watch` computes at the same time, at most."""
+        return self.cores if self.by_hand else 1
 
-        `note` has to evaluate what it makes of them: it may be called in another thread. Losses are those of one row.
+    def watch(self, batches: Sequence[Batch], note: Callable[[int, str, mx.array, mx.array], None]) -> None:
+        """Tell of each trained layer's inputs, and of the gradients with respect to its outputs.
+
+        They are those of the logarithm of a batch's loss: it differs from the loss's in size alone, and half precision
+        does not lose it where a batch is known well.
+
+        Args:
+            batches: `at_once` at most.
+            note: Told the batch's place among them, a layer, its inputs (T, in) and the gradients (T, out). It has to
+                evaluate what it makes of them: it may be called in several threads.
         """
+        for batch in batches:
+            self.before(batch, True)
+        trained = dict(tree_flatten(self.model.trainable_parameters()))
         if self.by_hand:
-            self._note = note
-            try:
-                yield
-            finally:
-                self._note = None
+            factors = {name: value.astype(mx.float32) for name, value in trained.items()}
+            mx.eval(self.model.parameters(), factors)  # no thread can evaluate what another has begun
+
+            def there(place: int, batch: Batch) -> None:
+                run = llama.Pass(self.model, factors, batch, checkpoint=self.checkpoint, note=partial(note, place))
+                losses, d_hidden = self._loss_and_gradient(run.forward(), batch.targets, len(batches))
+                run.backward(d_hidden / (losses.sum() + KNOWN_WELL))
+
+            cpu_ops.side_by_side([partial(there, place, batch) for place, batch in enumerate(batches)])
             return
         _ = self.forward  # made now: it runs the model once, which nobody asked to watch
 
-        def call(name: str, layer: nn.Module, x: mx.array) -> mx.array:
+        def call(place: int, name: str, layer: nn.Module, x: mx.array) -> mx.array:
             @mx.custom_function
             def same(y: mx.array) -> mx.array:
                 return y
 
             @same.vjp
             def told(_: Any, gradient: mx.array, __: Any) -> mx.array:
-                note(name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+                note(place, name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
                 return gradient
 
             y: mx.array = same(layer(x))  # type: ignore[assignment]
             return y
 
-        with called_by(call, self.model, lora_layers(self.model)):
-            yield
+        layers = lora_layers(self.model)
+        for place, batch in enumerate(batches):
+
+            def loss(pairs: dict[str, tuple[mx.array, mx.array]], batch: Batch = batch) -> mx.array:
+                for name, (a, b) in pairs.items():
+                    layers[name].lora_a, layers[name].lora_b = a, b
+                return mx.log(self._loss(batch) + KNOWN_WELL)
+
+            pairs = {name: (layer.lora_a, layer.lora_b) for name, layer in layers.items()}
+            with called_by(partial(call, place), self.model, layers):
+                mx.eval(mx.grad(loss)(pairs))
+            for name, (a, b) in pairs.items():
+                layers[name].lora_a, layers[name].lora_b = a, b
 
     def score(self, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return what the model says at each supervised position.
@@ -229,7 +258,7 @@ class Engine:
         parts, shared = self._parts(batch)
 
         def there(part: Batch) -> tuple[np.ndarray, mx.array, llama.Pass]:
-            run = llama.Pass(self.model, factors, part, checkpoint=self.checkpoint, shared=shared, note=self._note)
+            run = llama.Pass(self.model, factors, part, checkpoint=self.checkpoint, shared=shared)
             return *self._loss_and_gradient(run.forward(), part.targets, len(parts)), run
 
         done = cpu_ops.side_by_side([partial(there, part) for part in parts])

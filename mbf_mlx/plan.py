@@ -18,6 +18,7 @@ from mbf_mlx.config import SAMPLE_ROWS, LoRAConfig, TrainConfig
 from mbf_mlx.encode import Encoded
 from mbf_mlx.errors import InputError
 from mbf_mlx.memory import Load, Run, Shape
+from mbf_mlx.methods import Method, measured_rows
 from mbf_mlx.recipe import ModelShape, Recipe
 from mbf_mlx.safetensors_file import read_header
 from mbf_mlx.sources import read_config, unpacked_bytes, weight_files
@@ -128,6 +129,7 @@ class Work:
     train_tokens: float  # computed in all steps
     other_tokens: float  # computed without a way back: validation, losses before and after, scoring
     generated_tokens: float  # of long answers, one after another, each as long as it may become
+    measured_tokens: float  # that the method looks at once more, on the way back, too
 
 
 def work_of(
@@ -136,6 +138,7 @@ def work_of(
     test: Sequence[Encoded],
     config: TrainConfig,
     scored: int = 1,
+    method: Method | None = None,
 ) -> Work:
     """Return the work of one task.
 
@@ -143,6 +146,7 @@ def work_of(
         rows, valid, test: Its rows.
         config: Epochs or steps, batch sizes.
         scored: How often its test rows are scored: after it, and after each task that is learned after it.
+        method: The stream's: some measure rows after training.
     """
     from mbf_mlx.evaluate import ROUGE_L, longest_answer, metric_of  # it needs mlx, which other plans do without
 
@@ -163,7 +167,14 @@ def work_of(
         + 2 * min(SAMPLE_ROWS, len(rows)) * float(np.mean(lengths))
         + scored * float(np.sum(lengths_of(test))),
         generated_tokens=scored * float(sum(map(longest_answer, test)) if metric_of(test) == ROUGE_L else 0),
+        measured_tokens=_measured_rows(method, len(rows)) * float(np.mean(lengths)),
     )
+
+
+def _measured_rows(method: Method | None, count: int) -> int:
+    if hasattr(method, "measure"):
+        return len(measured_rows(count))
+    return count if getattr(method, "needs", None) == "gradients" else 0
 
 
 def _real(batch: Batch) -> int:
@@ -180,7 +191,8 @@ class Rate:
 
     def seconds(self, work: Work) -> float:
         """Return how long a task's work takes."""
-        return work.train_tokens * self.step + work.other_tokens * self.forward + work.generated_tokens * self.token
+        both_ways = (work.train_tokens + work.measured_tokens) * self.step
+        return both_ways + work.other_tokens * self.forward + work.generated_tokens * self.token
 
 
 def measure(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch) -> Rate:

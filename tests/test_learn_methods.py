@@ -20,7 +20,7 @@ mx = pytest.importorskip("mlx.core", reason="mlx is not installed: pip install '
 
 from mlx import nn  # noqa: E402
 
-from mbf_mlx import Stream  # noqa: E402
+from mbf_mlx import Stream, cpu_ops  # noqa: E402
 from mbf_mlx.batches import make_batch  # noqa: E402
 from mbf_mlx.conclude import conclude, input_moments, squared_gradients, with_extra  # noqa: E402
 from mbf_mlx.engine import prepare  # noqa: E402
@@ -223,20 +223,23 @@ def test_squared_gradients_are_the_mean_over_rows(learner, encoded):
     np.testing.assert_allclose(found[layer].b, by_hand, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("cores", [1, 2, 0], ids=["alone", "in two threads", "mlx-lm's way"])
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_input_moments_weigh_tokens_by_the_squared_gradients_of_what_is_made_of_them(
-    by_hand, checkpoint, learner, encoded
+    cores, checkpoint, learner, encoded
 ):
+    if cores > cpu_ops.CORES:
+        pytest.skip("one core")
     model, generator = learner.base.model, np.random.default_rng(0)
     tuning = Tuning(model, make("slao"), empty_state(learner.layers, LORA.rank))
     tuning.update({n: mx.array(generator.normal(size=a.shape).astype(np.float32)) for n, a in tuning.arrays.items()})
     model.eval()
-    engine = prepare(model, by_hand=by_hand, checkpoint=checkpoint)
+    engine = prepare(model, by_hand=cores > 0, checkpoint=checkpoint)
+    engine.cores = max(1, cores)
     directions = {n: generator.normal(size=(3, inner)).astype(np.float32) for n, (_, inner) in learner.layers.items()}
     told = []
     found = input_moments(tuning, engine, encoded[:3], directions, lambda done, total: told.append((done, total)))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert told == ([(2, 3), (3, 3)] if cores == 2 else [(1, 3), (2, 3), (3, 3)])
     assert all(seen.directions is directions[name] for name, seen in found.items())
     # By another way: what is added to a layer's output has the gradient of that output.
     layers, added, inputs, expected = lora_layers(model), {}, {}, dict.fromkeys(learner.layers, 0.0)
@@ -260,7 +263,9 @@ def test_input_moments_weigh_tokens_by_the_squared_gradients_of_what_is_made_of_
             for name, p in directions.items():
                 x, weights = np.array(inputs[name]), np.square(np.array(gradients[name])).sum(axis=1)
                 expected[name] = expected[name] + ((x @ p.T) * (weights / weights.sum())[:, None]).T @ x / 3
+    again = input_moments(tuning, engine, encoded[:3], directions)
     for name, seen in found.items():
+        np.testing.assert_array_equal(again[name].moments, seen.moments)
         np.testing.assert_allclose(seen.moments, expected[name], rtol=1e-3, atol=1e-4 * np.abs(expected[name]).max())
     assert {type(module).__name__ for module in lora_layers(model).values()} == {"LoRALinear"}
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from mbf_mlx import commands, plan, units
 from mbf_mlx.config import LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError, MemoryLimitError
+from mbf_mlx.methods import make
 from mbf_mlx.recipe import recipes
 from tests.conftest import ROOT
 from tests.test_train import rows_of
@@ -101,22 +102,35 @@ def test_a_stream_that_is_not_there_yet_is_planned_from_its_rows(tiny_llama, wri
     assert "words: 18 rows to train on" in text and "time:" not in text
 
 
-@pytest.mark.parametrize(("words", "generated"), [(1, False), (30, True)])
-def test_long_answers_are_planned_as_they_are_scored_by_generating_them(words, generated, tiny_llama, write_jsonl):
+def encoded(lines, base, write_jsonl):
     pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
     from mbf_mlx.config import DataConfig
     from mbf_mlx.encode import Encoder
     from mbf_mlx.model import load_tokenizer
     from mbf_mlx.tasks import read_task
 
-    lines = [{"prompt": f"say {n}", "completion": "yes " * words} for n in range(6)]
     task = read_task(write_jsonl("task/train.jsonl", lines).parent)
-    rows = Encoder(load_tokenizer(tiny_llama), DataConfig()).all(task.train, task.path)
+    return Encoder(load_tokenizer(base), DataConfig()).all(task.train, task.path)
+
+
+@pytest.mark.parametrize(("words", "generated"), [(1, False), (30, True)])
+def test_long_answers_are_planned_as_they_are_scored_by_generating_them(words, generated, tiny_llama, write_jsonl):
+    lines = [{"prompt": f"say {n}", "completion": "yes " * words} for n in range(6)]
+    rows = encoded(lines, tiny_llama, write_jsonl)
     work = plan.work_of(rows, [], rows, TrainConfig(), scored=2)
     longest = sum(2 * int(row.supervised.sum()) + 16 for row in rows)
     assert work.generated_tokens == (2 * longest if generated else 0)
     rate = plan.Rate(step=0.0, forward=0.0, token=0.5)
     assert rate.seconds(work) == work.generated_tokens / 2
+
+
+@pytest.mark.parametrize(("method", "measured"), [(None, 0), ("slao", 0), ("anchored", 100), ("ewc", 200)])
+def test_rows_that_a_method_looks_at_once_more_are_planned(method, measured, tiny_llama, write_jsonl):
+    rows = encoded([{"prompt": "red or green?", "completion": "red"}] * 200, tiny_llama, write_jsonl)
+    work = plan.work_of(rows, [], rows, TrainConfig(), method=method and make(method))
+    assert work.measured_tokens == measured * len(rows[0].tokens)
+    rate = plan.Rate(step=1.0, forward=0.0, token=0.0)
+    assert rate.seconds(work) == work.train_tokens + work.measured_tokens
 
 
 def test_an_architecture_without_these_numbers_is_refused(tmp_path, tiny_llama):

@@ -119,14 +119,17 @@ class _Plans:
     def of_tasks(self, stream: Path, tasks: list[Path], model: str | None, size: int | None) -> dict[str, Any]:
         """Return the plan of learning tasks into a stream."""
         from mbf_mlx import plan
+        from mbf_mlx.api import DEFAULT_METHOD
+        from mbf_mlx.methods import make
         from mbf_mlx.tasks import read_tasks
 
-        earlier = []
+        earlier, method = [], make(DEFAULT_METHOD)
         if (stream / "stream.json").exists():
             from mbf_mlx.stream import StreamFolder
 
             opened = StreamFolder.open(stream)
             own, earlier = opened.identity, opened.history()
+            method = make(own.method, own.method_options)
             self.lora = LoRAConfig(rank=own.rank, scale=own.scale, keys=tuple(own.keys), num_layers=own.num_layers)
             self.data = replace(self.data, template=own.template)
             model = model or opened.current().manifest.base_path
@@ -140,7 +143,7 @@ class _Plans:
             return document
         encoded = [self._encoded(task, folder) for task in read]
         works = [
-            plan.work_of(train, valid, test, self.train, scored=len(read) - place)
+            plan.work_of(train, valid, test, self.train, scored=len(read) - place, method=method)
             for place, (train, valid, test) in enumerate(encoded)
         ]
         loads = list(dict.fromkeys(load for work in works for load in work.loads))

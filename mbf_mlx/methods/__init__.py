@@ -14,6 +14,7 @@ from mbf_mlx.methods.base import (
     each_layer,
     empty_state,
     hooks,
+    measured_rows,
     not_finite,
 )
 from mbf_mlx.methods.registry import make, names
@@ -30,6 +31,7 @@ __all__ = [
     "empty_state",
     "hooks",
     "make",
+    "measured_rows",
     "names",
     "not_finite",
 ]

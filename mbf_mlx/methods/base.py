@@ -26,6 +26,7 @@ class Pair(NamedTuple):
 
 Factors = dict[str, Pair]
 Layers = dict[str, tuple[int, int]]  # layer -> (out, in)
+MEASURED_ROWS = 128  # of a task, that `measure` is shown at most: each costs as much as in training
 STREAM = "stream"  # stands for a layer where something kept belongs to none
 FIRST_A = ("uniform", "orthonormal")  # how the first A may be drawn
 
@@ -66,6 +67,11 @@ class Seen(NamedTuple):
 
     directions: Array  # P (k, in)
     moments: Array  # (k, in): the mean over rows of the sum of w (P x) x^T over tokens x; see `conclude.input_moments`
+
+
+def measured_rows(count: int) -> range:
+    """Return which of a task's rows stand for all where `measure` asks for inputs: MEASURED_ROWS at most."""
+    return range(0, count, max(1, math.ceil(count / MEASURED_ROWS)))
 
 
 class Method(Protocol):
