@@ -57,7 +57,8 @@ def learn(options: argparse.Namespace) -> dict[str, Any]:
     device = backend.setup(options.device)
     with tempfile.TemporaryDirectory() as folder:
         stream = Stream.open(Path(folder) / "stream", base=str(options.model))
-        start = make("slao").start(stream.folder.state())
+        identity = stream.folder.identity
+        start = make(identity.method, identity.method_options).start(stream.folder.state())
         first_a = hashlib.sha256(b"".join(np.asarray(pair.a).tobytes() for _, pair in sorted(start.items())))
         stream.learn(options.task, iters=options.steps, save_every="0", events=Losses())
         task, scores = stream.status()["tasks"][0], stream.status()["scores"]

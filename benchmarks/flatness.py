@@ -1,4 +1,4 @@
-"""Case e: a stream of many tiny tasks: what task 100 costs against task 2.
+"""Case e: a stream of many tiny tasks, `--method slao`: what task 100 costs against task 2.
 
 Peak memory, resident set after the task, bytes of `adapter/` and `state.safetensors`: the median of five tasks at each
 end of one stream; bytes must be equal to the byte. A commit, learning outside of training steps (reading, scoring the
@@ -87,7 +87,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder, timed = Path(place), Timed()
         model = options.model or synthetic.write_model(folder / "tiny", "tiny", quantization=QUANTIZATION)
-        stream = Stream.open(folder / "late", base=str(model), lora=LoRAConfig(rank=8))
+        stream = Stream.open(folder / "late", base=str(model), lora=LoRAConfig(rank=8), method="slao")
         for number in range(1, options.tasks + 1):
             learned = timed.learn(stream, write_task(folder, number))
             gc.collect()

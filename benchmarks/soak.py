@@ -47,7 +47,6 @@ Clock = Any  # of multiprocessing: which part a child is in, and the seconds tha
 def learn(stream: Path, tasks: list[Path], base: Path, part: Clock, spent: Clock) -> None:
     """Run the command in this process, telling at every moment which part of the run it is in."""
     import mbf_mlx.learn as learning
-    from mbf_mlx import methods
     from mbf_mlx.commands import main
     from mbf_mlx.stream import StreamFolder
     from mbf_mlx.working import Working
@@ -68,7 +67,7 @@ def learn(stream: Path, tasks: list[Path], base: Path, part: Clock, spent: Clock
 
     tell("training", learning, "train")
     tell("saving", Working, "save")
-    tell("merging", type(methods.make("slao")), "finish")
+    tell("merging", learning, "conclude")
     tell("scoring", learning, "score_all")
     tell("committing", StreamFolder, "commit")
     tell("pruning", StreamFolder, "_clean")

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     Find = Callable[[str], BaseFolder]  # where the base model of a name is
 
-DEFAULT_METHOD = "slao"
+DEFAULT_METHOD = "anchored"  # it was ahead of all others in every order: docs/experiments.md
+UNLOADED_METHOD = "slao"  # of a stream whose first task is trained elsewhere: it needs no model and no rows
 
 
 class Stream:
@@ -68,8 +69,8 @@ class Stream:
             base: A recipe's name, a model folder, a GGUF file or a hub id; for a stream that is there
                 already it must be its own base, and tells where that has moved to.
             method, method_options, lora, template: Fixed when a stream is made; where given for one that is there
-                already, they have to be its own. `lora` is all of its settings, or those that differ from what we have
-                tried for this base.
+                already, they have to be its own. The method is DEFAULT_METHOD, or UNLOADED_METHOD without `load`.
+                `lora` is all of its settings, or those that differ from what we have tried for this base.
             seed: Of the first A.
             keep_quantized: On a CPU, keep quantized weights as they are: less memory, much slower.
             quantize: Bits for those tensors of a GGUF base whose type MLX lacks; 0 refuses such a file.
@@ -91,7 +92,7 @@ class Stream:
             stream._check_fixed(method, method_options, lora, template)
             return stream
         data = DataConfig(template=template) if template else DataConfig()
-        chosen = make(method or DEFAULT_METHOD, method_options)
+        chosen = make(method or (DEFAULT_METHOD if load else UNLOADED_METHOD), method_options)
         if load:
             backend.setup()  # before anything of the base's is converted or loaded
         else:

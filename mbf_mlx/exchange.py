@@ -69,6 +69,11 @@ def _absorbs(method: Method) -> bool:
     return set(hooks(method)) <= {"measure"} or hasattr(method, "absorb")
 
 
+def wants_rows(stream: StreamFolder) -> bool:
+    """Return whether absorbing needs the rows that the task was trained on, and runs the model on them."""
+    return hasattr(_method(stream), "measure")
+
+
 def next_start(stream: StreamFolder, kind: str) -> dict[str, Data]:
     """Return the files of the adapter that the next task starts from.
 
@@ -120,8 +125,7 @@ def absorb(
     history = stream.history()
     if not again and any(record.name == name for record in history):
         raise InputError(f"--name: {stream.path} has learned a task named {name!r}; choose another name, or --again")
-    method = _method(stream)
-    measures = hasattr(method, "measure")
+    method, measures = _method(stream), wants_rows(stream)
     if measures and not (source and look):
         raise InputError(
             f"--task: method {method.name} measures the inputs that a task has; expected the task file that the adapter"

@@ -115,7 +115,7 @@ def test_the_state_is_what_algorithm_1_makes_of_the_tuned_factors(tiny_llama, ta
     start, finish, starts, tuned, deployed = Slao.start, Slao.finish, [], [], []
     monkeypatch.setattr(Slao, "start", starting)
     monkeypatch.setattr(Slao, "finish", finishing)
-    stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LORA)
+    stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LORA, method="slao")
     stream.learn(*tasks, train=QUICK)
     for name in starts[0]:
         merged = tuned[0][name][1].astype(np.float64)
@@ -213,7 +213,8 @@ def test_a_stream_refuses_another_base_and_other_fixed_settings(tiny_llama, task
     ):
         Stream.open(tmp_path / "s", base=str(tmp_path / "other")).learn(tasks[1], train=QUICK)
     message = (
-        "made with other settings, which stay for its life:\n  method: .*'slao', got 'sequential'\n  rank: .*4, got 8"
+        "made with other settings, which stay for its life:\n  method: .*'anchored', got 'sequential'\n"
+        "  rank: .*4, got 8"
     )
     with pytest.raises(InputError, match=message):
         Stream.open(tmp_path / "s", method="sequential", lora=LoRAConfig(rank=8))

@@ -127,6 +127,26 @@ def test_a_start_that_cannot_be_written_leaves_no_stream(tiny_llama, tmp_path):
         assert not stream.exists()
 
 
+def test_the_default_method_is_anchored_and_the_papers_where_no_model_is_loaded(tiny_llama, task, tmp_path):
+    for name, words, method, hint in (
+        (
+            "here",
+            ["learn", task, "--model", tiny_llama, "--template", "none", "--iters", 1],
+            "anchored",
+            "NAME --task ROWS",
+        ),
+        ("elsewhere", [], "slao", "NAME"),
+    ):
+        stream = tmp_path / name
+        if words:
+            done = mbf(words[0], stream, *words[1:])
+            assert done.returncode == 0, done.stderr
+        done = mbf("next", stream, tmp_path / f"start-{name}", "--model", tiny_llama)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.rstrip().endswith(f"TUNED --name {hint}")
+        assert json.loads(mbf("status", stream, "--json").stdout)["method"] == method
+
+
 def test_every_bad_row_of_every_task_is_said_before_a_model_is_loaded(write_jsonl, tmp_path):
     one = write_jsonl("one.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
     other = write_jsonl("other.jsonl", [{"text": ""}])

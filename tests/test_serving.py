@@ -123,7 +123,7 @@ def test_an_answer_ends_where_the_context_does(taught):
 
 
 def test_an_adapter_that_changes_nothing_is_noticed_before_the_first_answer(tiny_llama, tmp_path):
-    stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LoRAConfig(rank=4))
+    stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LoRAConfig(rank=4), method="slao")
     assert "as it is: nothing was learned yet" in stream.speaker().proof
     method = make("slao")
     with stream.folder.writer():

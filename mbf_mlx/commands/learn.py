@@ -39,7 +39,10 @@ def learn(
     method: Annotated[
         str | None,
         _option(
-            "--method", "Continual method: slao is the paper's; products, sequential, replay and more.", _NEW, "slao"
+            "--method",
+            "Continual method: slao is the paper's; products, sequential, replay and more.",
+            _NEW,
+            "anchored",
         ),
     ] = None,
     method_options: Annotated[

@@ -16,7 +16,9 @@ def next(
     kind: Annotated[str, typer.Option("--format", help="Whose layout: peft or mlx.")] = "peft",
     model: Base = None,
     quantize: Quantize = 0,
-    method: Annotated[str | None, typer.Option("--method", help="A new stream's continual method.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="A new stream's continual method [default: slao].")
+    ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="A new stream's rank.")] = None,
     scale: Annotated[float | None, typer.Option("--scale", help="A new stream's scale: delta = scale * B @ A.")] = None,
     keys: Annotated[str | None, typer.Option("--keys", help="A new stream's layers, by comma.")] = None,
@@ -32,7 +34,7 @@ def next(
     """
     from mbf_mlx.api import Stream
     from mbf_mlx.commands.options import lora_of
-    from mbf_mlx.exchange import next_start
+    from mbf_mlx.exchange import next_start, wants_rows
     from mbf_mlx.export.adapter_folder import write_files
 
     opened = Stream.open(
@@ -54,4 +56,5 @@ def next(
         console.print_json({"out": str(place), "format": kind, "task": t, "bytes": written})
         return
     console.out.print(f"{place}: the start of task {t}, {units.size(written)}, as {kind} reads it")
-    console.out.print(f"train it with rank and scale as they are, then: mbf absorb {stream} TUNED --name NAME")
+    rows = " --task ROWS" if wants_rows(opened.folder) else ""
+    console.out.print(f"train it with rank and scale as they are, then: mbf absorb {stream} TUNED --name NAME{rows}")
