@@ -160,23 +160,24 @@ class Engine:
         does not lose it where a batch is known well.
 
         Args:
-            batches: `at_once` at most.
+            batches: `at_once` at most. There is nothing to tell of one without a supervised token.
             note: Told the batch's place among them, a layer, its inputs (T, in) and the gradients (T, out). It has to
                 evaluate what it makes of them: it may be called in several threads.
         """
-        for batch in batches:
+        some = [(place, batch) for place, batch in enumerate(batches) if len(batch.targets)]
+        for _, batch in some:
             self.before(batch, True)
-        trained = dict(tree_flatten(self.model.trainable_parameters()))
         if self.by_hand:
-            factors = {name: value.astype(mx.float32) for name, value in trained.items()}
+            trained = tree_flatten(self.model.trainable_parameters())
+            factors = {name: value.astype(mx.float32) for name, value in trained}
             mx.eval(self.model.parameters(), factors)  # no thread can evaluate what another has begun
 
             def there(place: int, batch: Batch) -> None:
                 run = llama.Pass(self.model, factors, batch, checkpoint=self.checkpoint, note=partial(note, place))
-                losses, d_hidden = self._loss_and_gradient(run.forward(), batch.targets, len(batches))
+                losses, d_hidden = self._loss_and_gradient(run.forward(), batch.targets, len(some))
                 run.backward(d_hidden / (losses.sum() + KNOWN_WELL))
 
-            cpu_ops.side_by_side([partial(there, place, batch) for place, batch in enumerate(batches)])
+            cpu_ops.side_by_side([partial(there, place, batch) for place, batch in some])
             return
         _ = self.forward  # made now: it runs the model once, which nobody asked to watch
 
@@ -194,7 +195,7 @@ class Engine:
             return y
 
         layers = lora_layers(self.model)
-        for place, batch in enumerate(batches):
+        for place, batch in some:
 
             def loss(pairs: dict[str, tuple[mx.array, mx.array]], batch: Batch = batch) -> mx.array:
                 for name, (a, b) in pairs.items():

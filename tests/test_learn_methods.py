@@ -7,7 +7,7 @@ import pytest
 
 from mbf_mlx import exchange, methods
 from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
-from mbf_mlx.encode import Encoder
+from mbf_mlx.encode import Encoded, Encoder
 from mbf_mlx.events import Events
 from mbf_mlx.export import peft
 from mbf_mlx.methods import empty_state, make
@@ -268,6 +268,21 @@ def test_input_moments_weigh_tokens_by_the_squared_gradients_of_what_is_made_of_
         np.testing.assert_array_equal(again[name].moments, seen.moments)
         np.testing.assert_allclose(seen.moments, expected[name], rtol=1e-3, atol=1e-4 * np.abs(expected[name]).max())
     assert {type(module).__name__ for module in lora_layers(model).values()} == {"LoRALinear"}
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_rows_in_which_nothing_is_supervised_show_no_inputs(by_hand, learner, encoded):
+    tuning = Tuning(learner.base.model, make("slao"), empty_state(learner.layers, LORA.rank))
+    engine = prepare(learner.base.model, by_hand=by_hand)
+    directions = {name: np.eye(inner, dtype=np.float32) for name, (_, inner) in learner.layers.items()}
+    tokens = encoded[1].tokens
+    silent = Encoded(tokens, np.zeros(len(tokens), bool), len(tokens), 0, encoded[1].row)
+    one, with_it, none = (
+        input_moments(tuning, engine, rows, directions) for rows in ([encoded[0]], [silent, encoded[0]], [silent])
+    )
+    for name, seen in one.items():
+        assert seen.moments.any() and not none[name].moments.any()
+        np.testing.assert_allclose(2 * with_it[name].moments, seen.moments, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "options"), [("anchored", {}), ("products", {"metric": "inputs"})])
