@@ -41,6 +41,7 @@ from mbf_mlx.tuning import Tuning
 from mbf_mlx.working import Working
 
 FORMAT = 1  # of what is hashed; a change in what a cell computes has to change it
+UNSCORED: Row = {"value": None, "loss": None}
 DRAW = 0  # which rows of a task stand for it, where a number is given, is drawn from this: the same for all cells
 
 
@@ -128,6 +129,7 @@ class Experiment:
         return cell_hash.digest(
             self._always,
             {"method": cell.method, "options": cell.options, "seed": cell.seed},
+            *([{"only_last": True}] if cell.only_last else []),
             cell_hash.settings_of_cell(cell),
             [(name, self.plan.tasks[name].sha256) for name in cell.tasks],
             [file.train_rows, file.valid_rows, file.test_rows, file.score_on, file.metric, file.forward_transfer],
@@ -143,9 +145,13 @@ class Experiment:
         kept = []
         for t, name in enumerate(cell.tasks):
             self.watch.cell(number, cell, t)
-            state, training = self._learn(cell, learner, method, state, name)
+            skipped = cell.only_last and t + 1 < len(cell.tasks)
+            state, training = (self._keep if skipped else self._learn)(cell, learner, method, state, name)
             trainings.append(training)
             kept.append(state.kept_bytes())
+            if skipped:
+                scores.append([UNSCORED] * (t + 1))
+                continue
             seen = cell.tasks[: t + 2] if ahead else cell.tasks[: t + 1]
             scores.append([self._score(cell, learner, state.deployed, other) for other in seen])
         values = [[each["value"] for each in row] for row in scores]
@@ -210,6 +216,13 @@ class Experiment:
         if bad := not_finite(after):
             raise InputError(f"{cell.label}, {cell.order}, {name}: the merged factors of {bad[0]} are not finite")
         return after, training
+
+    def _keep(self, cell: Cell, learner: Learner, method: Method, state: State, name: str) -> tuple[State, Row]:
+        """Return the state after a task that was not trained on, which a later training will see the rows of."""
+        rows = self._rows(cell, learner, name, "train", self.plan.file.train_rows)
+        tuning = Tuning(learner.base.model, method, state)
+        nothing = {"key": "", "seconds": 0.0, "steps": 0, "tokens": 0, "curve": [], "peak_memory_bytes": 0}
+        return conclude(method, state, tuning, learner.engine, rows, partial(self.watch.measuring, name)), nothing
 
     def _train(
         self,

@@ -48,6 +48,7 @@ class MethodEntry(_Part):
     orders: list[str] | None = None  # those it is run on, of the file's; all by default
     settings: list[str] | None = None
     seeds: list[int] | None = None
+    only_last: bool = False  # train and score after the last task alone, where the trainings before it decide nothing
 
 
 class Variant(_Part):
@@ -94,6 +95,7 @@ class Cell:
     lora: LoRAConfig
     train: TrainConfig
     data: DataConfig
+    only_last: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,11 @@ def read_plan(path: Path, tasks: Path | None = None) -> Plan:
         except InputError as error:
             problems.append(f"methods[{number}]: {error}")
             continue
+        if entry.only_last and not getattr(made, "anew", False):
+            problems.append(
+                f"methods[{number}].only_last: expected a method that trains anew from all rows after each task"
+                f" (joint, with start = 'first'), got {_label(entry)}"
+            )
         for setting, (lora, train, data) in settings.items():
             if setting not in (entry.settings or settings):
                 continue
@@ -154,6 +161,7 @@ def read_plan(path: Path, tasks: Path | None = None) -> Plan:
                     lora=lora,
                     train=replace(train, seed=seed),
                     data=data,
+                    only_last=entry.only_last,
                 )
                 for order in entry.orders or orders
                 if order in orders

@@ -80,13 +80,12 @@ def _groups(rows: Sequence[Row], order: str) -> dict[str, list[Row]]:
 
 
 def _comparisons(lines: Sequence[Line], title: str) -> list[str]:
-    """Return a plot of each measure that all lines have, the best average accuracy on top."""
+    """Return a plot of each measure, of the lines that have it, the best average accuracy on top."""
     ordered = sorted(lines, key=lambda line: -(line.measures["average_accuracy"].mean or 0.0))
     plots = []
     for color, (measure, said) in enumerate(COMPARED.items()):
-        spreads = [line.measures[measure] for line in ordered]
-        if all(spread.mean is not None for spread in spreads):
-            bars = [Bar(line.name, s.mean or 0.0, s.deviation) for line, s in zip(ordered, spreads)]
+        spreads = [(line.name, line.measures[measure]) for line in ordered]
+        if bars := [Bar(name, s.mean, s.deviation) for name, s in spreads if s.mean is not None]:
             plots.append(report_plots.comparison(bars, said, f"{said}, {title}", color))
     return plots
 

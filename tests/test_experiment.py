@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mbf_mlx import results
 from mbf_mlx.errors import InputError
 from mbf_mlx.experiment_file import read_plan
+from mbf_mlx.report_results import results_page
 from tests.conftest import ROOT
 from tests.test_train import rows_of
 
@@ -195,6 +196,20 @@ def test_forward_transfer_needs_the_base_and_the_task_just_before_it_is_learned(
     assert row["forward_transfer"] == pytest.approx(np.mean(gains))
     (row,) = bench([("slao", "{}")], "forward_transfer = false\n", folder="forward").run()
     assert [len(r) for r in row["scores"]] == [1, 2, 3] and row["forward_transfer"] is None
+
+
+def test_a_ceiling_is_trained_once_and_is_what_training_after_each_task_ends_with(bench):
+    whole, once = Counted(), Counted()
+    (each,) = bench([("joint", "{}")], folder="each", watch=whole).run()
+    (last,) = bench([("joint", "{}\nonly_last = true")], folder="last", watch=once).run()
+    assert once.steps == whole.steps[-2:] and last["hash"] != each["hash"]
+    for same in ("average_accuracy", "newest", "kept_bytes"):
+        assert last[same] == each[same]
+    assert last["scores"] == [[None], [None, None], each["scores"][2]] and last["losses"][2] == each["losses"][2]
+    assert last["backward_transfer"] is last["forgetting"] is last["forward_transfer"] is None
+    assert last["trainings"] == ["", "", each["trainings"][2]] and each["backward_transfer"] is not None
+    page = results_page("ceiling", [{**each, "label": "each"}, {**last, "label": "once"}])
+    assert "backward transfer, points, abc" in page and results.read_results(bench.root / "last") == [last]
 
 
 def test_rows_are_limited_alike_for_all_cells_and_valid_rows_can_be_scored(bench):

@@ -66,6 +66,7 @@ def test_a_method_may_be_run_with_some_of_the_settings_alone(write):
         (BASE + METHODS + "option = {}", "methods.1.option: unknown setting; did you mean options?"),
         (BASE + "[[methods]]\nmethod = 'sloa'", "methods[0]: method: expected one of slao, .*got 'sloa'"),
         (BASE + "[[methods]]\nmethod = 'slao'\noptions = {start = 1}", "methods[0]: method slao: .*start"),
+        (BASE + "[[methods]]\nmethod = 'slao'\nonly_last = true", "methods[0].only_last: expected a method .*got slao"),
         (
             BASE + METHODS + "[train]\nlearning_rat = 1",
             "train.learning_rat: unknown setting; did you mean learning_rate",

@@ -28,10 +28,12 @@ class Joint:
     name = "joint"
     grows = True
     needs = "rows"
+    anew: bool  # whether what a task ends with owes nothing to the trainings before it
 
     def __init__(self, start: str = "first", first_a: str = "uniform") -> None:
         self.options: dict[str, Any] = {"start": start, "first_a": first_a}
         check_choices(self.name, self.options, {"start": ("first", "tuned"), "first_a": FIRST_A})
+        self.anew = start == "first"
 
     def start(self, state: State) -> Factors:
         """Return the first draw, or the last tuned pair."""
