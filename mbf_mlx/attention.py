@@ -78,6 +78,11 @@ class Layout:
         angles = angles[0][shared + chosen], angles[1][shared + chosen]
         self.supervised = Tokens(own=rows, shared=None, turn=angles)
 
+    def row_of(self, tokens: int) -> np.ndarray:
+        """Return the row of each token after the prefix: of all, or of the supervised ones, whichever are as many."""
+        lengths = next(each.own.lengths for each in (self.all, self.supervised) if sum(each.own.lengths) == tokens)
+        return np.repeat(np.arange(len(lengths)), lengths)
+
 
 def _starts(lengths: np.ndarray, first: int) -> list[int]:
     return [first, *(first + np.cumsum(lengths)[:-1]).tolist()]

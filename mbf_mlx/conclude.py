@@ -123,10 +123,7 @@ def input_moments(
         directions: P (k, in) of each layer.
         advance: Told how many rows are done.
     """
-    turned = {name: mx.array(np.asarray(p, np.float32)).T for name, p in directions.items()}
-    sums = {name: np.zeros(p.shape[::-1], np.float32) for name, p in turned.items()}
-    mx.eval(turned)
-
+    sums = {name: np.zeros(p.shape, np.float32) for name, p in directions.items()}
     found: dict[str, dict[int, np.ndarray]] = {name: {} for name in sums}
     lock = Lock()
     tuning.apply(tuning.arrays)
@@ -135,21 +132,23 @@ def input_moments(
         for place in sorted(found[name]):
             sums[name] += found[name].pop(place)
 
-    def note(place: int, name: str, x: mx.array, gradients: mx.array) -> None:
+    def note(place: int, name: str, x: mx.array, gradients: mx.array, row_of: np.ndarray) -> None:
         if name in sums:
-            x, weights = x.astype(mx.float32), mx.square(gradients.astype(mx.float32)).sum(axis=-1, keepdims=True)
-            shares = weights / mx.maximum(weights.sum(), TINY)
-            product = np.array((shares * (x @ turned[name])).T @ x)
+            x, weights = x.astype(mx.float32), np.array(mx.square(gradients.astype(mx.float32)).sum(axis=-1))
+            shares = weights / np.maximum(np.bincount(row_of, weights), TINY)[row_of]
+            turned = x @ mx.array(np.asarray(directions[name], np.float32)).T
+            product = np.array((mx.array(shares.astype(np.float32))[:, None] * turned).T @ x)
             with lock:
                 found[name][place] = product
                 if len(found[name]) == len(batches):
                     add(name)
 
-    for start in range(0, len(rows), engine.at_once):
-        indices = range(start, min(start + engine.at_once, len(rows)))
-        batches = [make_batch(rows, [index], share_prefix=False) for index in indices]
+    done = 0
+    while done < len(rows):
+        batches = engine.watched_together(rows, done)
         engine.watch(batches, note)
         for name in found:
             add(name)
-        advance(indices.stop, len(rows))
+        done += sum(len(batch.indices) for batch in batches)
+        advance(done, len(rows))
     return {name: Seen(directions[name], total / len(rows)) for name, total in sums.items()}

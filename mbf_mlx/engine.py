@@ -19,8 +19,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mbf_mlx import cpu_ops, llama
 from mbf_mlx.attention import Shared
-from mbf_mlx.batches import IGNORED, Batch, of_few_shapes, split
+from mbf_mlx.batches import IGNORED, Batch, Row, make_batch, of_few_shapes, split
 from mbf_mlx.blas import load_blas
+from mbf_mlx.errors import MemoryLimitError
 from mbf_mlx.forward import Forward
 from mbf_mlx.memory import LOGITS_BYTES, LOGITS_COPIES
 from mbf_mlx.model import lora_layers
@@ -29,6 +30,10 @@ from mbf_mlx.watching import called_by
 
 Arrays = dict[str, mx.array]  # by name: what is differentiated, and its gradients
 KNOWN_WELL = 1e-6  # nats: a loss below this is taken for it where its logarithm is
+WATCHED_TOKENS = 384  # of several rows that are watched at the same time
+# A batch's place among those watched at the same time, a layer, its inputs (T, in), the gradients with respect to its
+# outputs (T, out), and the row of the batch that each token is of (T,).
+Note = Callable[[int, str, mx.array, mx.array, np.ndarray], None]
 LossAndGrad = Callable[[Arrays, Batch], tuple[mx.array, Arrays]]
 
 
@@ -148,34 +153,49 @@ class Engine:
 
         return compiled if self.compiled else plain
 
-    @property
-    def at_once(self) -> int:
-        """How many batches `watch` computes at the same time, at most."""
-        return self.cores if self.by_hand else 1
+    def watched_together(self, rows: Sequence[Row], start: int) -> list[Batch]:
+        """Return the rows from `start` on that `watch` is to see at the same time, each core's in a batch.
 
-    def watch(self, batches: Sequence[Batch], note: Callable[[int, str, mx.array, mx.array], None]) -> None:
+        Short ones go together, for that is faster; where memory has no room for that, a row is alone.
+        """
+        stop, least, tokens = start + 1, self.cores if self.by_hand else 1, len(rows[start].tokens)
+        while stop < len(rows):
+            tokens += len(rows[stop].tokens)
+            if stop - start >= least and (tokens > WATCHED_TOKENS or not self.by_hand):
+                break
+            stop += 1
+        batch = make_batch(rows, range(start, stop), share_prefix=False)
+        try:
+            self.before(batch, True)
+        except MemoryLimitError:
+            batch = make_batch(rows, [start], share_prefix=False)
+            self.before(batch, True)
+        return split(batch, self.cores) if self.by_hand else [batch]
+
+    def watch(self, batches: Sequence[Batch], note: Note) -> None:
         """Tell of each trained layer's inputs, and of the gradients with respect to its outputs.
 
-        They are those of the logarithm of a batch's loss: it differs from the loss's in size alone, and half precision
-        does not lose it where a batch is known well.
+        They are those of the sum over rows of the logarithm of a row's loss: a row's differ from its loss's in size
+        alone, and half precision does not lose them where a row is known well.
 
         Args:
-            batches: `at_once` at most. There is nothing to tell of one without a supervised token.
-            note: Told the batch's place among them, a layer, its inputs (T, in) and the gradients (T, out). It has to
-                evaluate what it makes of them: it may be called in several threads.
+            batches: As `watched_together` makes them. There is nothing to tell of one without a supervised token.
+            note: What is told. It has to evaluate what it makes of it: it may be called in several threads.
         """
         some = [(place, batch) for place, batch in enumerate(batches) if len(batch.targets)]
-        for _, batch in some:
-            self.before(batch, True)
         if self.by_hand:
             trained = tree_flatten(self.model.trainable_parameters())
             factors = {name: value.astype(mx.float32) for name, value in trained}
             mx.eval(self.model.parameters(), factors)  # no thread can evaluate what another has begun
 
             def there(place: int, batch: Batch) -> None:
-                run = llama.Pass(self.model, factors, batch, checkpoint=self.checkpoint, note=partial(note, place))
+                def told(name: str, x: mx.array, gradients: mx.array) -> None:
+                    note(place, name, x, gradients, run.layout.row_of(len(x)))
+
+                run = llama.Pass(self.model, factors, batch, checkpoint=self.checkpoint, note=told)
                 losses, d_hidden = self._loss_and_gradient(run.forward(), batch.targets, len(some))
-                run.backward(d_hidden / (losses.sum() + KNOWN_WELL))
+                of_rows = np.bincount(batch.row_of, losses)[batch.row_of] + KNOWN_WELL
+                run.backward(d_hidden / mx.array(of_rows.astype(np.float32))[:, None])
 
             cpu_ops.side_by_side([partial(there, place, batch) for place, batch in some])
             return
@@ -188,7 +208,8 @@ class Engine:
 
             @same.vjp
             def told(_: Any, gradient: mx.array, __: Any) -> mx.array:
-                note(place, name, x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1]))
+                flat, of = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+                note(place, name, flat, of, np.zeros(len(flat), np.int32))
                 return gradient
 
             y: mx.array = same(layer(x))  # type: ignore[assignment]

@@ -8,6 +8,7 @@ import pytest
 from mbf_mlx import exchange, methods
 from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 from mbf_mlx.encode import Encoded, Encoder
+from mbf_mlx.errors import MemoryLimitError
 from mbf_mlx.events import Events
 from mbf_mlx.export import peft
 from mbf_mlx.methods import empty_state, make
@@ -225,11 +226,13 @@ def test_squared_gradients_are_the_mean_over_rows(learner, encoded):
 
 @pytest.mark.parametrize("cores", [1, 2, 0], ids=["alone", "in two threads", "mlx-lm's way"])
 @pytest.mark.parametrize("checkpoint", [True, False])
+@pytest.mark.parametrize("together", [0, 10_000], ids=["few rows at a time", "all rows"])
 def test_input_moments_weigh_tokens_by_the_squared_gradients_of_what_is_made_of_them(
-    cores, checkpoint, learner, encoded
+    cores, checkpoint, together, learner, encoded, monkeypatch
 ):
     if cores > cpu_ops.CORES:
         pytest.skip("one core")
+    monkeypatch.setattr("mbf_mlx.engine.WATCHED_TOKENS", together)
     model, generator = learner.base.model, np.random.default_rng(0)
     tuning = Tuning(model, make("slao"), empty_state(learner.layers, LORA.rank))
     tuning.update({n: mx.array(generator.normal(size=a.shape).astype(np.float32)) for n, a in tuning.arrays.items()})
@@ -239,7 +242,10 @@ def test_input_moments_weigh_tokens_by_the_squared_gradients_of_what_is_made_of_
     directions = {n: generator.normal(size=(3, inner)).astype(np.float32) for n, (_, inner) in learner.layers.items()}
     told = []
     found = input_moments(tuning, engine, encoded[:3], directions, lambda done, total: told.append((done, total)))
-    assert told == ([(2, 3), (3, 3)] if cores == 2 else [(1, 3), (2, 3), (3, 3)])
+    if cores and together:
+        assert told == [(3, 3)]
+    else:
+        assert told == ([(2, 3), (3, 3)] if cores == 2 else [(1, 3), (2, 3), (3, 3)])
     assert all(seen.directions is directions[name] for name, seen in found.items())
     # By another way: what is added to a layer's output has the gradient of that output.
     layers, added, inputs, expected = lora_layers(model), {}, {}, dict.fromkeys(learner.layers, 0.0)
@@ -283,6 +289,22 @@ def test_rows_in_which_nothing_is_supervised_show_no_inputs(by_hand, learner, en
     for name, seen in one.items():
         assert seen.moments.any() and not none[name].moments.any()
         np.testing.assert_allclose(2 * with_it[name].moments, seen.moments, rtol=1e-6)
+
+
+def test_rows_are_watched_one_by_one_where_memory_has_no_room_for_more(learner, encoded):
+    engine, asked = prepare(learner.base.model, by_hand=True), []
+
+    def before(batch, training):
+        asked.append(len(batch.indices))
+        if len(batch.indices) > most:
+            raise MemoryLimitError("too much")
+
+    engine.before, most = before, 1
+    (batch,) = engine.watched_together(encoded, 1)
+    assert batch.indices == (1,) and asked[0] > 1 and asked[1:] == [1]
+    most = 0
+    with pytest.raises(MemoryLimitError):
+        engine.watched_together(encoded, 1)
 
 
 @pytest.mark.parametrize(("name", "options"), [("anchored", {}), ("products", {"metric": "inputs"})])
