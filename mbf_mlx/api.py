@@ -247,7 +247,7 @@ class Stream:
         tuning.update({f"{name}.{field}": x for name, pair in tuned.items() for field, x in pair._asdict().items()})
         learner.base.model.eval()
         directions: dict[str, Any] = method.measure(state, tuned)  # type: ignore[attr-defined]
-        return seen(tuning, learner.engine, rows, directions)
+        return seen(tuning, learner.engine, rows, directions, batch_size=1)
 
     def _skip(self, task: Task, again: bool, events: Any) -> bool:
         from mbf_mlx.learn import known

@@ -47,6 +47,7 @@ def conclude(
     tuning: Tuning,
     engine: Engine,
     rows: Sequence[Encoded],
+    batch_size: int,
     advance: Advance = lambda done, total: None,
 ) -> State:
     """Return the state after a task.
@@ -56,11 +57,12 @@ def conclude(
         tuning: As training left it.
         engine: Of the model.
         rows: The task's own training rows.
+        batch_size: How many of them trained together.
         advance: Told how far a method's measuring of the rows is, where it does any.
     """
     tuned, asks, needs = tuning.named(), getattr(method, "measure", None), getattr(method, "needs", None)
     tuning.model.eval()
-    inputs = seen(tuning, engine, rows, asks(state, tuned), advance) if asks else None
+    inputs = seen(tuning, engine, rows, asks(state, tuned), batch_size, advance) if asks else None
     what: Any = None
     if needs == "rows":
         what = [Row(row.tokens, row.supervised) for row in rows]
@@ -97,10 +99,11 @@ def seen(
     engine: Engine,
     rows: Sequence[Encoded],
     directions: dict[str, Any],
+    batch_size: int,
     advance: Advance = lambda done, total: None,
 ) -> dict[str, Seen]:
     """Return `input_moments` of the rows that stand for all."""
-    return input_moments(tuning, engine, [rows[i] for i in measured_rows(len(rows))], directions, advance)
+    return input_moments(tuning, engine, [rows[i] for i in measured_rows(len(rows))], directions, batch_size, advance)
 
 
 def input_moments(
@@ -108,6 +111,7 @@ def input_moments(
     engine: Engine,
     rows: Sequence[Encoded],
     directions: dict[str, Any],
+    batch_size: int,
     advance: Advance = lambda done, total: None,
 ) -> dict[str, Seen]:
     """Return what each layer's inputs are in `rows`, by how much it matters what the layer makes of them.
@@ -121,6 +125,7 @@ def input_moments(
         engine: Of its model.
         rows: Token rows.
         directions: P (k, in) of each layer.
+        batch_size: How many rows there is memory for at the same time.
         advance: Told how many rows are done.
     """
     sums = {name: np.zeros(p.shape, np.float32) for name, p in directions.items()}
@@ -145,7 +150,7 @@ def input_moments(
 
     done = 0
     while done < len(rows):
-        batches = engine.watched_together(rows, done)
+        batches = engine.watched_together(rows, done, batch_size)
         engine.watch(batches, note)
         for name in found:
             add(name)

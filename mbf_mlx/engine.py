@@ -153,15 +153,17 @@ class Engine:
 
         return compiled if self.compiled else plain
 
-    def watched_together(self, rows: Sequence[Row], start: int) -> list[Batch]:
+    def watched_together(self, rows: Sequence[Row], start: int, batch_size: int) -> list[Batch]:
         """Return the rows from `start` on that `watch` is to see at the same time, each core's in a batch.
 
-        Short ones go together, for that is faster; where memory has no room for that, a row is alone.
+        Short ones go together, for that is faster, but no more of them than train together, or one for each core;
+        where memory has no room for that, a row is alone.
         """
-        stop, least, tokens = start + 1, self.cores if self.by_hand else 1, len(rows[start].tokens)
-        while stop < len(rows):
+        least, most = (self.cores, max(self.cores, batch_size)) if self.by_hand else (1, 1)
+        stop, tokens = start + 1, len(rows[start].tokens)
+        while stop < min(len(rows), start + most):
             tokens += len(rows[stop].tokens)
-            if stop - start >= least and (tokens > WATCHED_TOKENS or not self.by_hand):
+            if stop - start >= least and tokens > WATCHED_TOKENS:
                 break
             stop += 1
         batch = make_batch(rows, range(start, stop), share_prefix=False)

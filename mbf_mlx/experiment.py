@@ -212,7 +212,7 @@ class Experiment:
             self._replace(place, safetensors_file.encode({n: np.array(a) for n, a in tuning.arrays.items()}))
             self._replace(known, json.dumps(training).encode())
         advance = partial(self.watch.measuring, name)
-        after = conclude(method, state, tuning, learner.engine, rows, advance)
+        after = conclude(method, state, tuning, learner.engine, rows, cell.train.batch_size, advance)
         if bad := not_finite(after):
             raise InputError(f"{cell.label}, {cell.order}, {name}: the merged factors of {bad[0]} are not finite")
         return after, training
@@ -222,7 +222,7 @@ class Experiment:
         rows = self._rows(cell, learner, name, "train", self.plan.file.train_rows)
         tuning = Tuning(learner.base.model, method, state)
         nothing = {"key": "", "seconds": 0.0, "steps": 0, "tokens": 0, "curve": [], "peak_memory_bytes": 0}
-        return conclude(method, state, tuning, learner.engine, rows, partial(self.watch.measuring, name)), nothing
+        return conclude(method, state, tuning, learner.engine, rows, cell.train.batch_size), nothing
 
     def _train(
         self,

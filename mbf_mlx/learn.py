@@ -177,7 +177,8 @@ def learn_task(
         guard=settings.guard,
         team=team,
     )
-    state = conclude(method, state, tuning, learner.engine, rows, partial(events.measuring, task.name))
+    advance = partial(events.measuring, task.name)
+    state = conclude(method, state, tuning, learner.engine, rows, settings.train.batch_size, advance)
     _check_finite(state, task.name)
     peak = backend.peak_memory()
 

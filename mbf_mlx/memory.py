@@ -4,11 +4,13 @@ Letters, as in llama.py: T tokens that a batch computes (the shared prefix's P o
 supervised positions; D the hidden size; I the MLP's; H heads and G groups of keys and values, each of size d; V the
 vocabulary; r the rank; b bytes of a number (4 on a CPU, else the model's own 2).
 
-    peak = process + weights + factors + activations + logits
+    peak = process + weights + factors + inputs + activations + logits
 
     process       Python, mlx, the tokenizer; a constant, measured
     weights       on a CPU every number in float32, or packed as in the file with one piece unpacked at a time
     factors       16 r (in + out) a layer: the factors, their gradient, AdamW's two moments, all in float32
+    inputs        12 bytes a number of what a method has measured of the inputs after training: the directions asked
+                  for, the sum, what the batches at hand add to it
     activations   what the blocks keep for the way back, as below, and what one block's way back takes besides
     logits        4 V bytes a position and array, under a fixed budget whatever N is; but 3 arrays of N through mlx-lm's
                   own pass without --grad-checkpoint: mlx runs ahead of what it computes, so chunks are alive together
@@ -83,6 +85,7 @@ class Run:
     packed: bool  # whether quantized weights stay packed
     checkpoint: bool
     cores: int = 1  # that compute parts of a batch side by side
+    measured: int = 0  # numbers in the directions in which a method has the layers' inputs measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +122,15 @@ class Memory:
     process: int
     weights: int
     factors: int
+    inputs: int
     activations: int
     logits: int
     loading: int  # what loading takes at most, besides process and weights; gone when training begins
 
     @property
     def held(self) -> int:
-        """What is there before and between batches."""
-        return self.process + self.weights + self.factors
+        """What is there before, between and after batches."""
+        return self.process + self.weights + self.factors + self.inputs
 
     @property
     def batch(self) -> int:
@@ -152,6 +156,7 @@ def predict(shape: Shape, run: Run, load: Load, *, training: bool = True) -> Mem
         process=PROCESS_BYTES,
         weights=weights,
         factors=_factors(shape, run),
+        inputs=12 * run.measured,
         activations=_activations(shape, run, load, training),
         logits=_logits(shape, run, load),
         loading=loading,

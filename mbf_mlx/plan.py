@@ -18,7 +18,8 @@ from mbf_mlx.config import SAMPLE_ROWS, LoRAConfig, TrainConfig
 from mbf_mlx.encode import Encoded
 from mbf_mlx.errors import InputError
 from mbf_mlx.memory import Load, Run, Shape
-from mbf_mlx.methods import Method, measured_rows
+from mbf_mlx.methods import Layers, Method, empty_state, measured_rows
+from mbf_mlx.methods.base import first_factors
 from mbf_mlx.recipe import ModelShape, Recipe
 from mbf_mlx.safetensors_file import read_header
 from mbf_mlx.sources import read_config, unpacked_bytes, weight_files
@@ -105,6 +106,14 @@ def run_of(shape: Shape, lora: LoRAConfig, *, by_hand: bool, packed: bool, check
         checkpoint=checkpoint,
         cores=machine.cpu_count() if by_hand else 1,
     )
+
+
+def measured_values(method: Method, layers: Layers, rank: int) -> int:
+    """Return the numbers of the directions in which a method has the inputs of its layers measured, all together."""
+    if not hasattr(method, "measure"):
+        return 0
+    state = empty_state(layers, rank)
+    return sum(int(directions.size) for directions in method.measure(state, first_factors(state, "uniform")).values())
 
 
 def usable(memory: int, kind: str) -> int:

@@ -128,7 +128,7 @@ def two_tasks(name, options, learner, encoded, config=QUICK):
         train(tuning, learner.engine, with_extra(method, state, encoded), [], config)
         if last:
             return method, state, tuning
-        state = conclude(method, state, tuning, learner.engine, encoded)
+        state = conclude(method, state, tuning, learner.engine, encoded, 4)
     raise AssertionError
 
 
@@ -241,7 +241,7 @@ def test_input_moments_weigh_tokens_by_the_squared_gradients_of_what_is_made_of_
     engine.cores = max(1, cores)
     directions = {n: generator.normal(size=(3, inner)).astype(np.float32) for n, (_, inner) in learner.layers.items()}
     told = []
-    found = input_moments(tuning, engine, encoded[:3], directions, lambda done, total: told.append((done, total)))
+    found = input_moments(tuning, engine, encoded[:3], directions, 3, lambda done, total: told.append((done, total)))
     if cores and together:
         assert told == [(3, 3)]
     else:
@@ -269,7 +269,7 @@ def test_input_moments_weigh_tokens_by_the_squared_gradients_of_what_is_made_of_
             for name, p in directions.items():
                 x, weights = np.array(inputs[name]), np.square(np.array(gradients[name])).sum(axis=1)
                 expected[name] = expected[name] + ((x @ p.T) * (weights / weights.sum())[:, None]).T @ x / 3
-    again = input_moments(tuning, engine, encoded[:3], directions)
+    again = input_moments(tuning, engine, encoded[:3], directions, 3)
     for name, seen in found.items():
         np.testing.assert_array_equal(again[name].moments, seen.moments)
         np.testing.assert_allclose(seen.moments, expected[name], rtol=1e-3, atol=1e-4 * np.abs(expected[name]).max())
@@ -284,7 +284,7 @@ def test_rows_in_which_nothing_is_supervised_show_no_inputs(by_hand, learner, en
     tokens = encoded[1].tokens
     silent = Encoded(tokens, np.zeros(len(tokens), bool), len(tokens), 0, encoded[1].row)
     one, with_it, none = (
-        input_moments(tuning, engine, rows, directions) for rows in ([encoded[0]], [silent, encoded[0]], [silent])
+        input_moments(tuning, engine, rows, directions, 8) for rows in ([encoded[0]], [silent, encoded[0]], [silent])
     )
     for name, seen in one.items():
         assert seen.moments.any() and not none[name].moments.any()
@@ -300,11 +300,13 @@ def test_rows_are_watched_one_by_one_where_memory_has_no_room_for_more(learner, 
             raise MemoryLimitError("too much")
 
     engine.before, most = before, 1
-    (batch,) = engine.watched_together(encoded, 1)
-    assert batch.indices == (1,) and asked[0] > 1 and asked[1:] == [1]
+    (batch,) = engine.watched_together(encoded, 1, 8)
+    assert batch.indices == (1,) and asked[0] > engine.cores and asked[1:] == [1]
     most = 0
     with pytest.raises(MemoryLimitError):
-        engine.watched_together(encoded, 1)
+        engine.watched_together(encoded, 1, 8)
+    most = 8
+    assert sum(len(batch.indices) for batch in engine.watched_together(encoded, 1, 1)) == engine.cores
 
 
 @pytest.mark.parametrize(("name", "options"), [("anchored", {}), ("products", {"metric": "inputs"})])

@@ -32,6 +32,12 @@ def test_factors_take_sixteen_bytes_a_number():
     assert predict(SHAPE, RUN, Load.full(1, 9)).factors == 4 * 4 * (512 + 384) * 4 * 4
 
 
+def test_what_a_method_measures_is_held_besides():
+    load = Load.full(1, 9)
+    without, measured = (predict(SHAPE, Run(**{**RUN.__dict__, "measured": n}), load) for n in (0, 1_000_000))
+    assert without.inputs == 0 and measured.peak - without.peak == 12_000_000
+
+
 def test_a_block_keeps_what_the_docstring_says():
     one, two = (predict(SHAPE, Run(**{**RUN.__dict__, "num_layers": n}), Load.full(2, 33)) for n in (3, 4))
     tokens, kv = 2 * 32, 2 * 128

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from mbf_mlx import commands, plan, units
 from mbf_mlx.config import LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError, MemoryLimitError
-from mbf_mlx.methods import make
+from mbf_mlx.methods import empty_state, make
 from mbf_mlx.recipe import recipes
 from tests.conftest import ROOT
 from tests.test_train import rows_of
@@ -131,6 +131,16 @@ def test_rows_that_a_method_looks_at_once_more_are_planned(method, measured, tin
     assert work.measured_tokens == measured * len(rows[0].tokens)
     rate = plan.Rate(step=1.0, forward=0.0, token=0.0)
     assert rate.seconds(work) == work.train_tokens + work.measured_tokens
+
+
+def test_what_a_method_measures_is_counted_in_its_own_directions():
+    layers = {"q": (48, 32), "v": (16, 32)}
+    state = empty_state(layers, 4)
+    for name, options in (("anchored", {}), ("products", {"metric": "inputs"})):
+        method = make(name, options)
+        drawn = method.measure(state, method.start(state))
+        assert plan.measured_values(method, layers, 4) == sum(each.size for each in drawn.values()) > 0
+    assert plan.measured_values(make("slao"), layers, 4) == 0
 
 
 def test_an_architecture_without_these_numbers_is_refused(tmp_path, tiny_llama):

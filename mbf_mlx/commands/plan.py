@@ -15,6 +15,7 @@ from mbf_mlx.errors import InputError
 if TYPE_CHECKING:
     from mbf_mlx.encoded_rows import EncodedRows
     from mbf_mlx.memory import Load, Memory, Run, Shape
+    from mbf_mlx.methods import Method
     from mbf_mlx.tasks import Task
 
 _TRAIN, _DATA = TrainConfig(), DataConfig()
@@ -110,11 +111,13 @@ class _Plans:
 
     def of_model(self, name: str, size: int | None) -> dict[str, Any]:
         """Return the plan of the largest batch that the settings allow."""
+        from mbf_mlx.api import DEFAULT_METHOD
         from mbf_mlx.memory import Load
+        from mbf_mlx.methods import make
 
         folder, shape = _find(name)
         load = Load.full(self.train.batch_size, self.data.max_seq_length, self.answer_tokens)
-        return self._memory(name, folder, shape, [load], size)[0]
+        return self._memory(name, folder, shape, [load], size, make(DEFAULT_METHOD))[0]
 
     def of_tasks(self, stream: Path, tasks: list[Path], model: str | None, size: int | None) -> dict[str, Any]:
         """Return the plan of learning tasks into a stream."""
@@ -147,7 +150,7 @@ class _Plans:
             for place, (train, valid, test) in enumerate(encoded)
         ]
         loads = list(dict.fromkeys(load for work in works for load in work.loads))
-        document, run = self._memory(model, folder, shape, loads, size)
+        document, run = self._memory(model, folder, shape, loads, size, method)
         tests = sum(len(task.test) for task in read) + sum(record.test_rows for record in earlier)
         document["tasks"] = [
             {"name": task.name, "rows": len(rows), "longest": int(max(rows.lengths)), "steps": work.steps}
@@ -184,7 +187,13 @@ class _Plans:
         return train, valid, test
 
     def _memory(
-        self, name: str, folder: Path | None, shape: "Shape", loads: "list[Load]", size: int | None
+        self,
+        name: str,
+        folder: Path | None,
+        shape: "Shape",
+        loads: "list[Load]",
+        size: int | None,
+        method: "Method",
     ) -> "tuple[dict[str, Any], Run]":
         from mbf_mlx import machine, memory, plan
 
@@ -202,6 +211,7 @@ class _Plans:
         run = plan.run_of(
             shape, self._lora(name, folder), by_hand=by_hand, packed=packed, checkpoint=self.train.grad_checkpoint
         )
+        run = replace(run, measured=plan.measured_values(method, _all_layers(shape, run), run.rank))
         worst, load = max(((memory.predict(shape, run, each), each) for each in loads), key=lambda pair: pair[0].peak)
         says = plan.verdict(worst.peak, available)
         limit = int(plan.SHARE * available)
@@ -221,7 +231,7 @@ class _Plans:
 
 
 def _parts(found: "Memory") -> dict[str, int]:
-    return {name: getattr(found, name) for name in ("process", "weights", "factors", "activations", "logits")}
+    return {name: getattr(found, name) for name in ("process", "weights", "factors", "inputs", "activations", "logits")}
 
 
 def _find(name: str) -> "tuple[Path | None, Shape]":
