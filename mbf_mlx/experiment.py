@@ -49,7 +49,7 @@ class Watch(Events):
     """What a caller may want to show of a run, beside what learning tells."""
 
     def cell(self, number: int, cell: Cell, task: int) -> None:
-        """Task `task` (from 0) of cell `number` (from 0, of those that are to be run) begins."""
+        """Training on task `task` (from 0) of cell `number` (from 0, of those that are to be run) begins."""
 
 
 class Experiment:
@@ -144,8 +144,9 @@ class Experiment:
         scores: list[list[Row]] = []
         kept = []
         for t, name in enumerate(cell.tasks):
-            self.watch.cell(number, cell, t)
-            skipped = cell.only_last and t + 1 < len(cell.tasks)
+            skipped = t not in cell.trained
+            if not skipped:
+                self.watch.cell(number, cell, t)
             state, training = (self._keep if skipped else self._learn)(cell, learner, method, state, name)
             trainings.append(training)
             kept.append(state.kept_bytes())

@@ -97,6 +97,11 @@ class Cell:
     data: DataConfig
     only_last: bool = False
 
+    @property
+    def trained(self) -> range:
+        """The tasks, from 0, after whose rows the method trains."""
+        return range(len(self.tasks) - 1 if self.only_last else 0, len(self.tasks))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:

@@ -202,6 +202,7 @@ def test_a_ceiling_is_trained_once_and_is_what_training_after_each_task_ends_wit
     whole, once = Counted(), Counted()
     (each,) = bench([("joint", "{}")], folder="each", watch=whole).run()
     (last,) = bench([("joint", "{}\nonly_last = true")], folder="last", watch=once).run()
+    assert [task for _, _, task in once.cells] == ["c"]
     assert once.steps == whole.steps[-2:] and last["hash"] != each["hash"]
     for same in ("average_accuracy", "newest", "kept_bytes"):
         assert last[same] == each[same]

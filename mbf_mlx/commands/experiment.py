@@ -79,7 +79,7 @@ def _run(plan: Any, folder: Path) -> "list[Row]":
     Files().make_folder(folder)
     experiment = Experiment(plan, folder, Watch())
     missing = experiment.missing()
-    total = sum(len(cell.tasks) for cell in missing)
+    total = sum(len(cell.trained) for cell in missing)
     console.err.print(f"{len(plan.cells)} cells, {len(plan.cells) - len(missing)} of them finished: {folder}")
     if not missing:
         return experiment.rows()
