@@ -1,11 +1,11 @@
-"""Case e: a stream of many tiny tasks, `--method slao`: what task 100 costs against task 2.
+"""Case e: a stream of many tiny tasks: what task 100 costs against task 2.
 
 Peak memory, resident set after the task, bytes of `adapter/` and `state.safetensors`: the median of five tasks at each
 end of one stream; bytes must be equal to the byte. A commit, learning outside of training steps (reading, scoring the
 newest two tasks, committing) and `mbf status`, process included: in turn on that stream and on a copy of it that was
 made after task 2, each of them first in every other round, medians of the rounds and of their ratios.
 
-    python benchmarks/flatness.py [--tasks 100] [--model FOLDER] [--out FILE]
+    python benchmarks/flatness.py [--tasks 100] [--method NAME] [--model FOLDER] [--out FILE]
 """
 
 import argparse
@@ -21,6 +21,8 @@ from typing import Any
 
 import common
 import synthetic
+
+from mbf_mlx.api import DEFAULT_METHOD
 
 WORDS = ("red", "green", "blue", "small", "large", "cold", "warm", "old", "new", "round")
 ENDS = 5  # tasks at each end
@@ -74,6 +76,7 @@ class Timed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=100)
+    parser.add_argument("--method", default=DEFAULT_METHOD)
     parser.add_argument("--model", type=Path, help="a model folder; else a synthetic one of two layers")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -87,7 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder, timed = Path(place), Timed()
         model = options.model or synthetic.write_model(folder / "tiny", "tiny", quantization=QUANTIZATION)
-        stream = Stream.open(folder / "late", base=str(model), lora=LoRAConfig(rank=8), method="slao")
+        stream = Stream.open(folder / "late", base=str(model), lora=LoRAConfig(rank=8), method=options.method)
         for number in range(1, options.tasks + 1):
             learned = timed.learn(stream, write_task(folder, number))
             gc.collect()
