@@ -210,8 +210,8 @@ class Engine:
 
             @same.vjp
             def told(_: Any, gradient: mx.array, __: Any) -> mx.array:
-                flat, of = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-                note(place, name, flat, of, np.zeros(len(flat), np.int32))
+                inputs, gradients = (each.reshape(-1, each.shape[-1]) for each in (x, gradient))
+                note(place, name, inputs, gradients, np.zeros(len(inputs), np.int32))  # of one row, here
                 return gradient
 
             y: mx.array = same(layer(x))  # type: ignore[assignment]
