@@ -21,6 +21,7 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
         name: Of the experiment.
         rows: Its cells.
     """
+    rows = _apart(rows)
     lines = table(rows)
     parts = [html.section("Comparison", "Points of percent: mean over seeds, whiskers one sample standard deviation.")]
     for order in dict.fromkeys(["all"] * any(line.order == "all" for line in lines) + [line.order for line in lines]):
@@ -64,6 +65,13 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
     parts.append(html.details("Every cell", html.table(["method", "order", "seed", "hash"], hashes)))
     count = f"{len(rows)} cells: {len({_name(r) for r in rows})} methods, {len(orders)} orders"
     return html.page(name, f"{count}, {len({r['seed'] for r in rows})} seeds.", parts)
+
+
+def _apart(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with orders of their own for what was scored on valid rows, where others were on test rows."""
+    if len({row["scored_on"] for row in rows}) == 1:
+        return list(rows)
+    return [{**row, "order": f"{row['order']}, {row['scored_on']} rows"} for row in rows]
 
 
 def _name(row: Row) -> str:

@@ -157,7 +157,7 @@ class Line:
 
     label: str
     setting: str
-    order: str  # "all" over several
+    order: str  # "all" over several, "2 orders" over some of those that others were run on
     orders: int
     seeds: int
     cells: int
@@ -174,15 +174,18 @@ class Line:
 
 def table(rows: Iterable[Row]) -> list[Line]:
     """Return the table's lines: each method's orders, and behind several their mean."""
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    known: dict[str, set[str]] = {}  # the orders that something was scored on: test rows, or valid ones
     for row in rows:
-        groups.setdefault((row["label"], row["setting"]), []).append(row)
+        groups.setdefault((row["label"], row["setting"], row["scored_on"]), []).append(row)
+        known.setdefault(row["scored_on"], set()).add(row["order"])
     lines = []
-    for (label, setting), group in groups.items():
+    for (label, setting, scored_on), group in groups.items():
         orders = list(dict.fromkeys(row["order"] for row in group))
         lines += [_line(label, setting, name, [row for row in group if row["order"] == name]) for name in orders]
         if len(orders) > 1:
-            lines.append(_line(label, setting, "all", group))
+            name = "all" if len(orders) == len(known[scored_on]) else f"{len(orders)} orders"
+            lines.append(_line(label, setting, name, group))
     return lines
 
 

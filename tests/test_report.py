@@ -147,6 +147,12 @@ def test_an_experiments_page_compares_methods_and_shares_curves(page):
     assert "1/t" in found.cells and "1 method" not in text
 
 
+def test_scores_on_valid_rows_are_never_compared_with_those_on_test_rows():
+    text = results_page("five", [row(), row(label="other", setting="high", scored_on="valid")])
+    assert "<h3>ab, test rows</h3>" in text and "<h3>ab, valid rows</h3>" in text and "all orders" not in text
+    assert "valid rows" not in results_page("five", [row(scored_on="valid")])
+
+
 def test_the_same_report_has_the_same_bytes_and_its_colours_are_the_pages(stream, page):
     assert stream_page(status_document(stream)) == page
     assert "var(--c0)" in page and "#0a0" not in page and "var(--heat)" in page

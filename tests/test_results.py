@@ -62,6 +62,16 @@ def test_means_over_orders_are_taken_seed_by_seed_and_then_over_seeds():
     assert ab.seconds == 70 and ab.kept_bytes == 2000
 
 
+def test_a_mean_over_some_of_the_orders_is_not_called_one_over_all():
+    cells = [row(order=o, label=name) for name, orders in (("x", "abc"), ("y", "ab"), ("z", "a")) for o in orders]
+    valid = [row(order=o, label="x", scored_on="valid", scores=((0.1,), (0.1, 0.1))) for o in "ab"]
+    found = {(line.label, line.order): line for line in table(cells)}
+    assert ("x", "all") in found and ("y", "2 orders") in found and ("y", "all") not in found
+    assert [key for key in found if key[0] == "z"] == [("z", "a")]
+    apart = [line for line in table([*cells, *valid]) if line.order == "all"]
+    assert [line.measures["average_accuracy"].mean for line in apart] == pytest.approx([0.75, 0.1])
+
+
 def test_a_line_reads_as_points_with_the_deviation_between_seeds():
     (line,) = table([row(0), row(1, scores=((0.8,), (0.4, 0.9)))])
     cells = cells_of(line)
