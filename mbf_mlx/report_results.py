@@ -21,16 +21,17 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
         name: Of the experiment.
         rows: Its cells.
     """
+    count = f"{len(rows)} cells: {len({_name(r) for r in rows})} methods, {len({r['order'] for r in rows})} orders"
     rows = _apart(rows)
+    orders = list(dict.fromkeys(row["order"] for row in rows))
     lines = table(rows)
     parts = [html.section("Comparison", "Points of percent: mean over seeds, whiskers one sample standard deviation.")]
-    for order in dict.fromkeys(["all"] * any(line.order == "all" for line in lines) + [line.order for line in lines]):
+    for order in ["all", *orders]:
         chosen = [line for line in lines if line.order == order and line.measures["average_accuracy"].mean is not None]
         title = "all orders" if order == "all" else order
         if chosen:
             parts += [f"<h3>{escape(title)}</h3>", html.row(_comparisons(chosen, title))]
     parts.append(html.scroll(html.table(heads(), [cells_of(line) for line in lines])))
-    orders = list(dict.fromkeys(row["order"] for row in rows))
     parts.append(html.section("Score over time", "Mean score on the tasks learned so far, mean over seeds."))
     for order in orders:
         found = _groups(rows, order)
@@ -63,7 +64,6 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
     parts += [html.section("Settings and hashes"), html.settings(_shared(rows))]
     hashes = [[_name(r), r["order"], str(r["seed"]), r["hash"]] for r in rows]
     parts.append(html.details("Every cell", html.table(["method", "order", "seed", "hash"], hashes)))
-    count = f"{len(rows)} cells: {len({_name(r) for r in rows})} methods, {len(orders)} orders"
     return html.page(name, f"{count}, {len({r['seed'] for r in rows})} seeds.", parts)
 
 
