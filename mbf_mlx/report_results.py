@@ -1,7 +1,8 @@
 """The page of an experiment: methods compared, scores over time, matrices, training, memory, settings and hashes."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
+from operator import itemgetter
 from typing import Any
 
 from mbf_mlx import report_html as html
@@ -21,7 +22,9 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
         name: Of the experiment.
         rows: Its cells.
     """
-    count = f"{len(rows)} cells: {len({_name(r) for r in rows})} methods, {len({r['order'] for r in rows})} orders"
+    methods, run_on, seeds = ({pick(r) for r in rows} for pick in (_name, itemgetter("order"), itemgetter("seed")))
+    others = ", ".join([_count(methods, "method"), _count(run_on, "order"), _count(seeds, "seed")])
+    said = f"{_count(rows, 'cell')}: {others}."
     rows = _apart(rows)
     orders = list(dict.fromkeys(row["order"] for row in rows))
     lines = table(rows)
@@ -64,7 +67,11 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
     parts += [html.section("Settings and hashes"), html.settings(_shared(rows))]
     hashes = [[_name(r), r["order"], str(r["seed"]), r["hash"]] for r in rows]
     parts.append(html.details("Every cell", html.table(["method", "order", "seed", "hash"], hashes)))
-    return html.page(name, f"{count}, {len({r['seed'] for r in rows})} seeds.", parts)
+    return html.page(name, said, parts)
+
+
+def _count(things: Collection[object], noun: str) -> str:
+    return f"{len(things)} {noun}" + "s" * (len(things) != 1)
 
 
 def _apart(rows: Sequence[Row]) -> list[Row]:

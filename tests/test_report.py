@@ -150,7 +150,7 @@ def test_an_experiments_page_compares_methods_and_shares_curves(page):
 def test_scores_on_valid_rows_are_never_compared_with_those_on_test_rows():
     text = results_page("five", [row(), row(label="other", setting="high", scored_on="valid")])
     assert "<h3>ab, test rows</h3>" in text and "<h3>ab, valid rows</h3>" in text and "all orders" not in text
-    assert "2 cells: 2 methods, 1 orders" in text
+    assert "2 cells: 2 methods, 1 order, 1 seed." in text
     assert "valid rows" not in results_page("five", [row(scored_on="valid")])
 
 
