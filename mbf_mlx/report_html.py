@@ -43,7 +43,8 @@ code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere }
 .big div { min-width: 7rem } .big b { display: block; font-size: 1.6rem; font-weight: 600; line-height: 1.2 }
 .big span { font-size: .875rem }
 footer { margin-top: 3rem; font-size: .875rem }
-@media (max-width: 30rem) { body { padding: 1rem .9rem 3rem } th, td { padding: .3rem .45rem } }
+@media (max-width: 30rem) { body { padding: 1rem .9rem 3rem } th, td { padding: .3rem .45rem }
+  table:not(.text) :is(td, th):first-child { white-space: normal; min-width: 7rem; max-width: 8rem } }
 @media print { :root { --paper: #fff; --ink: #000; --soft: #bbb; --heat: #8cc4ee; --c0: #1668b3; --c1: #b4500b;
   --c2: #187a4b; --c3: #8a3fa8; --c4: #a8233f; --c5: #0b7a80; --c6: #7a6200; --c7: #5b5f66 }
   body { max-width: none; padding: 0; font-size: 11pt } .scroll { overflow: visible }
@@ -115,10 +116,10 @@ def charts(
     curves: Sequence[Curve], xlabel: str, ylabel: str, title: str, *, share: bool = False, digits: int = 3
 ) -> list[str]:
     """Return the curves as plots of a few lines each, and all of their numbers in one table."""
-    parts = []
+    plots = []
     for first in range(0, len(curves), CURVES):
-        some = curves[first : first + CURVES]
-        parts.append(scroll(report_plots.lines(some, xlabel, ylabel, f"{title} {first // CURVES + 1}", percent=share)))
+        some, name = curves[first : first + CURVES], f"{title} {first // CURVES + 1}"
+        plots.append(report_plots.lines(some, xlabel, ylabel, name, percent=share, beside=curves))
     places = sorted({x for curve in curves for x in curve.x})
 
     def said(value: float | None) -> str:
@@ -128,7 +129,7 @@ def charts(
     for x in places:
         values = [dict(zip(curve.x, curve.y)).get(x) for curve in curves]
         rows.append([f"{x:g}", *("" if value is None else said(value) for value in values)])
-    return [*parts, details("As a table", table([xlabel, *(curve.name for curve in curves)], rows))]
+    return [row(plots), details("As a table", table([xlabel, *(curve.name for curve in curves)], rows))]
 
 
 def settings(document: dict[str, Any]) -> str:

@@ -74,9 +74,21 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], values: Sequence[Seque
         return _svg(figure, title)
 
 
-def lines(curves: Sequence[Curve], xlabel: str, ylabel: str, title: str, *, percent: bool = False) -> str:
-    """Return curves over a number that counts up, each with its own colour and marker."""
+def lines(
+    curves: Sequence[Curve],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    *,
+    percent: bool = False,
+    beside: Sequence[Curve] = (),
+) -> str:
+    """Return curves over a number that counts up, each with its own colour and marker.
+
+    The y axis has room for the curves `beside`, too, which other plots show, so that plots can be compared.
+    """
     share = 100 if percent else 1
+    known = [share * v for curve in (*curves, *beside) for v in curve.y if v is not None]
     many = max(len(curve.x) for curve in curves) > 12
     with _drawing(5.6, 3.0 + 0.2 * ((len(curves) + 1) // 2)) as (figure, axes):
         for number, curve in enumerate(curves):
@@ -86,9 +98,9 @@ def lines(curves: Sequence[Curve], xlabel: str, ylabel: str, title: str, *, perc
             axes.plot(curve.x, y, style, color=color, marker=marker, label=curve.name)
         axes.set(xlabel=xlabel, ylabel=ylabel)
         if percent:
-            axes.set_ylim(-2, 102)
-        elif all(v is None or v >= 0 for curve in curves for v in curve.y):
-            axes.set_ylim(0, 1.08 * max(v for curve in curves for v in curve.y if v is not None) or 1)
+            axes.set_ylim(10 * (min(known, default=0) // 10) - 1, 10 * -(max(known, default=100) // -10) + 1)
+        elif all(v >= 0 for v in known):
+            axes.set_ylim(0, 1.08 * max(known, default=1) or 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y")
         axes.set_axisbelow(True)

@@ -9,7 +9,7 @@ from mbf_mlx import report_html as html
 from mbf_mlx import report_plots
 from mbf_mlx.report import percent
 from mbf_mlx.report_plots import Bar, Curve
-from mbf_mlx.results import MEASURES, Line, Row, cells_of, heads, table
+from mbf_mlx.results import MEASURES, Line, Row, columns, table
 
 Document = dict[str, Any]
 COMPARED = {"average_accuracy": "average accuracy, %", "backward_transfer": "backward transfer, points"}
@@ -34,14 +34,15 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
         title = "all orders" if order == "all" else order
         if chosen:
             parts += [f"<h3>{escape(title)}</h3>", html.row(_comparisons(chosen, title))]
-    parts.append(html.scroll(html.table(heads(), [cells_of(line) for line in lines])))
+    texts = columns(lines)
+    parts.append(html.scroll(html.table(list(texts), zip(*texts.values()))))
     parts.append(html.section("Score over time", "Mean score on the tasks learned so far, mean over seeds."))
     for order in orders:
         found = _groups(rows, order)
         sequence = next(iter(found.values()))[0]["tasks"]
         curves = [Curve(label, range(1, len(sequence) + 1), _averages(group)) for label, group in found.items()]
         parts += [f"<h3>{escape(order)}: {escape(' → '.join(sequence))}</h3>"]
-        parts += html.charts(curves, "tasks learned", "mean score, %", f"Mean score, order {order}", share=True)
+        parts += html.charts(curves, "tasks learned", "mean score, %", f"Mean score, {order}", share=True)
     parts.append(
         html.section("Matrices", "Score on each task (columns) after each task (rows), in percent, mean over seeds.")
     )
@@ -49,17 +50,17 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
         for label, group in _groups(rows, order).items():
             tasks, mean = group[0]["tasks"], _mean_matrix(group)
             numbered = [f"{t}. {task}" for t, task in enumerate(tasks, 1)]
-            inside = html.scroll(report_plots.heat_map(numbered, tasks, mean, f"Matrix of {label}, order {order}"))
+            inside = html.scroll(report_plots.heat_map(numbered, tasks, mean, f"Matrix of {label}, {order}"))
             inside += html.scroll(
                 html.table(["after", *tasks], [[n, *map(percent, r)] for n, r in zip(numbered, mean)])
             )
-            parts.append(html.details(f"{label}, order {order}", inside, wrap=False))
+            parts.append(html.details(f"{label}, {order}", inside, wrap=False))
     parts.append(
         html.section("Training", "Loss per supervised token, first seed; methods that share a training share a line.")
     )
     for order in orders:
         parts.append(f"<h3>{escape(order)}</h3>")
-        parts += html.charts(_chains(rows, order), "optimizer step", "loss, nats", f"Training loss, order {order}")
+        parts += html.charts(_chains(rows, order), "optimizer step", "loss, nats", f"Training loss, {order}")
     parts.append(html.section("Memory between tasks", "Bytes of all arrays that a method holds after each task."))
     kept = {label: group[0]["kept_bytes"] for label, group in _groups(rows, orders[0]).items()}
     curves = [Curve(label, range(1, len(b) + 1), [x / 1e6 for x in b]) for label, b in kept.items()]

@@ -21,6 +21,7 @@ from mbf_mlx.metrics import Spread
 from mbf_mlx.storage import refusal
 
 RESULTS = "results.jsonl"
+NOTHING = "-"  # in a table
 Row = dict[str, Any]
 
 MEASURES = {
@@ -229,20 +230,27 @@ def cells_of(line: Line) -> list[str]:
 
 
 def heads() -> list[str]:
-    """Return the heads of the table's columns."""
+    """Return the heads of all columns that a table can have."""
     return ["method", "order", "seeds", *MEASURES.values(), "kept", "training"]
+
+
+def columns(lines: Sequence[Line]) -> dict[str, list[str]]:
+    """Return the table as text, a head and what stands under it; without columns in which no line has anything."""
+    found = zip(heads(), zip(*map(cells_of, lines)))
+    return {head: list(cells) for head, cells in found if set(cells) != {NOTHING}}
 
 
 def points(spread: Spread | None) -> str:
     """Return a spread in points of percent: "61.2 ± 1.3", without a deviation where there is one seed alone."""
     if spread is None or spread.mean is None:
-        return "-"
+        return NOTHING
     return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.deviation:.1f}" if spread.deviation is not None else "")
 
 
 def markdown(lines: Sequence[Line]) -> str:
     """Return the table in Markdown."""
-    rows = [heads(), ["---"] * 3 + ["---:"] * (len(heads()) - 3), *(cells_of(line) for line in lines)]
+    found = columns(lines)
+    rows = [list(found), ["---"] * 3 + ["---:"] * (len(found) - 3), *zip(*found.values())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -152,6 +153,17 @@ def test_scores_on_valid_rows_are_never_compared_with_those_on_test_rows():
     assert "<h3>ab, test rows</h3>" in text and "<h3>ab, valid rows</h3>" in text and "all orders" not in text
     assert "2 cells: 2 methods, 1 order, 1 seed." in text
     assert "valid rows" not in results_page("five", [row(scored_on="valid")])
+
+
+def test_plots_beside_each_other_have_one_scale():
+    rows = [row(label=f"m{n}", scores=((0.42,), (0.35 + n / 20, 0.45 + n / 20))) for n in range(9)]
+    first, second = re.findall(r"<svg.*?</svg>", results_page("five", rows), re.DOTALL)[2:4]
+
+    def ticks(svg):  # of both axes: tasks learned, scores
+        return re.findall(r">(\d+)</text>", svg)
+
+    assert ticks(first) == ticks(second) and {"40", "80"} <= set(ticks(first)) and "0" not in ticks(first)
+    assert "Mean score, ab 1" in first and "Mean score, ab 2" in second
 
 
 def test_the_same_report_has_the_same_bytes_and_its_colours_are_the_pages(stream, page):

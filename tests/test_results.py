@@ -3,7 +3,7 @@
 import pytest
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.results import Log, cells_of, markdown, measured, points, read_results, table
+from mbf_mlx.results import Log, cells_of, columns, markdown, measured, points, read_results, table
 
 
 def row(seed=0, order="ab", tasks=("a", "b"), scores=((0.8,), (0.6, 0.9)), label="slao", **changes):
@@ -82,6 +82,14 @@ def test_a_line_reads_as_points_with_the_deviation_between_seeds():
     assert cells_of(one)[:4] == ["slao [low]", "ab", "1", "75.0"]
     assert cells_of(one)[-2] == "2.0 kB, grows"
     assert markdown([one]).splitlines()[2].startswith("| slao [low] | ab | 1 | 75.0 | -20.0 |")
+
+
+def test_a_column_in_which_no_line_has_anything_is_left_out():
+    lines = table([row(order=order, label=label) for label, orders in (("x", "ab"), ("y", "a")) for order in orders])
+    found = columns(lines)
+    assert "FWT" not in found and found["MOPD"] == ["-", "-", "0.0", "-"]
+    assert "MOPD" not in columns(lines[:2])
+    assert [len(line.split("|")) for line in markdown(lines[:2]).splitlines()] == [len(columns(lines[:2])) + 2] * 4
 
 
 def test_a_half_written_line_is_left_out_and_the_next_begins_behind_it(tmp_path):

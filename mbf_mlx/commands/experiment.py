@@ -103,8 +103,9 @@ def _print(name: str, rows: "list[Row]", json: bool, markdown: bool) -> None:
     from rich.table import Table
 
     shown = Table(title=f"{name}: points of percent, mean ± deviation over seeds", title_justify="left")
-    for number, head in enumerate(results.heads()):
+    found = results.columns(lines)
+    for number, head in enumerate(found):
         shown.add_column(head, justify="left" if number < 2 else "right", no_wrap=True)
-    for line in lines:
-        shown.add_row(*results.cells_of(line))
+    for cells in zip(*found.values()):
+        shown.add_row(*cells)
     console.out.print(shown)
