@@ -6,6 +6,8 @@ each other's way less. What is dropped is drawn from the stream's seed, the task
 Keeps: one pair, and the tuned one where tasks start from it. Constant in the number of tasks.
 
 Source: Yu et al. 2024, arXiv:2311.03099 (p of 0.9 and more for full fine-tuning), with task arithmetic as the merge.
+Its public code agrees: each entry by itself, kept ones divided by 1 - p. There the entries are those of all weights of
+a fully fine-tuned model, and what is merged is merged at once; here the sum grows task by task, which is the same sum.
 """
 
 from typing import Literal

@@ -6,8 +6,10 @@ has (strength / 2) * sum of F * (x - x_last)^2 besides, x_last being the last tu
 
 Keeps: the tuned pair, and F of the same size. Constant in the number of tasks.
 
-Source: Kirkpatrick et al. 2017, arXiv:1612.00796; the running sum is Schwarz et al. 2018, arXiv:1805.06370. F is taken
-with the rows' own labels (the empirical Fisher), as most published code does.
+Source: Kirkpatrick et al. 2017, arXiv:1612.00796; the running sum is Schwarz et al. 2018, arXiv:1805.06370. Public code
+(`ewc_on` of aimagelab/mammoth) agrees in that F is taken row by row with the rows' own labels (the empirical Fisher)
+and that the last parameters are the anchor. There a row counts by the probability of its label, and the penalty has no
+1/2.
 """
 
 from dataclasses import replace

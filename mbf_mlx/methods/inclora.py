@@ -4,7 +4,8 @@ While task t trains, the model applies the old pairs' sum and the new pair, as o
 
 Keeps: one pair a task, as a single one of rank r * t. It grows with the number of tasks.
 
-Source: the baseline in Wang et al. 2023, arXiv:2310.14152, and its public code.
+Source: the baseline in Wang et al. 2023, arXiv:2310.14152. Its public code is that of O-LoRA with both weights zero,
+and so is ours; there dropout is 0.1, here there is none.
 """
 
 from dataclasses import replace

@@ -5,7 +5,9 @@ The loss has `orthogonal` * sum of |A_old A_new^T| (all entries, all old tasks, 
 
 Keeps: one pair a task, as a single one of rank r * t. It grows with the number of tasks.
 
-Source: Wang et al. 2023, arXiv:2310.14152; weights 0.5 and 0 for the short orders as in its public code.
+Source: Wang et al. 2023, arXiv:2310.14152, and its public code. What agrees: the term, not squared and not averaged; no
+term in the first task; the norms are of each factor by itself; weights 0.5 and 0 for the short orders. What differs:
+there the terms are added in every micro-batch, so accumulating gradients makes them weigh more; here once a step.
 """
 
 from typing import Any

@@ -9,7 +9,9 @@ the stream's own state and are never exported.
 
 Keeps: what the other method keeps, and the reservoir. Constant in the number of tasks.
 
-Source: Chaudhry et al. 2019, arXiv:1902.10486, for tiny episodic memories.
+Source: Chaudhry et al. 2019, arXiv:1902.10486, for tiny episodic memories. Public code (`er` of aimagelab/mammoth)
+draws old rows into every batch, from a reservoir of so many rows that each row seen enters by chance; here they are
+mixed into the task's rows once, the reservoir has so many bytes, and each task the same share of it.
 """
 
 import hashlib

@@ -5,7 +5,9 @@ times the sums of A - A0 and of B (space "factors").
 
 Keeps: one pair, and the tuned one where tasks start from it. Constant in the number of tasks.
 
-Source: Ilharco et al. 2023, arXiv:2212.04089 (coefficient 0.3 to 0.4 for some eight tasks; 1/t is the mean).
+Source: Ilharco et al. 2023, arXiv:2212.04089 (coefficient 0.3 to 0.4 for some eight tasks; 1/t is the mean). Its public
+code agrees: one coefficient for the plain sum of all vectors. There a vector has all weights of a fully fine-tuned
+model, and the coefficient is chosen on validation rows of all tasks, which a stream does not keep.
 """
 
 from typing import Literal
