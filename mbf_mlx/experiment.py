@@ -13,7 +13,6 @@ a training continues from its last save.
 import json
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -42,6 +41,7 @@ from mbf_mlx.working import Working
 
 FORMAT = 1  # of what is hashed; a change in what a cell computes has to change it
 UNSCORED: Row = {"value": None, "loss": None}
+POLL = 1.0  # seconds between two looks at cells that another process is at
 DRAW = 0  # which rows of a task stand for it, where a number is given, is drawn from this: the same for all cells
 
 
@@ -117,11 +117,23 @@ class Experiment:
         together = [(key, list(group)) for key, group in groupby(todo, lambda each: _sharing(each[1]))]
         for wait in (False, True):  # at last, for what others have begun: they may stop before its end
             for key, group in together:
-                with suppress(Timeout), FileLock(self.folder / "cache" / f"{key}.lock", blocking=wait):
-                    for number, cell in group:
-                        if self.key(cell) not in {row.get("hash") for row in self.results.read()}:
-                            self.results.add(self._run(number, cell))
+                self._share(self.folder / "cache" / f"{key}.lock", group, wait)
         return self.rows()
+
+    def _share(self, lock: Path, group: Sequence[tuple[int, Cell]], wait: bool) -> None:
+        """Run those of some cells that nobody has finished; where another process is at them now, `wait` or do not."""
+        while any(self._unfinished(cell) for _, cell in group):
+            try:
+                with FileLock(lock, timeout=POLL if wait else 0):
+                    for number, cell in group:
+                        if self._unfinished(cell):
+                            self.results.add(self._run(number, cell))
+            except Timeout:
+                if not wait:
+                    return
+
+    def _unfinished(self, cell: Cell) -> bool:
+        return self.key(cell) not in {row.get("hash") for row in self.results.read()}
 
     def key(self, cell: Cell) -> str:
         """Return the hash of all that determines a cell's result."""

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from mbf_mlx import results
@@ -123,6 +124,21 @@ def test_another_process_takes_what_nobody_is_at_and_waits_for_the_rest(bench):
     assert len(made.results.read()) == 2
 
 
+def test_what_others_finished_is_not_waited_for_though_they_go_on_with_more(bench):
+    finished = bench([("sequential", "{}")], "seeds = [1]\n", folder="others").run()
+
+    class Beside(Counted):
+        def step(self, name, step, peak_memory):
+            super().step(name, step, peak_memory)
+            if len(self.steps) == 1:
+                made.results.add(finished[0])
+
+    made = bench([("sequential", "{}")], "seeds = [0, 1]\n", folder="beside", watch=Beside())
+    with FileLock(made.folder / "cache" / f"{experiment._sharing(made.plan.cells[1])}.lock"):
+        assert [row["seed"] for row in made.run()] == [0, 1]
+    assert len(made.watch.steps) == 6
+
+
 def test_files_with_other_settings_do_not_wait_for_each_other(bench):
     def locks(settings):
         made = bench([("sequential", "{}")], folder="apart", watch=Counted())
@@ -231,7 +247,8 @@ def test_the_command_prints_the_table_and_the_same_as_markdown_and_json(bench, m
     monkeypatch.setattr(experiment, "load_learner", lambda *_: next(iter(made._learners.values())))
     arguments = ["experiment", str(bench.root / "cli.toml"), "--out", str(bench.root / "cli")]
     shown = CliRunner().invoke(app, arguments)
-    assert shown.exit_code == 0 and "MOPD" in shown.stdout and "products" in shown.stdout, shown.output
+    assert shown.exit_code == 0 and "forgetting" in shown.stdout and "products" in shown.stdout, shown.output
+    assert "MOPD" not in shown.stdout  # of one order there is none
     lines = CliRunner().invoke(app, [*arguments, "--markdown", "--show"]).stdout.strip().splitlines()
     assert lines[0].startswith("| method | order | seeds | AA | BWT |") and len(lines) == 4
     document = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
