@@ -6,13 +6,10 @@ rank; w = t ** -exponent. So an old B is never used under an A that it was not t
 Options are what can be had at the same memory:
 - where the next task starts: at the tuned pair, at the merged one (then nothing else is kept), or between them;
 - in which basis: see `basis`;
-- `metric` "inputs": what is near is judged by the layer's outputs on the tasks' own inputs instead of by weights, each
-  token as much as its row's loss depends on it, with
-  a Gram matrix of rank x rank numbers a layer kept for the old ones (`reference.merge_by_inputs`);
+- `metric`: what is near is judged by weights here, by the tasks' own inputs in `products_by_inputs`;
 - `rate_a`: how fast A learns after the first task, compared with B: the less A moves, the less the cut takes away.
 
-Keeps: two pairs (merged and tuned), or one where tasks start from the merged one; with "inputs" rank^2 numbers a layer
-more. Constant in the number of tasks.
+Keeps: two pairs (merged and tuned), or one where tasks start from the merged one. Constant in the number of tasks.
 
 Source: ours; Algorithm 1 of arXiv:2512.23017 merges B alone and is `slao`.
 """
@@ -25,7 +22,6 @@ from mbf_mlx.methods.base import (
     FIRST_A,
     Factors,
     Pair,
-    Seen,
     State,
     check_choices,
     check_number,
@@ -34,22 +30,9 @@ from mbf_mlx.methods.base import (
     in_double,
     pad_rank,
 )
-from mbf_mlx.reference import (
-    Array,
-    cut_rank,
-    in_basis,
-    input_basis,
-    merge_by_inputs,
-    merge_products,
-    orthogonal_init,
-    stack_pairs,
-)
+from mbf_mlx.reference import Array, cut_rank, in_basis, merge_products, stack_pairs
 
-CHOICES = {
-    "basis": ("qr", "qr-preserving", "balanced", "keep"),
-    "metric": ("weights", "inputs"),
-    "first_a": FIRST_A,
-}
+CHOICES = {"basis": ("qr", "qr-preserving", "balanced", "keep"), "first_a": FIRST_A}
 
 
 class Products:
@@ -61,8 +44,6 @@ class Products:
         start: The pair that the next task starts from: "tuned", "merged", or the tuned one's share in between.
         basis: Of the start, as in `reference.in_basis`: "qr" as in Algorithm 1, "qr-preserving", "balanced" or "keep".
             A merged pair has no basis of its own, so it cannot start with "qr".
-        metric: "weights" or "inputs".
-        ridge: How far "inputs" is held back towards "weights": `reference.merge_by_inputs`.
         rate_a: A's learning rate as a share of B's, after the first task, in [0, 1].
         first_a: A of the first task: "orthonormal", or "uniform" as in LoRA.
 
@@ -79,26 +60,15 @@ class Products:
         rank: int | None = None,
         start: str | float = "tuned",
         basis: str = "qr",
-        metric: str = "weights",
-        ridge: float = 0.1,
         rate_a: float = 1.0,
         first_a: str = "orthonormal",
     ) -> None:
-        self.options: dict[str, Any] = {
-            "exponent": exponent,
-            "rank": rank,
-            "start": start,
-            "basis": basis,
-            "metric": metric,
-            "ridge": ridge,
-            "rate_a": rate_a,
-            "first_a": first_a,
-        }
+        chosen = {"exponent": exponent, "rank": rank, "start": start, "basis": basis}
+        self.options: dict[str, Any] = chosen | {"rate_a": rate_a, "first_a": first_a}
         check_choices(self.name, self.options, CHOICES)
         check_number(self.name, "exponent", exponent, 0, 2)
         if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
             raise InputError(f"products: rank: expected a whole number of at least 1, got {rank!r}")
-        check_number(self.name, "ridge", ridge, 0)
         check_number(self.name, "rate_a", rate_a, 0, 1)
         if start not in ("tuned", "merged"):
             check_number(self.name, "start ('tuned', 'merged' or the tuned pair's share)", start, 0, 1)
@@ -108,14 +78,8 @@ class Products:
                 "products: a merged pair's A is one of many that give its product, so an orthonormal basis with B as it"
                 " is would be another function; use basis 'qr-preserving' or 'balanced'"
             )
-        if metric == "inputs":
-            if rank is not None:
-                raise InputError(
-                    "products: metric 'inputs' knows the inputs in the stream's rank alone; leave out rank"
-                )
-            self.measure = self._measure  # hooks that learn.py and train.py look for by name
         if rate_a < 1:
-            self.rates = self._rates
+            self.rates = self._rates  # a hook that train.py looks for by name
 
     def _rates(self, state: State) -> dict[str, float]:
         """Return the learning rates of A and B as shares of the task's own."""
@@ -124,18 +88,20 @@ class Products:
     def start(self, state: State) -> Factors:
         """Return the factors that task state.t + 1 starts from."""
         if state.t == 0:
-            self._check_layers(state)
+            self._check_layers(state, least_inputs=self._rank(state))
             return first_factors(state, self.options["first_a"])
         start = self._start(state.rank)
         return each_layer(lambda name: Pair(*in_double(start, *self._pairs(state, name))), state.deployed)
 
-    def _check_layers(self, state: State) -> None:
+    def _rank(self, state: State) -> int:
+        return self.options["rank"] or state.rank
+
+    def _check_layers(self, state: State, least_inputs: int) -> None:
         """Refuse, before anything is trained, layers too small for what is merged in them."""
-        rank = self.options["rank"] or state.rank
-        inner_least = max(rank, 2 * state.rank if self.options["metric"] == "inputs" else 0)
-        small = [f"  {n}: {out} x {i}" for n, (out, i) in state.layers.items() if i < inner_least or out < rank]
+        rank = self._rank(state)
+        small = [f"  {n}: {out} x {i}" for n, (out, i) in state.layers.items() if i < least_inputs or out < rank]
         if small:
-            expected = f"out of at least {rank} and in of at least {inner_least}"
+            expected = f"out of at least {rank} and in of at least {least_inputs}"
             raise InputError(f"products: these layers are too small, expected {expected}:\n" + "\n".join(small))
 
     def _pairs(self, state: State, name: str) -> list[Array]:
@@ -155,38 +121,24 @@ class Products:
 
         return start
 
-    def _measure(self, state: State, tuned: Factors) -> dict[str, Array]:
-        """Return, a layer, the directions in which the inputs' Gram is needed: (rank, in), later (2 rank, in)."""
-        if state.t == 0:
-            return {name: in_double(orthogonal_init, pair.a) for name, pair in tuned.items()}
-        return {name: in_double(input_basis, state.deployed[name].a, pair.a) for name, pair in tuned.items()}
+    def finish(self, state: State, tuned: Factors) -> State:
+        """Merge the tuned factors of task state.t + 1 into the deployed ones."""
+        rank = self._rank(state)
 
-    def finish(self, state: State, tuned: Factors, inputs: dict[str, Seen] | None = None) -> State:
-        """Merge the tuned factors of task state.t + 1 into the deployed ones; `inputs` where `measure` asks for it."""
-        t, rank = state.t + 1, self.options["rank"] or state.rank
-        kept: dict[str, dict[str, Array]] = {}
-        if self._share > 0:
-            kept = {"tuned_a": {n: p.a for n, p in tuned.items()}, "tuned_b": {n: p.b for n, p in tuned.items()}}
-        if self.options["metric"] == "inputs":
-            if inputs is None:
-                raise ValueError("products: metric 'inputs' needs the inputs that `measure` asks for")
-            kept["inputs_gram"] = {name: seen.moments @ seen.directions.T for name, seen in inputs.items()}
-        if t == 1:
-            return replace(state, t=t, deployed={n: pad_rank(p, rank) for n, p in tuned.items()}, kept=kept)
-        weight = t ** -float(self.options["exponent"])
+        def merge(old_a: Array, old_b: Array, a: Array, b: Array) -> tuple[Array, Array]:
+            return merge_products(old_a, old_b, a, b, self._weight(state), rank)
 
-        def by_weights(old_a: Array, old_b: Array, a: Array, b: Array) -> tuple[Array, Array]:
-            return merge_products(old_a, old_b, a, b, weight, rank)
+        def merged(name: str) -> Pair:
+            return Pair(*in_double(merge, *state.deployed[name], *tuned[name]))
 
-        def by_inputs(old_a: Array, old_b: Array, a: Array, b: Array, old: Array, new: Array) -> tuple[Array, ...]:
-            return merge_by_inputs((old_a, old_b), (a, b), weight, rank, old, new, self.options["ridge"])
+        deployed = each_layer(merged, tuned) if state.t else {n: pad_rank(p, rank) for n, p in tuned.items()}
+        return replace(state, t=state.t + 1, deployed=deployed, kept=self._kept(tuned))
 
-        def merge(name: str) -> Pair:
-            if inputs is None or self.options["metric"] == "weights":
-                return Pair(*in_double(by_weights, *state.deployed[name], *tuned[name]))
-            grams = state.kept["inputs_gram"][name], kept["inputs_gram"][name]
-            *merged, gram = in_double(by_inputs, *state.deployed[name], *tuned[name], *grams)
-            kept["inputs_gram"][name] = gram
-            return Pair(*merged)
+    def _weight(self, state: State) -> float:
+        return float((state.t + 1) ** -float(self.options["exponent"]))
 
-        return replace(state, t=t, deployed=each_layer(merge, tuned), kept=kept)
+    def _kept(self, tuned: Factors) -> dict[str, dict[str, Array]]:
+        """Return the tuned pairs, where the next task starts from them."""
+        if self._share == 0:
+            return {}
+        return {"tuned_a": {n: p.a for n, p in tuned.items()}, "tuned_b": {n: p.b for n, p in tuned.items()}}

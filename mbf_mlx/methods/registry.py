@@ -6,7 +6,7 @@ from typing import Any
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods.anchored import Anchored
-from mbf_mlx.methods.base import Method
+from mbf_mlx.methods.base import Method, check_choices, check_number
 from mbf_mlx.methods.c_lora import CLora
 from mbf_mlx.methods.dare import Dare
 from mbf_mlx.methods.ewc import Ewc
@@ -20,6 +20,7 @@ from mbf_mlx.methods.nmt_lora import NmtLora
 from mbf_mlx.methods.o_lora import OLora
 from mbf_mlx.methods.opcm import Opcm
 from mbf_mlx.methods.products import Products
+from mbf_mlx.methods.products_by_inputs import ProductsByInputs
 from mbf_mlx.methods.replay import Replay
 from mbf_mlx.methods.running_mean import RunningMean
 from mbf_mlx.methods.sequential import Sequential
@@ -41,11 +42,34 @@ def _replay(
     return Replay(make(method, method_options), bytes, share)
 
 
-# The product's own method first, then those that merge, hold parameters back, look at rows again, and grow.
+def _products(
+    exponent: float = 0.5,
+    rank: int | None = None,
+    start: str | float = "tuned",
+    basis: str = "qr",
+    metric: str = "weights",
+    ridge: float = 0.1,
+    rate_a: float = 1.0,
+    first_a: str = "orthonormal",
+) -> Method:
+    check_choices("products", {"metric": metric}, {"metric": ("weights", "inputs")})
+    check_number("products", "ridge", ridge, 0)
+    if metric == "inputs" and rank is not None:
+        raise InputError("products: metric 'inputs' knows the inputs in the stream's rank alone; leave out rank")
+    made = (
+        Products(exponent, rank, start, basis, rate_a, first_a)
+        if metric == "weights"
+        else ProductsByInputs(exponent, start, basis, ridge, rate_a, first_a)
+    )
+    made.options |= {"metric": metric, "ridge": ridge}  # a stream remembers all of them
+    return made
+
+
+# The paper's method, what it is compared with, then those that merge, hold parameters back, look at rows again, grow.
 _METHODS: dict[str, Callable[..., Method]] = {
     "slao": Slao,
     "sequential": Sequential,
-    "products": Products,
+    "products": _products,
     "frozen-a": FrozenA,
     "running-mean": RunningMean,
     "task-arithmetic": TaskArithmetic,
@@ -67,7 +91,7 @@ _METHODS: dict[str, Callable[..., Method]] = {
 
 
 def names() -> list[str]:
-    """Return the names that `make` knows, the product's own method first."""
+    """Return the names that `make` knows, the paper's method first."""
     return list(_METHODS)
 
 
