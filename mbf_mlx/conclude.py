@@ -4,7 +4,7 @@ The hooks `extra_rows`, `measure` and `after_task` are called here and nowhere e
 rank), P (k, in) of a layer. Nothing is trained and nothing written.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from mbf_mlx import rows as task_rows
-from mbf_mlx.batches import make_batch
+from mbf_mlx.batches import Batch
 from mbf_mlx.encode import Encoded
 from mbf_mlx.engine import Arrays, Engine
-from mbf_mlx.methods import Method, Row, Seen, State, measured_rows
+from mbf_mlx.methods import Method, Pair, Row, Seen, State, measured_rows
+from mbf_mlx.model import lora_layers
 from mbf_mlx.tuning import Tuning
 
 TINY = 1e-37  # of squared gradients: what float32 can still divide by
@@ -67,7 +68,7 @@ def conclude(
     if needs == "rows":
         what = [Row(row.tokens, row.supervised) for row in rows]
     elif needs == "gradients":
-        what = squared_gradients(tuning, engine, rows, advance)
+        what = squared_gradients(tuning, engine, rows, batch_size, advance)
     finish: Any = method.finish
     after = finish(state, tuned) if inputs is None else finish(state, tuned, inputs=inputs)
     show: Any = getattr(method, "after_task", None)
@@ -75,22 +76,39 @@ def conclude(
 
 
 def squared_gradients(
-    tuning: Tuning, engine: Engine, rows: Sequence[Encoded], advance: Advance = lambda done, total: None
+    tuning: Tuning,
+    engine: Engine,
+    rows: Sequence[Encoded],
+    batch_size: int,
+    advance: Advance = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Return, of each array that trained, the mean over `rows` of the squared gradient of the row's mean loss."""
+    """Return, of each array that trained, the mean over `rows` of the squared gradient of the row's mean loss.
+
+    A row's gradients follow from the inputs of the layers and the gradients with respect to their outputs, which many
+    rows have in one pass.
+    """
     sums: Arrays = {name: mx.zeros_like(array) for name, array in tuning.arrays.items()}
-
-    def loss(arrays: Arrays, batch: Any) -> mx.array:
-        tuning.apply(arrays)
-        return engine.loss_sum(batch) / len(batch.targets)
-
-    gradient = mx.grad(loss)
-    for index in range(len(rows)):
-        found = gradient(tuning.arrays, make_batch(rows, [index]))
-        sums = {name: total + mx.square(found[name]) for name, total in sums.items()}
-        mx.eval(sums)
-        advance(index + 1, len(rows))
+    found: dict[tuple[int, int], dict[str, Pair]] = {}  # of a batch and a row of it: the gradients of the applied pairs
+    layers, lock = lora_layers(tuning.model), Lock()
     tuning.apply(tuning.arrays)
+
+    def note(place: int, name: str, x: mx.array, gradients: mx.array, row_of: np.ndarray) -> None:
+        layer, x, g = layers[name], x.astype(mx.float32), gradients.astype(mx.float32)
+        turned, back = layer.scale * (x @ layer.lora_a), layer.scale * (g @ layer.lora_b.T)
+        for row in np.unique(row_of):
+            at = mx.array(np.flatnonzero(row_of == row))
+            pair = Pair(back[at].T @ x[at], g[at].T @ turned[at])
+            mx.eval(pair)
+            with lock:
+                found.setdefault((place, int(row)), {})[name] = pair
+
+    for batches, done in _together(engine, rows, batch_size):
+        engine.watch(batches, note, logarithm=False)
+        for each in sorted(found):
+            for name, gradient in tuning.pull_back(found.pop(each)).items():
+                sums[name] = sums[name] + mx.square(gradient)
+            mx.eval(sums)
+        advance(done, len(rows))
     return tuning.named({name: total / len(rows) for name, total in sums.items()})
 
 
@@ -148,12 +166,18 @@ def input_moments(
                 if len(found[name]) == len(batches):
                     add(name)
 
-    done = 0
-    while done < len(rows):
-        batches = engine.watched_together(rows, done, batch_size)
+    for batches, done in _together(engine, rows, batch_size):
         engine.watch(batches, note)
         for name in found:
             add(name)
-        done += sum(len(batch.indices) for batch in batches)
         advance(done, len(rows))
     return {name: Seen(directions[name], total / len(rows)) for name, total in sums.items()}
+
+
+def _together(engine: Engine, rows: Sequence[Encoded], batch_size: int) -> Iterator[tuple[list[Batch], int]]:
+    """Yield the batches that are watched at the same time, and how many rows are done with them."""
+    done = 0
+    while done < len(rows):
+        batches = engine.watched_together(rows, done, batch_size)
+        done += sum(len(batch.indices) for batch in batches)
+        yield batches, done

@@ -174,15 +174,16 @@ class Engine:
             self.before(batch, True)
         return split(batch, self.cores) if self.by_hand else [batch]
 
-    def watch(self, batches: Sequence[Batch], note: Note) -> None:
+    def watch(self, batches: Sequence[Batch], note: Note, logarithm: bool = True) -> None:
         """Tell of each trained layer's inputs, and of the gradients with respect to its outputs.
 
-        They are those of the sum over rows of the logarithm of a row's loss: a row's differ from its loss's in size
-        alone, and half precision does not lose them where a row is known well.
+        They are those of the sum over rows of a row's mean loss, or of its logarithm: a row's differ in size alone, and
+        half precision does not lose those of the logarithm where a row is known well.
 
         Args:
             batches: As `watched_together` makes them. There is nothing to tell of one without a supervised token.
             note: What is told. It has to evaluate what it makes of it: it may be called in several threads.
+            logarithm: Which of the two.
         """
         some = [(place, batch) for place, batch in enumerate(batches) if len(batch.targets)]
         if self.by_hand:
@@ -196,8 +197,9 @@ class Engine:
 
                 run = llama.Pass(self.model, factors, batch, checkpoint=self.checkpoint, note=told)
                 losses, d_hidden = self._loss_and_gradient(run.forward(), batch.targets, len(some))
-                of_rows = np.bincount(batch.row_of, losses)[batch.row_of] + KNOWN_WELL
-                run.backward(d_hidden / mx.array(of_rows.astype(np.float32))[:, None])
+                of_rows = np.bincount(batch.row_of, losses if logarithm else None)[batch.row_of]
+                sizes = of_rows + KNOWN_WELL if logarithm else of_rows
+                run.backward(d_hidden / mx.array(sizes.astype(np.float32))[:, None])
 
             cpu_ops.side_by_side([partial(there, place, batch) for place, batch in some])
             return
@@ -223,7 +225,8 @@ class Engine:
             def loss(pairs: dict[str, tuple[mx.array, mx.array]], batch: Batch = batch) -> mx.array:
                 for name, (a, b) in pairs.items():
                     layers[name].lora_a, layers[name].lora_b = a, b
-                return mx.log(self._loss(batch) + KNOWN_WELL)
+                total = self._loss(batch)
+                return mx.log(total + KNOWN_WELL) if logarithm else total / len(batch.targets)
 
             pairs = {name: (layer.lora_a, layer.lora_b) for name, layer in layers.items()}
             with called_by(partial(call, place), self.model, layers):

@@ -65,6 +65,19 @@ class Tuning:
         """Return what the method adds to a step's loss; there is such a thing only where `has_penalty` says so."""
         return self.method.penalty(self._named(arrays), self._state)
 
+    def pull_back(self, pairs: Factors) -> Arrays:
+        """Return gradients with respect to `arrays`, given those with respect to the pairs that the model applies."""
+        if not hasattr(self.method, "effective"):
+            return {f"{layer}.{field}": x for layer, pair in pairs.items() for field, x in pair._asdict().items()}
+        names = list(self.arrays)
+
+        def applied(*arrays: mx.array) -> list[mx.array]:
+            found = self.method.effective(self._named(dict(zip(names, arrays))), self._state)
+            return [x for layer in pairs for x in found[layer]]
+
+        given = [x for pair in pairs.values() for x in pair]
+        return dict(zip(names, mx.vjp(applied, [self.arrays[name] for name in names], given)[1]))
+
     def named(self, arrays: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return NumPy copies of these arrays, or of those that train, in the named tuples of `start`."""
         values = self.arrays if arrays is None else arrays

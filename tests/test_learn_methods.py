@@ -203,25 +203,33 @@ def test_compiled_steps_train_what_plain_ones_do(name, learner, encoded, compile
         np.testing.assert_allclose(np.array(found[True][array]), np.array(expected), rtol=1e-3, atol=1e-5)
 
 
-def test_squared_gradients_are_the_mean_over_rows(learner, encoded):
-    method, state = make("ewc"), empty_state(learner.layers, LORA.rank)
-    tuning = Tuning(learner.base.model, method, state)
-    seen = []
-    found = squared_gradients(tuning, learner.engine, encoded[:3], lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    layer = next(iter(found))
-    by_hand = 0.0
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("name", ["ewc", "lorac", "c-lora"])
+def test_squared_gradients_are_the_mean_over_rows(name, by_hand, learner, encoded):
+    _, _, tuning = two_tasks(name, {}, learner, encoded)  # of the second task: lorac and c-lora train more than a pair
+    engine, told = prepare(learner.base.model, by_hand=by_hand), []
+    learner.base.model.eval()
+    tokens = encoded[1].tokens
+    silent = Encoded(tokens, np.zeros(len(tokens), bool), len(tokens), 0, encoded[1].row)
+    rows = [*encoded[:3], silent]
+    found = squared_gradients(tuning, engine, rows, 4, lambda done, total: told.append((done, total)))
+    assert told[-1] == (4, 4) and len(told) == (1 if by_hand else 4)
+    by_rows = {array: 0.0 for array in tuning.arrays}
     for index in range(3):
-        batch = make_batch(encoded, [index])
+        batch = make_batch(rows, [index])
 
-        def loss(b, batch=batch):
-            tuning.apply({f"{layer}.b": b})
-            return learner.engine.loss_sum(batch) / len(batch.targets)
+        def loss(arrays, batch=batch):
+            tuning.apply(arrays)
+            return engine.loss_sum(batch) / len(batch.targets)
 
-        by_hand = by_hand + np.array(mx.grad(loss)(tuning.arrays[f"{layer}.b"])) ** 2 / 3
+        for array, gradient in mx.grad(loss)(tuning.arrays).items():
+            by_rows[array] = by_rows[array] + np.array(gradient) ** 2 / len(rows)
     tuning.apply(tuning.arrays)
-    assert by_hand.any()
-    np.testing.assert_allclose(found[layer].b, by_hand, rtol=1e-4, atol=1e-9)
+    for layer, fields in found.items():
+        for field, values in fields._asdict().items():
+            expected = by_rows[f"{layer}.{field}"]
+            assert expected.any() and values.shape == expected.shape
+            np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-5 * expected.max())
 
 
 @pytest.mark.parametrize("cores", [1, 2, 0], ids=["alone", "in two threads", "mlx-lm's way"])
