@@ -1,5 +1,6 @@
 """An experiment through the real harness on a tiny model: what is shared, what is never run again, what comes out."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -137,6 +138,29 @@ def test_what_others_finished_is_not_waited_for_though_they_go_on_with_more(benc
     with FileLock(made.folder / "cache" / f"{experiment._sharing(made.plan.cells[1])}.lock"):
         assert [row["seed"] for row in made.run()] == [0, 1]
     assert len(made.watch.steps) == 6
+
+
+def test_progress_counts_what_other_processes_finish(bench, monkeypatch):
+    from mbf_mlx.commands import app, console
+
+    (elsewhere,) = bench([("sequential", "{}")], "seeds = [2]\n", folder="elsewhere").run()
+    made, told = bench([("sequential", "{}")], "seeds = [0, 1, 2]\n", folder="bar", name="bar"), []
+
+    @contextlib.contextmanager
+    def progress(what, total, unit):
+        def update(done, **more):
+            if "step" not in more:
+                told.append((done, total))
+            if len(told) == 1 and "step" in more and len(made.results.read()) == 0:
+                made.results.add(elsewhere)
+
+        yield update
+
+    monkeypatch.setattr(console, "progress", progress)
+    monkeypatch.setattr(experiment, "load_learner", lambda *_: next(iter(made._learners.values())))
+    done = CliRunner().invoke(app, ["experiment", str(bench.root / "bar.toml"), "--out", str(made.folder), "--json"])
+    assert done.exit_code == 0 and len(json.loads(done.stdout)["cells"]) == 3, done.output
+    assert told == [(0, 9), (4, 9), (5, 9), (6, 9), (7, 9), (8, 9), (9, 9)]
 
 
 def test_files_with_other_settings_do_not_wait_for_each_other(bench):

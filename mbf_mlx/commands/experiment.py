@@ -57,17 +57,20 @@ def _run(plan: Any, folder: Path) -> "list[Row]":
     from mbf_mlx.experiment import Experiment, Watch
     from mbf_mlx.storage import Files
 
+    Files().make_folder(folder)
+    running = Experiment(plan, folder, Watch())
+
     class Shown(Watch):
-        """One bar over all cells; its unit is a task learned in a cell."""
+        """One bar over all cells; its unit is a task learned in a cell, here or by another process."""
 
         def __init__(self, update: Any, total: int) -> None:
-            self.update, self.total, self.done, self.begun, self.what = update, total, 0, 0, ""
+            self.update, self.total, self.done, self.what = update, total, 0, ""
 
         def cell(self, number: int, cell: Any, task: int) -> None:
             setting = f" [{cell.setting}]" if cell.setting else ""
             self.what = f"{cell.label}{setting}, {cell.order}, seed {cell.seed}, {cell.tasks[task]}"
-            self.done = self.begun
-            self.begun += 1
+            left = sum(len(each.trained) for each in running.missing())
+            self.done = self.total - left + cell.trained.index(task)
             self.update(self.done, now=self.what)
 
         def step(self, name: str, step: Any, peak_memory: int) -> None:
@@ -76,16 +79,14 @@ def _run(plan: Any, folder: Path) -> "list[Row]":
         def measuring(self, name: str, done: int, total: int) -> None:
             self.update(self.done, now=self.what, measuring=f"{done}/{total}")
 
-    Files().make_folder(folder)
-    experiment = Experiment(plan, folder, Watch())
-    missing = experiment.missing()
+    missing = running.missing()
     total = sum(len(cell.trained) for cell in missing)
     console.err.print(f"{len(plan.cells)} cells, {len(plan.cells) - len(missing)} of them finished: {folder}")
     if not missing:
-        return experiment.rows()
+        return running.rows()
     with console.progress("experiment", total, "tasks") as update:
-        experiment.watch = Shown(update, total)
-        rows = experiment.run()
+        running.watch = Shown(update, total)
+        rows = running.run()
         update(total)
     return rows
 
