@@ -84,13 +84,13 @@ def test_methods_with_a_penalty_go_on_from_their_own_pair_and_deploy_it(name):
         assert np.array_equal(method.start(state)[layer].a, tuned.a)
 
 
-@pytest.mark.parametrize("name", ["ewc", "l2", "nmt-lora", "o-lora", "c-lora", "anchored"])
+@pytest.mark.parametrize("name", ["ewc", "l2", "nmt-lora", "o-lora", "c-lora", "anchored", "anchored-merge"])
 def test_there_is_nothing_to_hold_back_in_the_first_task(name):
     method, state = make(name), empty_state(LAYERS, RANK)
     assert method.penalty(method.start(state), state) is None
 
 
-PENALTIES = ["ewc", "l2", "nmt-lora", "o-lora", "c-lora", "lorac", "anchored"]
+PENALTIES = ["ewc", "l2", "nmt-lora", "o-lora", "c-lora", "lorac", "anchored", "anchored-merge"]
 
 
 @pytest.mark.parametrize("name", PENALTIES)
@@ -272,6 +272,47 @@ def test_anchored_absorbs_a_first_task_as_it_is_and_refuses_layers_too_small_for
     assert all(np.array_equal(state.deployed[n].b, tuned[n].b) for n in layers)
     with pytest.raises(InputError, match=r"anchored: expected layers with at least 6 inputs, .*got\n  small: 9 x 5$"):
         method.absorb(state, tuned, seen(state))
+
+
+def test_anchored_merge_takes_back_what_only_old_inputs_see_and_keeps_what_only_new_ones_do():
+    layers, generator = {"q": (30, 24), "v": (12, 24)}, np.random.default_rng(5)
+    method = make("anchored-merge")
+    directions = np.linalg.qr(generator.normal(size=(24, 4)))[0].T
+    old, new = (generator.normal(size=(50, 2)) @ directions[i : i + 2] for i in (0, 2))
+    before = with_inputs(method, [drawn(0, layers)], [old], layers)
+    tuned, plain = drawn(1, layers), make("anchored")
+    seen = {n: Seen(p, ((new @ p.T).T @ new / 50).astype(np.float32)) for n, p in method.measure(before, tuned).items()}
+    after, unmerged = method.finish(before, tuned, seen), plain.finish(before, tuned, seen)
+    assert after.kept_bytes() == unmerged.kept_bytes() and float(method.penalty(after.deployed, after)) == 0.0
+    for name in layers:
+        was, wanted, now = (update(factors[name]) for factors in (before.deployed, tuned, after.deployed))
+        apart = np.linalg.norm(old @ (wanted - was).T)
+        # Up to the ridge and the cut; anchored alone leaves all of the first.
+        assert np.linalg.norm(old @ (now - was).T) < 0.25 * apart
+        assert np.linalg.norm(new @ (now - wanted).T) < 0.25 * np.linalg.norm(new @ (wanted - was).T)
+        np.testing.assert_array_equal(after.kept["sketch"][name], unmerged.kept["sketch"][name])
+        started = method.start(after)[name].a.astype(np.float64)
+        np.testing.assert_allclose(started @ started.T, np.eye(RANK), atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_anchored_merge_weighs_both_updates_where_all_inputs_are_alike(weight):
+    layers, method = {"up": (30, 10)}, make("anchored-merge", {"weight": weight})
+    before = with_inputs(method, [drawn(0, layers)], [np.eye(10)], layers)
+    tuned = drawn(1, layers)
+    seen = {n: Seen(p, (p / 10).astype(np.float32)) for n, p in method.measure(before, tuned).items()}
+    mixed = (1 - weight) * update(before.deployed["up"]) + weight * update(tuned["up"])
+    left, values, right = np.linalg.svd(mixed)
+    expected = (left[:, :RANK] * values[:RANK]) @ right[:RANK]
+    found = update(method.finish(before, tuned, seen).deployed["up"])
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(mixed).max())  # the sketch's precision
+
+
+def test_anchored_merge_refuses_layers_too_small_for_two_pairs_before_anything_is_trained():
+    with pytest.raises(
+        InputError, match=r"^anchored-merge: expected layers with at least 6 inputs, .*got\n  small: 9 x 5$"
+    ):
+        make("anchored-merge").start(empty_state({"q": (30, 24), "small": (9, 5)}, RANK))
 
 
 # --- LoRA for translation --------------------------------------------------------------------------------------------
@@ -572,4 +613,14 @@ def test_methods_that_train_along_refuse_options_outside_their_choices(name, opt
 
 def test_these_methods_can_be_had():
     wanted = "slao sequential products frozen-a running-mean magmax task-arithmetic ties dare opcm ewc l2 replay"
-    assert set(names()) == {*wanted.split(), "anchored", "inclora", "o-lora", "joint", "lorac", "c-lora", "nmt-lora"}
+    assert set(names()) == {
+        *wanted.split(),
+        "anchored",
+        "anchored-merge",
+        "inclora",
+        "o-lora",
+        "joint",
+        "lorac",
+        "c-lora",
+        "nmt-lora",
+    }

@@ -83,7 +83,7 @@ class Anchored(Sequential):
     def finish(self, state: State, tuned: Factors, inputs: dict[str, Seen] | None = None) -> State:
         """Deploy what was tuned; `inputs` are the task's, as `measure` asks for them."""
         if inputs is None:
-            raise ValueError("anchored: `finish` needs the inputs that `measure` asks for")
+            raise ValueError(f"{self.name}: `finish` needs the inputs that `measure` asks for")
         t = state.t + 1
 
         def mixed(count: int, directions: Array, moments: Array, *old: Array) -> Array:
@@ -104,20 +104,19 @@ class Anchored(Sequential):
         Raises:
             InputError: a layer with fewer inputs than both pairs have rows.
         """
-        after = self.finish(state, tuned, inputs)
-        if state.t == 0:
+        return self.merge(state, tuned, inputs, (state.t + 1) ** -0.5)
+
+    def merge(self, state: State, tuned: Factors, inputs: dict[str, Seen] | None, weight: float) -> State:
+        """Return the state after a task whose update is merged with the old one by the inputs of both."""
+        after = Anchored.finish(self, state, tuned, inputs)
+        if state.t == 0 or inputs is None:
             return after
-        if small := [f"  {name}: {out} x {i}" for name, (out, i) in state.layers.items() if i < 2 * state.rank]:
-            raise InputError(
-                f"anchored: expected layers with at least {2 * state.rank} inputs, twice the rank, to merge what was"
-                " tuned elsewhere, got\n" + "\n".join(small)
-            )
+        self.check_layers(state)
 
         def merged(*arrays: Array) -> tuple[Array, Array]:
             old_a, old_b, a, b, sketch, directions, moments = arrays
             basis = input_basis(old_a, a)
             new, old = sketch_gram(moments, directions) @ basis.T, sketch @ basis.T
-            weight = after.t**-0.5
             a, b, _ = merge_by_inputs((old_a, old_b), (a, b), weight, state.rank, old.T @ old, new.T @ new)
             return in_basis(a, b, "qr-preserving")
 
@@ -126,6 +125,15 @@ class Anchored(Sequential):
             return Pair(*in_double(merged, *old, *inputs[name]))
 
         return replace(after, deployed=each_layer(layer, tuned))
+
+    def check_layers(self, state: State) -> None:
+        """Refuse layers in which two pairs have more rows together than there are inputs."""
+        least = 2 * state.rank
+        if small := [f"  {name}: {out} x {inner}" for name, (out, inner) in state.layers.items() if inner < least]:
+            raise InputError(
+                f"{self.name}: expected layers with at least {least} inputs, twice the rank, to merge two updates by"
+                " their inputs, got\n" + "\n".join(small)
+            )
 
 
 def _kept(state: State, name: str) -> int:

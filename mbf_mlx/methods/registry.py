@@ -6,6 +6,7 @@ from typing import Any
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods.anchored import Anchored
+from mbf_mlx.methods.anchored_merge import AnchoredMerge
 from mbf_mlx.methods.base import Method, check_choices, check_number
 from mbf_mlx.methods.c_lora import CLora
 from mbf_mlx.methods.dare import Dare
@@ -78,6 +79,7 @@ _METHODS: dict[str, Callable[..., Method]] = {
     "dare": Dare,
     "opcm": Opcm,
     "anchored": Anchored,
+    "anchored-merge": AnchoredMerge,
     "ewc": Ewc,
     "l2": L2,
     "nmt-lora": NmtLora,
