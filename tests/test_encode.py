@@ -392,7 +392,14 @@ def test_what_does_not_fit_even_without_the_prompt_is_refused_with_the_numbers(t
 
 
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60)
-said = words.filter(str.strip)
+# An answer of special tokens alone says nothing and is refused: Hypothesis takes such texts from our own code.
+said = words.filter(lambda text: re.sub(r"<\|\w*\|>", "", text).strip())
+
+
+def test_an_answer_of_a_special_token_alone_is_refused():
+    for turns in (("Hi", "<|im_start|>", "Bye", "0"), ("Hi", "<|im_start|>")):
+        with pytest.raises(BadRow, match="no supervised token"):
+            encode(talk(*turns), tokenizer_of())
 
 
 @settings(deadline=None)
