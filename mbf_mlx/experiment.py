@@ -101,8 +101,7 @@ class Experiment:
 
     def missing(self) -> list[Cell]:
         """Return the cells that are not finished."""
-        done = {row.get("hash") for row in self.results.read()}
-        return [cell for cell in self.plan.cells if self.key(cell) not in done]
+        return [cell for _, cell in self._unfinished(list(enumerate(self.plan.cells)))]
 
     def run(self) -> list[Row]:
         """Run what is missing and return the results of all cells.
@@ -122,18 +121,19 @@ class Experiment:
 
     def _share(self, lock: Path, group: Sequence[tuple[int, Cell]], wait: bool) -> None:
         """Run those of some cells that nobody has finished; where another process is at them now, `wait` or do not."""
-        while any(self._unfinished(cell) for _, cell in group):
+        while self._unfinished(group):
             try:
                 with FileLock(lock, timeout=POLL if wait else 0):
-                    for number, cell in group:
-                        if self._unfinished(cell):
-                            self.results.add(self._run(number, cell))
+                    for number, cell in self._unfinished(group):
+                        self.results.add(self._run(number, cell))
             except Timeout:
                 if not wait:
                     return
 
-    def _unfinished(self, cell: Cell) -> bool:
-        return self.key(cell) not in {row.get("hash") for row in self.results.read()}
+    def _unfinished(self, cells: Sequence[tuple[int, Cell]]) -> list[tuple[int, Cell]]:
+        """Return those of some numbered cells that nobody has finished."""
+        done = {row.get("hash") for row in self.results.read()}
+        return [(number, cell) for number, cell in cells if self.key(cell) not in done]
 
     def key(self, cell: Cell) -> str:
         """Return the hash of all that determines a cell's result."""

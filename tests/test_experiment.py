@@ -222,7 +222,9 @@ def test_a_cell_is_what_mbf_learn_makes_of_the_same_tasks(bench, tiny_llama, tmp
 
 
 def test_a_method_or_layer_that_does_not_fit_the_base_is_refused_before_anything_runs(bench):
-    with pytest.raises(InputError, match=r"products rank=40: products: these layers are too small"):
+    with pytest.raises(
+        InputError, match=r"products rank=40: products: expected layers with at least 40 outputs and 40 inputs"
+    ):
         bench([("products", "{rank = 40}"), ("slao", "{}")], folder="wrong")
     with pytest.raises(InputError, match=r"nope"):
         bench([("slao", "{}")], folder="wrong", lora='keys = ["nope"]\n')

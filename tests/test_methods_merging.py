@@ -178,9 +178,9 @@ def test_products_refuse_what_has_no_meaning(options, message):
 
 
 def test_products_refuse_layers_that_are_too_small_before_anything_is_trained():
-    with pytest.raises(InputError, match=r"expected out of at least 3 and in of at least 6:\n  q: 8 x 5"):
+    with pytest.raises(InputError, match=r"at least 3 outputs and 6 inputs, .*got\n  q: 8 x 5$"):
         make("products", {"metric": "inputs"}).start(empty_state({"q": (8, 5), "v": (8, 9)}, RANK))
-    with pytest.raises(InputError, match=r"expected out of at least 8 and in of at least 8:\n  v: 7 x 9"):
+    with pytest.raises(InputError, match=r"at least 8 outputs and 8 inputs, .*got\n  v: 7 x 9$"):
         make("products", {"rank": 8}).start(empty_state(LAYERS, RANK))
 
 

@@ -270,7 +270,8 @@ def test_anchored_absorbs_a_first_task_as_it_is_and_refuses_layers_too_small_for
 
     state = method.absorb(state, tuned, seen(state))
     assert all(np.array_equal(state.deployed[n].b, tuned[n].b) for n in layers)
-    with pytest.raises(InputError, match=r"anchored: expected layers with at least 6 inputs, .*got\n  small: 9 x 5$"):
+    wrong = r"^anchored: expected layers with at least 3 outputs and 6 inputs, .*got\n  small: 9 x 5$"
+    with pytest.raises(InputError, match=wrong):
         method.absorb(state, tuned, seen(state))
 
 
@@ -309,9 +310,8 @@ def test_anchored_merge_weighs_both_updates_where_all_inputs_are_alike(weight):
 
 
 def test_anchored_merge_refuses_layers_too_small_for_two_pairs_before_anything_is_trained():
-    with pytest.raises(
-        InputError, match=r"^anchored-merge: expected layers with at least 6 inputs, .*got\n  small: 9 x 5$"
-    ):
+    wrong = r"^anchored-merge: expected layers with at least 3 outputs and 6 inputs, .*got\n  small: 9 x 5$"
+    with pytest.raises(InputError, match=wrong):
         make("anchored-merge").start(empty_state({"q": (30, 24), "small": (9, 5)}, RANK))
 
 

@@ -31,8 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from mbf_mlx.errors import InputError
-from mbf_mlx.methods.base import Factors, Pair, Seen, State, check_number, each_layer, in_double
+from mbf_mlx.methods.base import Factors, Pair, Seen, State, check_number, check_sizes, each_layer, in_double
 from mbf_mlx.methods.sequential import Sequential
 from mbf_mlx.reference import Array, in_basis, input_basis, merge_by_inputs, merge_sketches, namespace, sketch_gram
 
@@ -128,12 +127,8 @@ class Anchored(Sequential):
 
     def check_layers(self, state: State) -> None:
         """Refuse layers in which two pairs have more rows together than there are inputs."""
-        least = 2 * state.rank
-        if small := [f"  {name}: {out} x {inner}" for name, (out, inner) in state.layers.items() if inner < least]:
-            raise InputError(
-                f"{self.name}: expected layers with at least {least} inputs, twice the rank, to merge two updates by"
-                " their inputs, got\n" + "\n".join(small)
-            )
+        why = "twice the rank, to merge two updates by their inputs"
+        check_sizes(self.name, state.layers, state.rank, 2 * state.rank, why)
 
 
 def _kept(state: State, name: str) -> int:

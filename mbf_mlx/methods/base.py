@@ -217,3 +217,15 @@ def check_choices(method: str, options: Mapping[str, Any], choices: Mapping[str,
     for key, allowed in choices.items():
         if options[key] not in allowed:
             raise InputError(f"{method}: {key}: expected one of {', '.join(allowed)}, got {options[key]!r}")
+
+
+def check_sizes(method: str, layers: Layers, least_out: int, least_in: int, why: str) -> None:
+    """Refuse, before anything is trained, layers that are too small for what a method does with them.
+
+    Raises:
+        InputError: naming the method, the sizes that it needs and why, and every layer that is smaller.
+    """
+    small = [f"  {name}: {o} x {i}" for name, (o, i) in layers.items() if o < least_out or i < least_in]
+    if small:
+        sizes = f"at least {least_out} outputs and {least_in} inputs"
+        raise InputError(f"{method}: expected layers with {sizes}, {why}, got\n" + "\n".join(small))

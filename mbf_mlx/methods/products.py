@@ -25,6 +25,7 @@ from mbf_mlx.methods.base import (
     State,
     check_choices,
     check_number,
+    check_sizes,
     each_layer,
     first_factors,
     in_double,
@@ -88,21 +89,14 @@ class Products:
     def start(self, state: State) -> Factors:
         """Return the factors that task state.t + 1 starts from."""
         if state.t == 0:
-            self._check_layers(state, least_inputs=self._rank(state))
+            rank = self._rank(state)
+            check_sizes("products", state.layers, rank, rank, "the rank of what is merged")
             return first_factors(state, self.options["first_a"])
         start = self._start(state.rank)
         return each_layer(lambda name: Pair(*in_double(start, *self._pairs(state, name))), state.deployed)
 
     def _rank(self, state: State) -> int:
         return self.options["rank"] or state.rank
-
-    def _check_layers(self, state: State, least_inputs: int) -> None:
-        """Refuse, before anything is trained, layers too small for what is merged in them."""
-        rank = self._rank(state)
-        small = [f"  {n}: {out} x {i}" for n, (out, i) in state.layers.items() if i < least_inputs or out < rank]
-        if small:
-            expected = f"out of at least {rank} and in of at least {least_inputs}"
-            raise InputError(f"products: these layers are too small, expected {expected}:\n" + "\n".join(small))
 
     def _pairs(self, state: State, name: str) -> list[Array]:
         """Return merged A and B, and tuned A and B where they are kept."""

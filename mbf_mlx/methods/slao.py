@@ -9,18 +9,9 @@ Source: Qiao and Mahdavi 2025, arXiv:2512.23017, Algorithm 1; the ablations are 
 from dataclasses import replace
 from typing import Any
 
-from mbf_mlx.errors import InputError
-from mbf_mlx.methods.base import FIRST_A, Factors, Pair, State, check_choices, each_layer, first_factors, in_double
+from mbf_mlx.methods.base import Factors, Pair, State, each_layer, first_factors, in_double
+from mbf_mlx.methods.slao_switches import check_switches
 from mbf_mlx.reference import merge, merge_weight, move, signed_qr
-
-CHOICES = {
-    "start_a": ("qr", "qr-preserving", "keep", "random"),
-    "first_a": FIRST_A,
-    "start_b": ("tuned", "merged", "zero"),
-    "merged": ("b", "b moved", "a", "a and b", "none"),
-    "train": ("a and b", "a", "b"),
-}
-WEIGHTS = ("1/sqrt(t)", "1/t")
 
 
 class Slao:
@@ -63,13 +54,7 @@ class Slao:
             "train": train,
         }
         self.options = self.settings  # a method made of this one shows its own
-        check_choices(self.name, self.settings, CHOICES)
-        constant = isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 < weight <= 1
-        if weight not in WEIGHTS and not constant:
-            raise InputError(
-                f"{self.name}: weight: expected {', '.join(WEIGHTS)} or a constant in (0, 1], got {weight!r}"
-            )
-        _refuse_without_meaning(self.name, start_a, start_b, merged, weight, train)
+        check_switches(self.name, self.settings)
         if train != "a and b":
             self.rates = self._rates  # a hook that train.py looks for by name
 
@@ -132,26 +117,3 @@ class Slao:
         if weight == "1/t":
             return 1 / t
         return merge_weight(t) if weight == "1/sqrt(t)" else float(weight)
-
-
-def _refuse_without_meaning(
-    name: str, start_a: str, start_b: str, merged: str, weight: str | float, train: str
-) -> None:
-    if start_a == "random" and start_b != "zero":
-        raise InputError(f"{name}: a random start of A has no meaning for a B tuned with another A; use start_b 'zero'")
-    if start_a == "qr-preserving" and start_b == "zero":
-        raise InputError(f"{name}: a start that keeps the function needs B; use start_b 'tuned' or start_a 'qr'")
-    if start_a == "qr-preserving" and merged in ("a", "a and b"):
-        raise InputError(f"{name}: with A merged, too, merged B has no basis to be moved to; use merged 'b' or 'none'")
-    if start_a == "qr-preserving" and merged == "b moved":
-        raise InputError(f"{name}: a start that keeps the function moves merged B itself; use merged 'b'")
-    if merged == "none" and (start_b == "merged" or weight != WEIGHTS[0]):
-        raise InputError(f"{name}: with nothing merged there is neither a merged B to start from nor a weight")
-    if merged == "a" and start_b == "merged":
-        raise InputError(f"{name}: with A alone merged there is no merged B to start from; use start_b 'tuned'")
-    if train != "a and b" and (start_a != "keep" or start_b != "tuned"):
-        raise InputError(f"{name}: a factor that does not train stays as it is; use start_a 'keep' and start_b 'tuned'")
-    if train != "a and b" and merged not in (train, "none"):
-        raise InputError(
-            f"{name}: only {train!r} trains, so nothing else can be merged; use merged {train!r} or 'none'"
-        )
