@@ -32,6 +32,7 @@ table { border-collapse: collapse; font-size: .8125rem; font-variant-numeric: ta
 th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid var(--soft); white-space: nowrap }
 th { font-weight: 600; vertical-align: bottom }
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
+table:not(.text) :is(td, th):first-child { white-space: normal; min-width: 7rem }
 table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere }
 table.text td:first-child { white-space: nowrap; padding-right: 1.5rem; vertical-align: top }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper) }
@@ -44,7 +45,7 @@ code { font: .85em ui-monospace, monospace; overflow-wrap: anywhere }
 .big span { font-size: .875rem }
 footer { margin-top: 3rem; font-size: .875rem }
 @media (max-width: 30rem) { body { padding: 1rem .9rem 3rem } th, td { padding: .3rem .45rem }
-  table:not(.text) :is(td, th):first-child { white-space: normal; min-width: 7rem; max-width: 8rem } }
+  table:not(.text) :is(td, th):first-child { max-width: 8rem } }
 @media print { :root { --paper: #fff; --ink: #000; --soft: #bbb; --heat: #8cc4ee; --c0: #1668b3; --c1: #b4500b;
   --c2: #187a4b; --c3: #8a3fa8; --c4: #a8233f; --c5: #0b7a80; --c6: #7a6200; --c7: #5b5f66 }
   body { max-width: none; padding: 0; font-size: 11pt } .scroll { overflow: visible }
