@@ -124,8 +124,8 @@ class Experiment:
         while self._unfinished(group):
             try:
                 with FileLock(lock, timeout=POLL if wait else 0):
-                    for number, cell in self._unfinished(group):
-                        self.results.add(self._run(number, cell))
+                    while todo := self._unfinished(group):  # anew each time: a cell may stand there under two names
+                        self.results.add(self._run(*todo[0]))
             except Timeout:
                 if not wait:
                     return

@@ -102,6 +102,15 @@ def test_a_finished_experiment_is_not_run_again_and_another_seed_adds_only_its_c
     assert len(watch.steps) == 6
 
 
+def test_a_cell_under_two_names_is_run_once(bench):
+    watch = Counted()
+    named = [("sequential", "{}\nlabel = 'one'"), ("sequential", "{}\nlabel = 'two'")]
+    made = bench(named, folder="names", watch=watch)
+    rows = made.run()
+    assert [row["label"] for row in rows] == ["one", "two"] and len({row["hash"] for row in rows}) == 1
+    assert len(watch.cells) == 3 and len(list(made.results.read())) == 1
+
+
 def test_another_process_takes_what_nobody_is_at_and_waits_for_the_rest(bench):
     others = []
 
