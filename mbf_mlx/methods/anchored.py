@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from mbf_mlx.methods.base import Factors, Pair, Seen, State, check_number, check_sizes, each_layer, in_double
+from mbf_mlx.methods.base import Factors, Pair, Seen, State, check_number, check_two_pairs, each_layer, in_double
 from mbf_mlx.methods.sequential import Sequential
 from mbf_mlx.reference import Array, in_basis, input_basis, merge_by_inputs, merge_sketches, namespace, sketch_gram
 
@@ -110,7 +110,7 @@ class Anchored(Sequential):
         after = Anchored.finish(self, state, tuned, inputs)
         if state.t == 0 or inputs is None:
             return after
-        self.check_layers(state)
+        check_two_pairs(self.name, state)
 
         def merged(*arrays: Array) -> tuple[Array, Array]:
             old_a, old_b, a, b, sketch, directions, moments = arrays
@@ -124,11 +124,6 @@ class Anchored(Sequential):
             return Pair(*in_double(merged, *old, *inputs[name]))
 
         return replace(after, deployed=each_layer(layer, tuned))
-
-    def check_layers(self, state: State) -> None:
-        """Refuse layers in which two pairs have more rows together than there are inputs."""
-        why = "twice the rank, to merge two updates by their inputs"
-        check_sizes(self.name, state.layers, state.rank, 2 * state.rank, why)
 
 
 def _kept(state: State, name: str) -> int:

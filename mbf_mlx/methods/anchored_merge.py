@@ -16,7 +16,7 @@ Source: ours; for one layer with full Grams the closed form is RegMean, Jin et a
 """
 
 from mbf_mlx.methods.anchored import Anchored
-from mbf_mlx.methods.base import Factors, Seen, State, check_number
+from mbf_mlx.methods.base import Factors, Seen, State, check_number, check_two_pairs
 
 
 class AnchoredMerge(Anchored):
@@ -44,7 +44,7 @@ class AnchoredMerge(Anchored):
         Raises:
             InputError: a layer with fewer inputs than two pairs have rows.
         """
-        self.check_layers(state)
+        check_two_pairs(self.name, state)
         return super().start(state)
 
     def finish(self, state: State, tuned: Factors, inputs: dict[str, Seen] | None = None) -> State:

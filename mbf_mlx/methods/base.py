@@ -123,9 +123,8 @@ def empty_state(layers: Layers, rank: int, seed: int = 0) -> State:
     Raises:
         InputError: a layer is smaller than the rank.
     """
-    small = [f"  {name}: {out} x {inner}" for name, (out, inner) in layers.items() if rank > min(out, inner)]
-    if small:
-        raise InputError(f"rank {rank} is larger than these layers; choose a smaller rank:\n" + "\n".join(small))
+    if small := _smaller(layers, rank, rank):
+        raise InputError(f"rank {rank} is larger than these layers; choose a smaller rank:\n{small}")
     return State(t=0, layers=dict(layers), rank=rank, seed=seed)
 
 
@@ -225,7 +224,21 @@ def check_sizes(method: str, layers: Layers, least_out: int, least_in: int, why:
     Raises:
         InputError: naming the method, the sizes that it needs and why, and every layer that is smaller.
     """
-    small = [f"  {name}: {o} x {i}" for name, (o, i) in layers.items() if o < least_out or i < least_in]
-    if small:
+    if small := _smaller(layers, least_out, least_in):
         sizes = f"at least {least_out} outputs and {least_in} inputs"
-        raise InputError(f"{method}: expected layers with {sizes}, {why}, got\n" + "\n".join(small))
+        raise InputError(f"{method}: expected layers with {sizes}, {why}, got\n{small}")
+
+
+def check_two_pairs(method: str, state: State) -> None:
+    """Refuse layers in which two pairs have more rows together than there are inputs.
+
+    Raises:
+        InputError: naming the method and every such layer.
+    """
+    why = "twice the rank, to merge two updates by their inputs"
+    check_sizes(method, state.layers, state.rank, 2 * state.rank, why)
+
+
+def _smaller(layers: Layers, least_out: int, least_in: int) -> str:
+    """Return the layers with fewer outputs or inputs, a line each."""
+    return "\n".join(f"  {name}: {o} x {i}" for name, (o, i) in layers.items() if o < least_out or i < least_in)

@@ -11,7 +11,7 @@ Source: ours.
 
 from dataclasses import replace
 
-from mbf_mlx.methods.base import Factors, Pair, Seen, State, check_number, check_sizes, each_layer, in_double
+from mbf_mlx.methods.base import Factors, Pair, Seen, State, check_number, check_two_pairs, each_layer, in_double
 from mbf_mlx.methods.products import Products
 from mbf_mlx.reference import Array, input_basis, merge_by_inputs, orthogonal_init
 
@@ -43,8 +43,7 @@ class ProductsByInputs(Products):
     def start(self, state: State) -> Factors:
         """Return the factors that task state.t + 1 starts from."""
         if state.t == 0:
-            why = "twice the rank, to merge two updates by their inputs"
-            check_sizes("products", state.layers, state.rank, 2 * state.rank, why)
+            check_two_pairs("products", state)
         return super().start(state)
 
     def measure(self, state: State, tuned: Factors) -> dict[str, Array]:
