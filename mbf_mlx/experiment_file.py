@@ -29,6 +29,7 @@ from mbf_mlx import reading
 from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import make
+from mbf_mlx.results import name_of
 from mbf_mlx.suites import SUITES, Suite
 from mbf_mlx.tasks import Task, check_name, read_task
 
@@ -98,6 +99,16 @@ class Cell:
     only_last: bool = False
 
     @property
+    def name(self) -> str:
+        """What a table calls the method with its setting."""
+        return name_of(self.label, self.setting)
+
+    @property
+    def called(self) -> tuple[str, str, str, int]:
+        """What tells it from the others of one table, as `results.called` of its row."""
+        return self.label, self.setting, self.order, self.seed
+
+    @property
     def trained(self) -> range:
         """The tasks, from 0, after whose rows the method trains."""
         return range(len(self.tasks) - 1 if self.only_last else 0, len(self.tasks))
@@ -109,16 +120,17 @@ class Plan:
 
     name: str
     file: ExperimentFile
-    tasks: dict[str, Task]
+    tasks: dict[str, Task]  # empty where they were not to be read
     cells: tuple[Cell, ...]  # those that can share a training stand together
 
 
-def read_plan(path: Path, tasks: Path | None = None) -> Plan:
+def read_plan(path: Path, tasks: Path | None = None, *, with_tasks: bool = True) -> Plan:
     """Return what an experiment's file asks for.
 
     Args:
         path: The TOML file.
         tasks: The folder of the tasks, in place of the file's own.
+        with_tasks: Read them, too; without them a plan can be shown, not run.
 
     Raises:
         InputError: with everything that does not fit: unknown keys, tasks that are missing or wrong, settings that
@@ -174,7 +186,7 @@ def read_plan(path: Path, tasks: Path | None = None) -> Plan:
             ]
     problems += _repeated(cells)
     root = tasks if tasks is not None else path.parent / file.tasks
-    names = dict.fromkeys(name for order in orders if order in wanted for name in orders[order])
+    names = dict.fromkeys(name for order in orders if order in wanted and with_tasks for name in orders[order])
     read = _read_tasks(names, {**suite.paths, **file.paths}, root, problems, file.score_on)
     if problems:
         raise InputError("\n".join(f"{path}: {problem}" for problem in problems))
@@ -246,10 +258,9 @@ def _repeated(cells: list[Cell]) -> list[str]:
     seen: set[tuple[str, str, str, int]] = set()
     twice = set()
     for cell in cells:
-        place = (cell.label, cell.setting, cell.order, cell.seed)
-        if place in seen:
+        if cell.called in seen:
             twice.add(cell.label)
-        seen.add(place)
+        seen.add(cell.called)
     return [f"methods: two of them, or two equal seeds, are called {label!r}; give each a label" for label in twice]
 
 

@@ -6,7 +6,8 @@ file that is gone); a task whose scores are needed and missing is left out of a 
 their unit (accuracies: [0, 1]). T is the number of rows. This file runs no model.
 
 Source: Lopez-Paz and Ranzato 2017, arXiv:1706.08840 (backward and forward transfer, divided by T - 1); Chaudhry et al.
-2018, arXiv:1801.10112 (forgetting); Yoon et al. 2020, arXiv:1902.09432 (order disparity).
+2018, arXiv:1801.10112 (forgetting); Riemer et al. 2019, arXiv:1810.11910 (learning accuracy); Yoon et al. 2020,
+arXiv:1902.09432 (order disparity).
 """
 
 import math
@@ -53,6 +54,11 @@ def backward_transfer(scores: Scores) -> Mean:
     """
     last = len(scores) - 1
     return _mean([_minus(_at(scores, last, j), _at(scores, j, j)) for j in range(last)])
+
+
+def learning_accuracy(scores: Scores) -> Mean:
+    """Return the mean over all tasks of the score just after each was learned, mean over j of R[j, j]."""
+    return _mean([_at(scores, j, j) for j in range(len(scores))])
 
 
 def forgetting(scores: Scores) -> Mean:

@@ -9,7 +9,7 @@ from mbf_mlx import report_html as html
 from mbf_mlx import report_plots
 from mbf_mlx.report import percent
 from mbf_mlx.report_plots import Bar, Curve
-from mbf_mlx.results import MEASURES, Line, Row, columns, table
+from mbf_mlx.results import MEASURES, Line, Row, columns, named, table
 
 Document = dict[str, Any]
 COMPARED = {"average_accuracy": "average accuracy, %", "backward_transfer": "backward transfer, points"}
@@ -22,7 +22,7 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
         name: Of the experiment.
         rows: Its cells.
     """
-    methods, run_on, seeds = ({pick(r) for r in rows} for pick in (_name, itemgetter("order"), itemgetter("seed")))
+    methods, run_on, seeds = ({pick(r) for r in rows} for pick in (named, itemgetter("order"), itemgetter("seed")))
     others = ", ".join([_count(methods, "method"), _count(run_on, "order"), _count(seeds, "seed")])
     said = f"{_count(rows, 'cell')}: {others}."
     rows = _apart(rows)
@@ -66,7 +66,7 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
     curves = [Curve(label, range(1, len(b) + 1), [x / 1e6 for x in b]) for label, b in kept.items()]
     parts += html.charts(curves, "tasks learned", "MB", "Memory between tasks", digits=2)
     parts += [html.section("Settings and hashes"), html.settings(_shared(rows))]
-    hashes = [[_name(r), r["order"], str(r["seed"]), r["hash"]] for r in rows]
+    hashes = [[named(r), r["order"], str(r["seed"]), r["hash"]] for r in rows]
     parts.append(html.details("Every cell", html.table(["method", "order", "seed", "hash"], hashes)))
     return html.page(name, said, parts)
 
@@ -82,16 +82,12 @@ def _apart(rows: Sequence[Row]) -> list[Row]:
     return [{**row, "order": f"{row['order']}, {row['scored_on']} rows"} for row in rows]
 
 
-def _name(row: Row) -> str:
-    return f"{row['label']} [{row['setting']}]" if row["setting"] else str(row["label"])
-
-
 def _groups(rows: Sequence[Row], order: str) -> dict[str, list[Row]]:
     """Return the cells of an order by their method, seeds together."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row["order"] == order:
-            found.setdefault(_name(row), []).append(row)
+            found.setdefault(named(row), []).append(row)
     return found
 
 
@@ -139,7 +135,7 @@ def _chains(rows: Sequence[Row], order: str) -> list[Curve]:
             y += [loss for _, loss in points]
             done += steps
         others = f" and {len(sharing) - 1} more" if len(sharing) > 1 else ""
-        curves.append(Curve(_name(sharing[0]) + others, x, y))
+        curves.append(Curve(named(sharing[0]) + others, x, y))
     return curves
 
 
@@ -148,7 +144,7 @@ def _shared(rows: Sequence[Row]) -> Document:
     first = rows[0]
     common = {key: first[key] for key in ("base", "settings", "rows", "scored_on", "machine") if _same(rows, key)}
     hashes = {task: digest for row in rows for task, digest in zip(row["tasks"], row["task_hashes"])}
-    options = {_name(row): {row["method"]: row["options"]} for row in rows}
+    options = {named(row): {row["method"]: row["options"]} for row in rows}
     return {**common, "methods": options, "data sha256": hashes, "measures": dict(MEASURES)}
 
 

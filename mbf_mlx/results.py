@@ -29,6 +29,7 @@ MEASURES = {
     "backward_transfer": "BWT",
     "forgetting": "forgetting",
     "forward_transfer": "FWT",
+    "learning_accuracy": "LA",
     "newest": "newest",
     "largest_disparity": "MOPD",
     "average_disparity": "AOPD",
@@ -97,11 +98,7 @@ class _Cell(BaseModel):
     tasks: list[str]
     task_hashes: list[str]
     scores: list[list[float | None]]
-    average_accuracy: float | None
-    backward_transfer: float | None
-    forgetting: float | None
-    forward_transfer: float | None
-    newest: float | None
+    before: list[float | None] = []
     kept_bytes: list[int]
     train_seconds: list[float]
     trainings: list[str]
@@ -119,7 +116,7 @@ def _check(row: Row, file: Path) -> None:
         cell = _Cell.model_validate(row)
         tasks = len(cell.tasks)
         lists = (cell.task_hashes, cell.scores, cell.kept_bytes, cell.train_seconds, cell.trainings, cell.steps)
-        whole = all(len(found) == tasks for found in (*lists, cell.curves)) and all(
+        whole = all(len(found) == tasks for found in (*lists, cell.curves, cell.before or cell.tasks)) and all(
             len(scores) > t for t, scores in enumerate(cell.scores)
         )
         wrong = "" if tasks and whole else f"scores: expected one row for each of {tasks} tasks, as long as its place"
@@ -138,18 +135,37 @@ def called(row: Row) -> tuple[str, str, str, int]:
     return row["label"], row["setting"], row["order"], row["seed"]
 
 
+def name_of(label: str, setting: str) -> str:
+    """Return what a table calls a method with a setting."""
+    return f"{label} [{setting}]" if setting else label
+
+
+def named(row: Row) -> str:
+    """Return what a table calls a cell's method."""
+    return name_of(row["label"], row["setting"])
+
+
 def measured(
     scores: Sequence[Sequence[float | None]], before: Sequence[float | None] | None
 ) -> dict[str, float | None]:
     """Return a cell's own measures from its matrix and the base model's scores."""
     square = [list(row[: t + 1]) for t, row in enumerate(scores)]
+    learned = metrics.learning_accuracy(square)
     return {
         "average_accuracy": metrics.average_accuracy(square).value,
         "backward_transfer": metrics.backward_transfer(square).value,
         "forgetting": metrics.forgetting(square).value,
         "forward_transfer": metrics.forward_transfer(scores, before).value if before else None,
+        "learning_accuracy": None
+        if learned.missing
+        else learned.value,  # nothing, where a method trains at the end alone
         "newest": metrics.newest_score(square),
     }
+
+
+def measures_of(row: Row) -> dict[str, float | None]:
+    """Return a cell's measures, from its scores."""
+    return measured(row["scores"], row.get("before") or None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +186,7 @@ class Line:
     @property
     def name(self) -> str:
         """What the line is called."""
-        return f"{self.label} [{self.setting}]" if self.setting else self.label
+        return name_of(self.label, self.setting)
 
 
 def table(rows: Iterable[Row]) -> list[Line]:
@@ -195,10 +211,11 @@ def _line(label: str, setting: str, order: str, group: list[Row]) -> Line:
     by_seed = [[row for row in group if row["seed"] == seed] for seed in seeds]
     orders = len({row["order"] for row in group})
     complete = [rows for rows in by_seed if len(rows) == orders]  # a seed that lacks an order would shift the mean
-    spreads = {name: metrics.spread(_mean(rows, name) for rows in complete) for name in MEASURES if name in group[0]}
+    values = [[measures_of(row) for row in rows] for rows in complete]
+    spreads = {name: metrics.spread(_mean(cells, name) for cells in values) for name in measures_of(group[0])}
     for name, pick in (("largest_disparity", 0), ("average_disparity", 1)):
-        values = [metrics.order_disparity([_finals(row) for row in rows])[pick] for rows in complete if orders > 1]
-        spreads[name] = metrics.spread(value for value in values if isinstance(value, float))
+        ranges = [metrics.order_disparity([_finals(row) for row in rows])[pick] for rows in complete if orders > 1]
+        spreads[name] = metrics.spread(value for value in ranges if isinstance(value, float))
     return Line(
         label=label,
         setting=setting,
@@ -213,9 +230,9 @@ def _line(label: str, setting: str, order: str, group: list[Row]) -> Line:
     )
 
 
-def _mean(rows: list[Row], name: str) -> float | None:
-    values = [row[name] for row in rows if row[name] is not None]
-    return sum(values) / len(values) if len(values) == len(rows) else None
+def _mean(cells: list[dict[str, float | None]], name: str) -> float | None:
+    values = [value for cell in cells if (value := cell[name]) is not None]
+    return sum(values) / len(values) if len(values) == len(cells) else None
 
 
 def _finals(row: Row) -> dict[str, float | None]:
@@ -247,11 +264,10 @@ def points(spread: Spread | None) -> str:
     return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.deviation:.1f}" if spread.deviation is not None else "")
 
 
-def markdown(lines: Sequence[Line]) -> str:
-    """Return the table in Markdown."""
-    found = columns(lines)
-    rows = [list(found), ["---"] * 3 + ["---:"] * (len(found) - 3), *zip(*found.values())]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def markdown(found: dict[str, list[str]]) -> str:
+    """Return a table in Markdown: heads, and what stands under each. Numbers are to the right, words to the left."""
+    sides = ["---" if head in ("method", "order", "seeds") else "---:" for head in found]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(found), sides, *zip(*found.values())])
 
 
 def document(name: str, rows: Sequence[Row]) -> dict[str, Any]:

@@ -292,3 +292,15 @@ def test_the_command_prints_the_table_and_the_same_as_markdown_and_json(bench, m
     found = document["table"][1]["measures"]["average_accuracy"]
     assert found["mean"] == pytest.approx(np.mean(accuracies))
     assert found["deviation"] == pytest.approx(np.std(accuracies, ddof=1)) and found["seeds"] == 2
+    other = [cell["average_accuracy"] for cell in document["cells"] if cell["label"] == "sequential"]
+    held = [*arguments, "--show", "--against", "sequential"]
+    assert "against sequential" in CliRunner().invoke(app, held).stdout
+    lines = CliRunner().invoke(app, [*held, "--markdown"]).stdout.strip().splitlines()
+    assert lines[5].startswith("| method | cells | mean |") and lines[7].startswith("| products | 2 |")
+    against = json.loads(CliRunner().invoke(app, [*held, "--json"]).stdout)["against"]
+    assert against["name"] == "sequential"
+    assert against["differences"][0]["mean"] == pytest.approx(np.mean(accuracies) - np.mean(other))
+    wrong = CliRunner().invoke(app, [*arguments, "--against", "slao"])
+    assert wrong.exit_code == 1 and not wrong.stdout
+    without_tasks = [*held, "--markdown", "--tasks", str(bench.root / "nowhere")]
+    assert CliRunner().invoke(app, without_tasks).stdout.strip().splitlines() == lines  # what is shown needs no rows

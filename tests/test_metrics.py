@@ -11,6 +11,7 @@ from mbf_mlx.metrics import (
     backward_transfer,
     forgetting,
     forward_transfer,
+    learning_accuracy,
     newest_score,
     order_disparity,
     spread,
@@ -26,6 +27,11 @@ def test_average_accuracy_is_the_mean_of_the_last_row():
 
 def test_backward_transfer_divides_by_t_minus_1():
     assert backward_transfer(THREE) == Mean(pytest.approx(((0.5 - 0.9) + (0.7 - 0.8)) / 2), 2)
+
+
+def test_learning_accuracy_is_the_mean_of_the_diagonal():
+    assert learning_accuracy(THREE) == Mean(pytest.approx((0.9 + 0.8 + 0.6) / 3), 3)
+    assert learning_accuracy([[None], [0.5, 0.7]]) == Mean(0.7, 1, (1,))
 
 
 def test_forgetting_is_measured_from_the_best_earlier_score():

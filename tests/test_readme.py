@@ -14,6 +14,7 @@ that the command succeeds. ```python blocks run in the same folder. A comment ri
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -166,6 +167,8 @@ def _run_document(document, slow, tmp_path, environment, request):
     if _needs_model(blocks):
         environment["MBF_MODELS"] = str(request.getfixturevalue("smollm2").parent)
     (tmp_path / "work").mkdir()
+    if any("benchmarks/" in block.body for block in blocks):
+        shutil.copytree(ROOT / "benchmarks", tmp_path / "work" / "benchmarks")
     run_blocks(blocks, tmp_path / "work", environment)
 
 

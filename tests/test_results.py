@@ -40,7 +40,9 @@ def test_a_cell_is_measured_from_its_matrix_and_the_base():
     assert found["backward_transfer"] == pytest.approx(-0.2)
     assert found["forgetting"] == pytest.approx(0.2)
     assert found["forward_transfer"] == pytest.approx(0.2)
-    assert found["newest"] == 0.9
+    assert found["newest"] == 0.9 and found["learning_accuracy"] == pytest.approx(0.85)
+    at_the_end = measured([[None], [0.6, 0.9]], None)  # trained after the last task alone
+    assert at_the_end["learning_accuracy"] is None and at_the_end["average_accuracy"] == pytest.approx(0.75)
 
 
 def test_means_over_orders_are_taken_seed_by_seed_and_then_over_seeds():
@@ -76,12 +78,12 @@ def test_a_line_reads_as_points_with_the_deviation_between_seeds():
     (line,) = table([row(0), row(1, scores=((0.8,), (0.4, 0.9)))])
     cells = cells_of(line)
     assert cells[:7] == ["slao", "ab", "2", "70.0 ± 7.1", "-30.0 ± 14.1", "30.0 ± 14.1", "-"]
-    assert cells[7:] == ["90.0 ± 0.0", "-", "-", "2.0 kB", "1 min 10 s"]
+    assert cells[7:] == ["85.0 ± 0.0", "90.0 ± 0.0", "-", "-", "2.0 kB", "1 min 10 s"]
     assert points(None) == "-"
     (one,) = table([row(setting="low", grows=True)])
     assert cells_of(one)[:4] == ["slao [low]", "ab", "1", "75.0"]
     assert cells_of(one)[-2] == "2.0 kB, grows"
-    assert markdown([one]).splitlines()[2].startswith("| slao [low] | ab | 1 | 75.0 | -20.0 |")
+    assert markdown(columns([one])).splitlines()[2].startswith("| slao [low] | ab | 1 | 75.0 | -20.0 |")
 
 
 def test_a_column_in_which_no_line_has_anything_is_left_out():
@@ -89,7 +91,8 @@ def test_a_column_in_which_no_line_has_anything_is_left_out():
     found = columns(lines)
     assert "FWT" not in found and found["MOPD"] == ["-", "-", "0.0", "-"]
     assert "MOPD" not in columns(lines[:2])
-    assert [len(line.split("|")) for line in markdown(lines[:2]).splitlines()] == [len(columns(lines[:2])) + 2] * 4
+    one_order = columns(lines[:2])
+    assert [len(line.split("|")) for line in markdown(one_order).splitlines()] == [len(one_order) + 2] * 4
 
 
 def test_a_half_written_line_is_left_out_and_the_next_begins_behind_it(tmp_path):
@@ -100,8 +103,8 @@ def test_a_half_written_line_is_left_out_and_the_next_begins_behind_it(tmp_path)
     log.add(row(1))
     assert [r["seed"] for r in log.read()] == [0, 1]
     assert [r["seed"] for r in read_results(tmp_path)] == [0, 1]
-    log.add(row(0, hash="other settings", average_accuracy=0.1))
-    assert [(r["seed"], r["average_accuracy"]) for r in read_results(tmp_path)] == [(0, 0.1), (1, 0.75)]
+    log.add(row(0, hash="other settings"))
+    assert [(r["seed"], r["hash"]) for r in read_results(tmp_path)] == [(0, "other settings"), (1, row(1)["hash"])]
     with pytest.raises(InputError, match=r"expected the results of an experiment"):
         read_results(tmp_path / "nothing")
 
@@ -116,6 +119,11 @@ BAD_ROWS = {
         {"scores": [["high"], [0.5, 0.5]]},
         "scores.0.0: input should be a valid number, unable to parse string as a number",
     ),
+    "a base's score in words": (
+        {"before": ["high", 0.5]},
+        "before.0: input should be a valid number, unable to parse string as a number",
+    ),
+    "a base's score of one task": ({"before": [0.5]}, SCORES),
     "a task without scores": ({"scores": [[0.5]]}, SCORES),
     "a row of scores that is too short": ({"scores": [[0.5], [0.5]]}, SCORES),
     "bytes of one task": ({"kept_bytes": [1]}, SCORES),

@@ -1,5 +1,6 @@
 """`mbf experiment`: methods, orders and seeds on sequences of tasks, from one file into one table."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,9 +22,13 @@ def experiment(
         Path | None, typer.Option("--tasks", help="Folder of the tasks, in place of the file's own.")
     ] = None,
     show: Annotated[
-        bool, typer.Option("--show", help="Run nothing: the table of the cells that are finished.")
+        bool, typer.Option("--show", help="Run nothing and read no tasks: the table of the cells that are finished.")
     ] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="Compare each method with this one, cell by cell, in a second table."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
     json: Json = False,
 ) -> None:
     """Run methods x task orders x seeds (x settings) and compare them in one table.
@@ -35,7 +40,11 @@ def experiment(
     """
     from mbf_mlx.experiment_file import read_plan
 
-    plan = read_plan(file, tasks)
+    plan = read_plan(file, tasks, with_tasks=not show)
+    if against is not None:
+        from mbf_mlx.compared import reference_name
+
+        against = reference_name((cell.name for cell in plan.cells), against)
     folder = out if out is not None else Path(f"{plan.name}-results")
     for name, task in plan.tasks.items():
         for warning in task.warnings:
@@ -43,11 +52,11 @@ def experiment(
     if show:
         from mbf_mlx.results import called, read_results
 
-        planned = {(cell.label, cell.setting, cell.order, cell.seed) for cell in plan.cells}
-        rows = [row for row in read_results(folder) if called(row) in planned]
+        found = {called(row): row for row in read_results(folder)}
+        rows = [found[cell.called] for cell in plan.cells if cell.called in found]
     else:
         rows = _run(plan, folder)
-    _print(plan.name, rows, json, markdown)
+    _print(plan.name, rows, against, json, markdown)
 
 
 def _run(plan: Any, folder: Path) -> "list[Row]":
@@ -67,8 +76,7 @@ def _run(plan: Any, folder: Path) -> "list[Row]":
             self.update, self.total, self.done, self.what = update, total, 0, ""
 
         def cell(self, number: int, cell: Any, task: int) -> None:
-            setting = f" [{cell.setting}]" if cell.setting else ""
-            self.what = f"{cell.label}{setting}, {cell.order}, seed {cell.seed}, {cell.tasks[task]}"
+            self.what = f"{cell.name}, {cell.order}, seed {cell.seed}, {cell.tasks[task]}"
             left = sum(len(each.trained) for each in running.missing())
             self.done = self.total - left + cell.trained.index(task)
             self.update(self.done, now=self.what)
@@ -91,22 +99,32 @@ def _run(plan: Any, folder: Path) -> "list[Row]":
     return rows
 
 
-def _print(name: str, rows: "list[Row]", json: bool, markdown: bool) -> None:
-    from mbf_mlx import results
+def _print(name: str, rows: "list[Row]", against: str | None, json: bool, markdown: bool) -> None:
+    from mbf_mlx import compared, results
 
+    gains = compared.differences(rows, against) if against is not None else []
     if json:
-        console.print_json(results.document(name, rows))
+        document = results.document(name, rows)
+        if against is not None:
+            document["against"] = {"name": against, "differences": [asdict(line) for line in gains]}
+        console.print_json(document)
         return
-    lines = results.table(rows)
-    if markdown:
-        console.out.print(results.markdown(lines))
-        return
+    tables = {f"{name}: points of percent, mean ± deviation over seeds": results.columns(results.table(rows))}
+    if against is not None:
+        tables[f"average accuracy against {against}: points, cell by cell"] = compared.columns(gains)
+    for number, (title, found) in enumerate(tables.items()):
+        if markdown:
+            console.out.print(("\n" if number else "") + results.markdown(found))
+        else:
+            console.out.print(_shown(title, found))
+
+
+def _shown(title: str, found: dict[str, list[str]]) -> Any:
     from rich.table import Table
 
-    shown = Table(title=f"{name}: points of percent, mean ± deviation over seeds", title_justify="left")
-    found = results.columns(lines)
-    for number, head in enumerate(found):
-        shown.add_column(head, justify="left" if number < 2 else "right", no_wrap=True)
+    shown = Table(title=title, title_justify="left")
+    for head in found:
+        shown.add_column(head, justify="left" if head in ("method", "order") else "right", no_wrap=True)
     for cells in zip(*found.values()):
         shown.add_row(*cells)
-    console.out.print(shown)
+    return shown
