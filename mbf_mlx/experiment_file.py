@@ -105,7 +105,7 @@ class Cell:
 
     @property
     def called(self) -> tuple[str, str, str, int]:
-        """What tells it from the others of one table, as `results.called` of its row."""
+        """What tells it from the file's other cells."""
         return self.label, self.setting, self.order, self.seed
 
     @property

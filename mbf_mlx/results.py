@@ -130,9 +130,9 @@ def _check(row: Row, file: Path) -> None:
         )
 
 
-def called(row: Row) -> tuple[str, str, str, int]:
-    """Return what tells a cell from the others of one table."""
-    return row["label"], row["setting"], row["order"], row["seed"]
+def called(row: Row) -> tuple[str, str, str, int, str]:
+    """Return what tells a cell from others; those on valid rows are not those on test rows."""
+    return row["label"], row["setting"], row["order"], row["seed"], row["scored_on"]
 
 
 def name_of(label: str, setting: str) -> str:
@@ -156,9 +156,7 @@ def measured(
         "backward_transfer": metrics.backward_transfer(square).value,
         "forgetting": metrics.forgetting(square).value,
         "forward_transfer": metrics.forward_transfer(scores, before).value if before else None,
-        "learning_accuracy": None
-        if learned.missing
-        else learned.value,  # nothing, where a method trains at the end alone
+        "learning_accuracy": None if learned.missing else learned.value,  # none where a method trains but once
         "newest": metrics.newest_score(square),
     }
 

@@ -104,7 +104,9 @@ def test_a_half_written_line_is_left_out_and_the_next_begins_behind_it(tmp_path)
     assert [r["seed"] for r in log.read()] == [0, 1]
     assert [r["seed"] for r in read_results(tmp_path)] == [0, 1]
     log.add(row(0, hash="other settings"))
-    assert [(r["seed"], r["hash"]) for r in read_results(tmp_path)] == [(0, "other settings"), (1, row(1)["hash"])]
+    log.add(row(1, hash="valid rows", scored_on="valid"))
+    found = [(r["seed"], r["hash"]) for r in read_results(tmp_path)]
+    assert found == [(0, "other settings"), (1, row(1)["hash"]), (1, "valid rows")]
     with pytest.raises(InputError, match=r"expected the results of an experiment"):
         read_results(tmp_path / "nothing")
 

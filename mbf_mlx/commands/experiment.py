@@ -53,7 +53,8 @@ def experiment(
         from mbf_mlx.results import called, read_results
 
         found = {called(row): row for row in read_results(folder)}
-        rows = [found[cell.called] for cell in plan.cells if cell.called in found]
+        planned = [(*cell.called, plan.file.score_on) for cell in plan.cells]
+        rows = [found[place] for place in planned if place in found]
     else:
         rows = _run(plan, folder)
     _print(plan.name, rows, against, json, markdown)
