@@ -5,12 +5,12 @@ less than two means do. Differences are in units of the score; a table shows poi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mbf_mlx import metrics
 from mbf_mlx.errors import InputError
-from mbf_mlx.results import NOTHING, Row, measures_of, named
+from mbf_mlx.results import NOTHING, Row, measures_of, named, scored
 
 Pairs = list[tuple[Row, Row]]
 
@@ -48,9 +48,9 @@ def reference_name(names: Iterable[str], asked: str) -> str:
 
 def differences(rows: Iterable[Row], against: str) -> list[Difference]:
     """Return a line for every method but the one called `against`, best first."""
-    methods: dict[str, dict[tuple[str, int, str], Row]] = {}
+    methods: dict[str, dict[tuple[str, int, Hashable], Row]] = {}
     for row in rows:
-        methods.setdefault(named(row), {})[row["order"], row["seed"], row["scored_on"]] = row
+        methods.setdefault(named(row), {})[row["order"], row["seed"], scored(row)] = row
     reference = methods.pop(against, {})
     orders = list(dict.fromkeys(order for order, _, _ in reference))
     lines = []
@@ -99,4 +99,4 @@ def columns(lines: Sequence[Difference]) -> dict[str, list[str]]:
 
 
 def _points(value: float | None) -> str:
-    return NOTHING if value is None else f"{100 * value:+.1f}"
+    return NOTHING if value is None else f"{round(100 * value, 1) + 0.0:+.1f}"  # no -0.0

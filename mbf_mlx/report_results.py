@@ -9,7 +9,7 @@ from mbf_mlx import report_html as html
 from mbf_mlx import report_plots
 from mbf_mlx.report import percent
 from mbf_mlx.report_plots import Bar, Curve
-from mbf_mlx.results import MEASURES, Line, Row, columns, named, table
+from mbf_mlx.results import MEASURES, Line, Row, columns, named, scored, table
 
 Document = dict[str, Any]
 COMPARED = {"average_accuracy": "average accuracy, %", "backward_transfer": "backward transfer, points"}
@@ -76,10 +76,14 @@ def _count(things: Collection[object], noun: str) -> str:
 
 
 def _apart(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with orders of their own for what was scored on valid rows, where others were on test rows."""
-    if len({row["scored_on"] for row in rows}) == 1:
+    """Return the rows with orders of their own for what was scored on valid rows, or on more rows than others were."""
+    if len({scored(row) for row in rows}) == 1:
         return list(rows)
-    return [{**row, "order": f"{row['order']}, {row['scored_on']} rows"} for row in rows]
+    apart = []
+    for row in rows:
+        split, count = scored(row)
+        apart.append({**row, "order": f"{row['order']}, {count or 'all'} {split} rows"})
+    return apart
 
 
 def _groups(rows: Sequence[Row], order: str) -> dict[str, list[Row]]:

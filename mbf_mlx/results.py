@@ -7,7 +7,7 @@ deviation between seeds.
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,14 @@ def _check(row: Row, file: Path) -> None:
         )
 
 
-def called(row: Row) -> tuple[str, str, str, int, str]:
-    """Return what tells a cell from others; those on valid rows are not those on test rows."""
-    return row["label"], row["setting"], row["order"], row["seed"], row["scored_on"]
+def scored(row: Row) -> tuple[str, int]:
+    """Return the split that a cell was scored on and how many of its rows, 0 for all: others are no match for it."""
+    return row["scored_on"], row["rows"].get("test", 0)
+
+
+def called(row: Row) -> tuple[Hashable, ...]:
+    """Return what tells a cell from all others: label, setting, order, seed, and what it was scored on."""
+    return row["label"], row["setting"], row["order"], row["seed"], scored(row)
 
 
 def name_of(label: str, setting: str) -> str:
@@ -189,17 +194,17 @@ class Line:
 
 def table(rows: Iterable[Row]) -> list[Line]:
     """Return the table's lines: each method's orders, and behind several their mean."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    known: dict[str, set[str]] = {}  # the orders that something was scored on: test rows, or valid ones
+    groups: dict[tuple[str, str, Hashable], list[Row]] = {}
+    known: dict[Hashable, set[str]] = {}  # the orders that something was scored on: test rows, or valid ones
     for row in rows:
-        groups.setdefault((row["label"], row["setting"], row["scored_on"]), []).append(row)
-        known.setdefault(row["scored_on"], set()).add(row["order"])
+        groups.setdefault((row["label"], row["setting"], scored(row)), []).append(row)
+        known.setdefault(scored(row), set()).add(row["order"])
     lines = []
-    for (label, setting, scored_on), group in groups.items():
+    for (label, setting, on), group in groups.items():
         orders = list(dict.fromkeys(row["order"] for row in group))
         lines += [_line(label, setting, name, [row for row in group if row["order"] == name]) for name in orders]
         if len(orders) > 1:
-            name = "all" if len(orders) == len(known[scored_on]) else f"{len(orders)} orders"
+            name = "all" if len(orders) == len(known[on]) else f"{len(orders)} orders"
             lines.append(_line(label, setting, name, group))
     return lines
 
@@ -259,7 +264,8 @@ def points(spread: Spread | None) -> str:
     """Return a spread in points of percent: "61.2 ± 1.3", without a deviation where there is one seed alone."""
     if spread is None or spread.mean is None:
         return NOTHING
-    return f"{100 * spread.mean:.1f}" + (f" ± {100 * spread.deviation:.1f}" if spread.deviation is not None else "")
+    mean = round(100 * spread.mean, 1) + 0.0  # no -0.0
+    return f"{mean:.1f}" + (f" ± {100 * spread.deviation:.1f}" if spread.deviation is not None else "")
 
 
 def markdown(found: dict[str, list[str]]) -> str:

@@ -20,6 +20,7 @@ CELLS = [
     cell("best", 0, "ba", (0.6, 1.0)),  # 0.8: +0.3, newest +0.3
     cell("best", 2, "ba", (0.0, 0.0)),  # no such cell of slao: not counted
     cell("best", 1, "ba", (0.0, 0.0), scored_on="valid"),
+    cell("best", 1, "ba", (0.0, 0.0), rows={"test": 60}),
     cell("worse", 1, "ab", (0.4, 0.6), setting="low"),  # 0.5: -0.1, newest -0.1
     cell("elsewhere", 5, "ab", (0.4, 0.6)),
 ]

@@ -148,11 +148,13 @@ def test_an_experiments_page_compares_methods_and_shares_curves(page):
     assert "1/t" in found.cells and "1 method" not in text
 
 
-def test_scores_on_valid_rows_are_never_compared_with_those_on_test_rows():
+def test_scores_on_other_rows_are_never_compared():
     text = results_page("five", [row(), row(label="other", setting="high", scored_on="valid")])
-    assert "<h3>ab, test rows</h3>" in text and "<h3>ab, valid rows</h3>" in text and "all orders" not in text
+    assert "<h3>ab, 200 test rows</h3>" in text and "<h3>ab, 200 valid rows</h3>" in text and "all orders" not in text
     assert "2 cells: 2 methods, 1 order, 1 seed." in text
     assert "valid rows" not in results_page("five", [row(scored_on="valid")])
+    more = results_page("five", [row(), row(rows={"train": 320, "valid": 0, "test": 0})])
+    assert "<h3>ab, 200 test rows</h3>" in more and "<h3>ab, all test rows</h3>" in more and ">all<" not in more
 
 
 def test_plots_beside_each_other_have_one_scale():

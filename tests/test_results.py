@@ -3,6 +3,7 @@
 import pytest
 
 from mbf_mlx.errors import InputError
+from mbf_mlx.metrics import Spread
 from mbf_mlx.results import Log, cells_of, columns, markdown, measured, points, read_results, table
 
 
@@ -79,7 +80,7 @@ def test_a_line_reads_as_points_with_the_deviation_between_seeds():
     cells = cells_of(line)
     assert cells[:7] == ["slao", "ab", "2", "70.0 ± 7.1", "-30.0 ± 14.1", "30.0 ± 14.1", "-"]
     assert cells[7:] == ["85.0 ± 0.0", "90.0 ± 0.0", "-", "-", "2.0 kB", "1 min 10 s"]
-    assert points(None) == "-"
+    assert points(None) == "-" and points(Spread(-0.0004, None, 1)) == "0.0"
     (one,) = table([row(setting="low", grows=True)])
     assert cells_of(one)[:4] == ["slao [low]", "ab", "1", "75.0"]
     assert cells_of(one)[-2] == "2.0 kB, grows"

@@ -53,7 +53,7 @@ def experiment(
         from mbf_mlx.results import called, read_results
 
         found = {called(row): row for row in read_results(folder)}
-        planned = [(*cell.called, plan.file.score_on) for cell in plan.cells]
+        planned = [(*cell.called, (plan.file.score_on, plan.file.test_rows)) for cell in plan.cells]
         rows = [found[place] for place in planned if place in found]
     else:
         rows = _run(plan, folder)
