@@ -89,7 +89,7 @@ def columns(lines: Sequence[Difference]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"method": [line.name for line in lines]}
     orders = list(dict.fromkeys(order for line in lines for order in line.orders))
     for order in orders if len(orders) > 1 else []:
-        found[order] = [_points(line.orders[order]) for line in lines]
+        found[f"on {order}"] = [_points(line.orders[order]) for line in lines]
     found["cells"] = [str(line.cells) for line in lines]
     found["mean"] = [_points(line.mean) for line in lines]
     found["standard error"] = [NOTHING if line.error is None else f"{100 * line.error:.1f}" for line in lines]

@@ -271,7 +271,8 @@ def points(spread: Spread | None) -> str:
 def markdown(found: dict[str, list[str]]) -> str:
     """Return a table in Markdown: heads, and what stands under each. Numbers are to the right, words to the left."""
     sides = ["---" if head in ("method", "order", "seeds") else "---:" for head in found]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(found), sides, *zip(*found.values())])
+    lines = [list(found), sides, *zip(*found.values())]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def document(name: str, rows: Sequence[Row]) -> dict[str, Any]:

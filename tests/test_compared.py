@@ -41,8 +41,8 @@ def test_differences_read_as_points_with_a_sign():
     found = columns(differences(CELLS, "slao"))
     assert found == {
         "method": ["best", "worse [low]"],
-        "ab": ["+15.0", "-10.0"],
-        "ba": ["+30.0", "-"],
+        "on ab": ["+15.0", "-10.0"],
+        "on ba": ["+30.0", "-"],
         "cells": ["3", "1"],
         "mean": ["+20.0", "-10.0"],
         "standard error": ["5.8", "-"],

@@ -300,6 +300,12 @@ def test_the_command_prints_the_table_and_the_same_as_markdown_and_json(bench, m
     against = json.loads(CliRunner().invoke(app, [*held, "--json"]).stdout)["against"]
     assert against["name"] == "sequential"
     assert against["differences"][0]["mean"] == pytest.approx(np.mean(accuracies) - np.mean(other))
+    alone = bench.root / "alone"
+    alone.mkdir()
+    kept = [line for line in made.results.path.read_text().splitlines() if '"label": "sequential"' in line]
+    (alone / "results.jsonl").write_text("\n".join(kept) + "\n")
+    nothing = CliRunner().invoke(app, [*arguments[:3], str(alone), "--show", "--against", "products"])
+    assert nothing.exit_code == 0 and "no finished cell has the order and seed of a finished one of" in nothing.stderr
     wrong = CliRunner().invoke(app, [*arguments, "--against", "slao"])
     assert wrong.exit_code == 1 and not wrong.stdout
     without_tasks = [*held, "--markdown", "--tasks", str(bench.root / "nowhere")]

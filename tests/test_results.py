@@ -96,6 +96,10 @@ def test_a_column_in_which_no_line_has_anything_is_left_out():
     assert [len(line.split("|")) for line in markdown(one_order).splitlines()] == [len(one_order) + 2] * 4
 
 
+def test_a_name_does_not_end_a_cell_of_a_markdown_table():
+    assert markdown({"method": ["a|b"], "AA": ["1.0"]}).splitlines()[2] == "| a\\|b | 1.0 |"
+
+
 def test_a_half_written_line_is_left_out_and_the_next_begins_behind_it(tmp_path):
     log = Log(tmp_path / "results.jsonl")
     log.add(row(0))

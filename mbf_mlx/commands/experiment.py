@@ -111,7 +111,9 @@ def _print(name: str, rows: "list[Row]", against: str | None, json: bool, markdo
         console.print_json(document)
         return
     tables = {f"{name}: points of percent, mean ± deviation over seeds": results.columns(results.table(rows))}
-    if against is not None:
+    if against is not None and not gains:
+        console.warn(f"--against: no finished cell has the order and seed of a finished one of {against!r}")
+    elif against is not None:
         tables[f"average accuracy against {against}: points, cell by cell"] = compared.columns(gains)
     for number, (title, found) in enumerate(tables.items()):
         if markdown:
