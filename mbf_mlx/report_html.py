@@ -33,6 +33,8 @@ th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid var(-
 th { font-weight: 600; vertical-align: bottom }
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
 table:not(.text) :is(td, th):first-child { white-space: normal; min-width: 7rem }
+table.compared :is(td, th):first-child { min-width: 8.5rem }
+table.compared :is(td, th):nth-child(2) { text-align: left; white-space: normal; min-width: 5rem }
 table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere }
 table.text td:first-child { white-space: nowrap; padding-right: 1.5rem; vertical-align: top }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper) }

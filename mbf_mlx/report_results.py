@@ -35,7 +35,7 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
         if chosen:
             parts += [f"<h3>{escape(title)}</h3>", html.row(_comparisons(chosen, title))]
     texts = columns(lines)
-    parts.append(html.scroll(html.table(list(texts), zip(*texts.values()))))
+    parts.append(html.scroll(html.table(list(texts), zip(*texts.values()), "compared")))
     parts.append(html.section("Score over time", "Mean score on the tasks learned so far, mean over seeds."))
     for order in orders:
         found = _groups(rows, order)
