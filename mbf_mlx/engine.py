@@ -25,7 +25,7 @@ from mbf_mlx.errors import MemoryLimitError
 from mbf_mlx.forward import Forward
 from mbf_mlx.memory import LOGITS_BYTES, LOGITS_COPIES
 from mbf_mlx.model import lora_layers
-from mbf_mlx.unpack import evaluated, without_history
+from mbf_mlx.unpack import evaluate, evaluated, without_history
 from mbf_mlx.watching import called_by
 
 Arrays = dict[str, mx.array]  # by name: what is differentiated, and its gradients
@@ -263,7 +263,7 @@ class Engine:
 
     def _parts(self, batch: Batch) -> tuple[list[Batch], list[Shared]]:
         """Return the parts of a batch that are computed at the same time, and how they come by its prefix."""
-        mx.eval(self.model.parameters())  # no thread can evaluate what another has begun
+        evaluate(self.model)  # no thread can evaluate what another has begun
         parts = split(batch, self.cores)
         several = len(parts) > 1 and len(batch.prefix)
         return parts, [Shared(len(parts)) for _ in self.model.layers] if several else []

@@ -131,7 +131,7 @@ def settle(model: nn.Module, *, dequantize: bool, float32: bool) -> None:
         mx.eval(module.parameters())
     if float32:  # what containers hold themselves
         model.update(tree_map(unpack.to_float32, model.parameters()))
-    mx.eval(model.parameters())
+    unpack.evaluate(model)
     model.eval()
 
 

@@ -54,7 +54,7 @@ def seconds(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch, bl
         for _, each in model.named_modules():
             if type(each) in (nn.QuantizedLinear, nn.QuantizedEmbedding):
                 unpack.keep_packed(each)
-    mx.eval(model.parameters())
+    unpack.evaluate(model)
     attach(model, replace(lora, num_layers=-1))
     engine = prepare(model, checkpoint=run.checkpoint, by_hand=None if run.by_hand else False)
     known = replace(batch, tokens=batch.tokens % vocabulary, prefix=batch.prefix % vocabulary,

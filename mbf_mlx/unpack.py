@@ -135,6 +135,30 @@ def evaluated(array: mx.array) -> mx.array:
     return array
 
 
+def evaluate(model: nn.Module) -> None:
+    """Compute every array that a model holds, also those that `parameters()` leaves out: their names start with "_".
+
+    Another thread cannot compute an array that this one has only described, and some rotary embeddings keep their
+    frequencies in such a private array.
+    """
+    found: list[mx.array] = []
+    todo: list[Any] = [model]
+    seen: set[int] = set()
+    while todo:
+        each = todo.pop()
+        if isinstance(each, mx.array):
+            found.append(each)
+        elif id(each) not in seen:
+            seen.add(id(each))
+            if isinstance(each, dict):  # a module is one, too
+                todo.extend(each.values())
+            elif isinstance(each, list | tuple | set):
+                todo.extend(each)
+            if type(each).__module__.startswith("mlx"):
+                todo.extend(vars(each).values() if hasattr(each, "__dict__") else ())
+    mx.eval(found)
+
+
 def without_history(array: mx.array) -> mx.array:
     """Return an evaluated copy.
 
