@@ -197,8 +197,7 @@ class Stream:
             with self.folder.writer():
                 learner = self._load()
                 method = make(self.folder.identity.method, self.folder.identity.method_options)
-                encoder = Encoder(learner.tokenizer, settings.data, self.folder.path)
-                tests = learning.TestRows(encoder, settings.score_rows)
+                tests = learning.TestRows(learner.tokenizer, settings.data.template, self.folder.path)
                 for number, task in enumerate(todo):
                     if self._skip(task, settings.again, events):
                         continue  # another process has learned it meanwhile, or it is named twice
@@ -268,11 +267,11 @@ class Stream:
 
         Returns:
             {"tasks": [{"name", "metric", "score", "loss", "rows"}], "average_accuracy"}; a score is None where the
-            rows are gone.
+            rows are gone. A task that was learned is scored on the rows, and at the length, that it was learned with.
         """
         backend.setup()
         from mbf_mlx import learn as learning
-        from mbf_mlx.evaluate import metric_of
+        from mbf_mlx.evaluate import Score, metric_of
         from mbf_mlx.model import write_factors
 
         settings = LearnConfig(
@@ -287,15 +286,20 @@ class Stream:
         learner.base.model.eval()
         if state.t:
             write_factors(learner.base.model, state.deployed)
-        tests = learning.TestRows(Encoder(learner.tokenizer, settings.data), score_rows)
-        if given:
-            names = [task.name for task in given]
-            scores = [learning.score_all([], task, learner, settings, events, tests)[0] for task in given]
-            kinds = [metric_of(tests.of_task(task)) for task in given]
-        else:
-            names = [record.name for record in history]
-            scores = learning.score_all(history, None, learner, settings, events, tests)
-            kinds = [record.metric for record in history]
+        tests = learning.TestRows(learner.tokenizer, settings.data.template, limit=score_rows)
+        scores: list[Score | None] = []
+        names: list[str] = []
+        kinds: list[str] = []
+        learned = {record.sha256: record for record in history}  # a task is scored as it was learned
+        for each in given or history:
+            record = learned.get(each.sha256) if isinstance(each, Task) else each
+            if record is None and isinstance(each, Task):
+                scores += learning.score_all([], each, learner, settings, events, tests)
+                kinds.append(metric_of(tests.of_task(each, settings.data, score_rows)))
+            elif record is not None:
+                scores += learning.score_all([record], None, learner, settings, events, tests)
+                kinds.append(record.metric)
+            names.append(each.name)
         rows = [
             {
                 "name": name,

@@ -116,7 +116,7 @@ class LearnConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     score_tasks: int = 0  # the newest tasks that are scored after each; 0 is all
-    score_rows: int = 0  # the first test rows of each that are scored; 0 is all
+    score_rows: int = 0  # the first test rows that these tasks are scored on, now and later; 0 is all
     again: bool = False  # learn a task once more that the stream has
     restart: bool = False  # drop what an interrupted run has done
     guard: bool = True  # stop a run whose loss has exploded

@@ -295,14 +295,16 @@ class Experiment:
 
     def _rows(self, cell: Cell, learner: Learner, name: str, split: str, limit: int) -> Sequence[Encoded]:
         """Return encoded rows of a task's split, as many as asked for, drawn once for all cells."""
-        place = (name, split, json.dumps(settings_of(cell.data)))
+        # Only answers are scored, even where training supervises prompts.
+        data = replace(cell.data, mask_prompt=True) if split == self.plan.file.score_on else cell.data
+        place = (name, split, json.dumps(settings_of(data)))
         if place not in self._encoded:
             task = self.plan.tasks[name]
             rows = getattr(task, split)
             if limit and limit < len(rows):
                 chosen = np.random.default_rng(DRAW).permutation(len(rows))[:limit]
                 rows = [rows[int(i)] for i in sorted(chosen)]
-            self._encoded[place] = Encoder(learner.tokenizer, cell.data).all(rows, task.path)
+            self._encoded[place] = Encoder(learner.tokenizer, data).all(rows, task.path)
         return self._encoded[place]
 
     def _replace(self, path: Path, data: Data) -> None:

@@ -8,14 +8,14 @@ stands in `working/`.
 import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mbf_mlx import backend
 from mbf_mlx.conclude import conclude, with_extra
-from mbf_mlx.config import LearnConfig, LoRAConfig, settings_of
+from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, settings_of
 from mbf_mlx.encode import Encoded, Encoder
 from mbf_mlx.encoded_rows import EncodedRows
 from mbf_mlx.engine import Engine, prepare
@@ -80,27 +80,55 @@ def load_learner(folder: Path, lora: LoRAConfig, keep_quantized: bool = False) -
 
 
 class TestRows:
-    """The encoded test rows of a stream's tasks, read again only when they are asked for."""
+    """The encoded test rows of a stream's tasks, read again only when they are asked for.
+
+    A task is scored on the rows, and at the length, that it was learned with, whatever a later task is learned with.
+    Only its answers are scored: the tokens of a prompt are given, even where training supervised them too.
+
+    Args:
+        tokenizer: The base's.
+        template: The stream's, "chat" or "none".
+        spill: A folder for tokens that are too many for memory; None is the system's own.
+        limit: At most so many rows of a learned task; 0 is all that it was scored on.
+    """
 
     __test__ = False  # no test class of pytest's
 
-    def __init__(self, encoder: Encoder, limit: int = 0) -> None:
-        self.encoder, self.limit = encoder, limit
-        self._rows: dict[str, EncodedRows] = {}
+    def __init__(self, tokenizer: Any, template: str, spill: Path | None = None, limit: int = 0) -> None:
+        self._tokenizer, self._template, self._spill, self._limit = tokenizer, template, spill, limit
+        self._rows: dict[tuple[str, int, int], EncodedRows] = {}
 
-    def of_task(self, task: Task) -> EncodedRows:
-        """Return the encoded test rows of a task at hand."""
-        if task.sha256 not in self._rows:
-            rows = task.test[: self.limit] if self.limit else task.test
-            self._rows[task.sha256] = self.encoder.all(rows, task.path)
-        return self._rows[task.sha256]
+    def of_task(self, task: Task, data: DataConfig, limit: int = 0) -> EncodedRows:
+        """Return the encoded test rows of a task at hand.
+
+        Args:
+            task: As it was read.
+            data: The settings that it is learned with.
+            limit: How many of its test rows; 0 is all.
+
+        Raises:
+            InputError: with every row that does not fit.
+        """
+        place = (task.sha256, data.max_seq_length, min(limit or len(task.test), len(task.test)))
+        if place not in self._rows:
+            scored = replace(data, template=self._template, mask_prompt=True)
+            encoder = Encoder(self._tokenizer, scored, self._spill)
+            self._rows[place] = encoder.all(task.test[: place[2]], task.path)
+        return self._rows[place]
 
     def of_record(self, record: TaskRecord) -> EncodedRows | str:
-        """Return the encoded test rows of a learned task, or why they are not there any more."""
-        if record.sha256 in self._rows:
-            return self._rows[record.sha256]
+        """Return the encoded test rows that a learned task was scored on, or why they are not there any more."""
+        data = record.data
+        count = min(self._limit or record.test_rows, record.test_rows)
+        if (place := (record.sha256, data.max_seq_length, count)) in self._rows:
+            return self._rows[place]
         found = find_again(record)
-        return found if isinstance(found, str) else self.of_task(found)
+        if isinstance(found, str):
+            return found
+        try:
+            return self.of_task(found, data, count)
+        except InputError as error:  # the base's tokenizer or template is another one now
+            return str(error)
 
 
 def known(stream: StreamFolder, task: Task, again: bool) -> bool:
@@ -146,8 +174,9 @@ def learn_task(
         working.drop()
     elif (saved := working.load()) is not None:
         check_same_run(saved, run, stream.working)
-    rows, valid, test_rows = _encoded(task, tests)
-    notes = [*tests.encoder.warnings(), *_notes(task, rows)]
+    encoder = Encoder(learner.tokenizer, settings.data, stream.path)
+    rows, valid, test_rows = _encoded(task, encoder, tests, settings)
+    notes = [*encoder.warnings(), *_notes(task, rows)]
     if saved is not None:
         notes.append(f"goes on after step {saved.progress['step']}")
         notes += _differences(saved.machine, machine(team))
@@ -205,7 +234,8 @@ def score_all(
         (record.name, partial(tests.of_record, record), record.metric) for record in history
     ]
     if newest is not None:
-        sources.append((newest.name, partial(tests.of_task, newest), None))
+        read_newest = partial(tests.of_task, newest, settings.data, settings.score_rows)
+        sources.append((newest.name, read_newest, None))
     skipped = max(0, len(sources) - settings.score_tasks) if settings.score_tasks else 0
     scores: list[Score | None] = [None] * skipped
     for name, read, metric in sources[skipped:]:
@@ -271,7 +301,9 @@ def _run_of(task: Task, generation: int, settings: LearnConfig) -> dict[str, Any
     return {"task": task.name, "sha256": task.sha256, "generation": generation, **chosen}
 
 
-def _encoded(task: Task, tests: TestRows) -> tuple[EncodedRows, EncodedRows, EncodedRows]:
+def _encoded(
+    task: Task, encoder: Encoder, tests: TestRows, settings: LearnConfig
+) -> tuple[EncodedRows, EncodedRows, EncodedRows]:
     """Return the tokens of training, validation and test rows.
 
     Raises:
@@ -280,9 +312,9 @@ def _encoded(task: Task, tests: TestRows) -> tuple[EncodedRows, EncodedRows, Enc
     found: list[EncodedRows] = []
     problems = []
     for read in (
-        partial(tests.encoder.all, task.train, task.path),
-        partial(tests.encoder.all, task.valid, task.path),
-        partial(tests.of_task, task),
+        partial(encoder.all, task.train, task.path),
+        partial(encoder.all, task.valid, task.path),
+        partial(tests.of_task, task, settings.data, settings.score_rows),
     ):
         try:
             found.append(read())

@@ -5,11 +5,13 @@ Read from disk by pydantic, whose errors become one InputError each. Field names
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mbf_mlx.config import DataConfig
 from mbf_mlx.errors import InputError
 
 FORMAT_VERSION = 1
@@ -122,6 +124,12 @@ class TaskRecord(Record):
     machine: dict[str, Any]
     scores: list[float | None]
     losses: list[float | None]
+
+    @property
+    def data(self) -> DataConfig:
+        """How the task's rows became tokens; a task that was tuned elsewhere has our defaults."""
+        known = {each.name for each in fields(DataConfig)}
+        return DataConfig(**{name: value for name, value in self.settings.items() if name in known})
 
     def to_json(self) -> bytes:
         """Return the line of history, shortened to its bound: labels to their hash first, then the curve."""

@@ -10,8 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, TrainConfig
-from mbf_mlx.encode import Encoder
+from mbf_mlx.config import LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.events import Events
 from mbf_mlx.methods import make
@@ -395,7 +394,7 @@ def test_merged_factors_and_scores_that_are_not_finite_are_refused_by_name(tiny_
     with pytest.raises(InputError, match=f"mail: the merged factors of {layer} are not finite"):
         learning._check_finite(dataclasses.replace(state, deployed=broken), "mail")
     learning.write_factors(learner.base.model, broken)
-    tests = learning.TestRows(Encoder(learner.tokenizer, DataConfig()))
+    tests = learning.TestRows(learner.tokenizer, "chat")
     with pytest.raises(InputError, match=r"test.jsonl:\d: the model's answer to this row is not finite"):
         learning.score_all(stream.folder.history(), None, learner, LearnConfig(), Events(), tests)
 

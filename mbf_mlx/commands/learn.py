@@ -98,7 +98,9 @@ def learn(
         str, _option("--save-every", "Save for an exact resume: 200 (steps) or 60s; 0 never.", _SCORE)
     ] = _TRAIN.save_every,
     score_tasks: Annotated[int, _option("--score-tasks", "Score the newest N tasks; 0 all.", _SCORE)] = 0,
-    score_rows: Annotated[int, _option("--score-rows", "Score N rows of each; 0 all.", _SCORE)] = 0,
+    score_rows: Annotated[
+        int, _option("--score-rows", "Score these tasks on N test rows, now and later; 0 all.", _SCORE)
+    ] = 0,
     memory_limit: Annotated[
         str | None,
         _option("--memory-limit", "Stop before taking more, as 6GB; else 80 % of what is available.", _SCORE),

@@ -5,6 +5,7 @@ or changed is named and left out. No row goes into the export.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,15 @@ def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, template: str) 
         if isinstance(task, str):
             notes.append(task)
         else:
-            found.append(task)
+            found.append((record, task))
     if not found:
         return ExportRows(notes=tuple(notes))
-    encoder = Encoder(tokenizer, DataConfig(template=template, max_seq_length=MAX_LENGTH))
-    fit = [row for task in found for row in _encoded(encoder, task.train, FIT_ROWS // len(found) + 1)]
-    compare = [row for task in found for row in _encoded(encoder, task.test, COMPARE_ROWS // len(found) + 1)]
+    fit, compare = [], []
+    for record, task in found:
+        learned_with = replace(record.data, template=template, mask_prompt=True)
+        encoder = Encoder(tokenizer, learned_with)
+        fit += _encoded(encoder, task.train, FIT_ROWS // len(found) + 1)
+        compare += _encoded(encoder, task.test, COMPARE_ROWS // len(found) + 1)
     source = f"held-out rows of {len(found)} task{'' if len(found) == 1 else 's'}"
     return ExportRows(fit, compare, source, tuple(notes))
 
@@ -63,7 +67,15 @@ def rows_of_file(path: Path, tokenizer: Any, template: str) -> ExportRows:
 
 
 def _encoded(encoder: Encoder, rows: Sequence[Row], count: int) -> list[Encoded]:
-    """Return `count` rows spread evenly over all, without those that do not fit."""
+    """Return `count` rows spread evenly over all, without those that do not fit or are long.
+
+    A row is never cut here to less than it was learned with: where all of them are long, the shortest is taken.
+    """
     step = max(1, len(rows) // count)
     chosen = [rows[place] for place in range(0, len(rows), step)][:count]
-    return [found for _, found in encoder.stream(chosen) if isinstance(found, Encoded)]
+    encoded = [found for _, found in encoder.stream(chosen) if isinstance(found, Encoded)]
+    return [row for row in encoded if len(row.tokens) <= MAX_LENGTH] or sorted(encoded, key=_length)[:1]
+
+
+def _length(row: Encoded) -> int:
+    return len(row.tokens)
