@@ -93,7 +93,7 @@ format: install-dev
 release-check: install-dev
 	rm -rf dist
 	$(BIN)/python -m build
-	MBF_DIST=dist $(BIN)/python -m pytest -m release -rA tests/test_release.py
+	MBF_DIST=dist $(BIN)/python -m pytest -m release -rA tests/whole/test_release.py
 
 # A changed pyproject.toml installs again.
 install: $(READY)

@@ -79,9 +79,9 @@ def of_steps(model: Path) -> dict[str, float]:
     import mlx.core as mx
     from mlx import nn
 
-    from mbf_mlx.batches import make_batch
     from mbf_mlx.config import LoRAConfig
-    from mbf_mlx.learn import load_learner
+    from mbf_mlx.data.batches import make_batch
+    from mbf_mlx.learning.learn import load_learner
 
     found: dict[str, float] = {}
     for packed in (False, True):
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="write what was counted as what is expected")
     options = parser.parse_args()
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # nothing here is timed, and on a busy machine threads wait for each other
-    from mbf_mlx import backend
+    from mbf_mlx.device import backend
 
     backend.setup("cpu")
     with tempfile.TemporaryDirectory() as place:

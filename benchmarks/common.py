@@ -130,7 +130,7 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def document(case: str, results: Any) -> dict[str, Any]:
     """Return results with the date, the machine and the versions that made them."""
-    from mbf_mlx import machine
+    from mbf_mlx.device import machine
 
     return {
         "case": case,

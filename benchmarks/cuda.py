@@ -44,8 +44,9 @@ def learn(options: argparse.Namespace) -> dict[str, Any]:
     """The first A, the losses and the score of a few steps of `mbf learn` on one device."""
     import hashlib
 
-    from mbf_mlx import Stream, backend
-    from mbf_mlx.events import Events, Step
+    from mbf_mlx import Stream
+    from mbf_mlx.device import backend
+    from mbf_mlx.learning.events import Events, Step
     from mbf_mlx.methods import make
 
     losses: list[float] = []
@@ -81,16 +82,16 @@ def batches(vocabulary: int, count: int) -> Iterator[np.ndarray]:
 
 def ours(options: argparse.Namespace) -> Measured:
     """Steps of our own engine."""
-    from mbf_mlx import backend
+    from mbf_mlx.device import backend
 
     backend.setup(options.device)
     import mlx.core as mx
     import mlx.optimizers as optim
 
-    from mbf_mlx.batches import make_batch
     from mbf_mlx.config import LoRAConfig
-    from mbf_mlx.learn import load_learner
-    from mbf_mlx.tuning import Tuning
+    from mbf_mlx.data.batches import make_batch
+    from mbf_mlx.learning.learn import load_learner
+    from mbf_mlx.learning.tuning import Tuning
 
     learner = load_learner(options.model, LoRAConfig(rank=RANK, scale=SCALE, keys=tuple(KEYS)))
     model, engine, optimizer = learner.base.model, learner.engine, optim.AdamW(learning_rate=RATE)

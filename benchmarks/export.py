@@ -17,7 +17,7 @@ import flatness
 WORK = """
 import json, sys, time
 sys.path.insert(0, {root!r})
-from mbf_mlx import machine
+from mbf_mlx.device import machine
 from mbf_mlx.api import Stream
 started = time.perf_counter()
 document = Stream.open({stream!r}).export({target!r}, {out!r}, allow_loss=True)

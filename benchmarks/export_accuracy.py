@@ -51,7 +51,8 @@ def main() -> None:
     if not options.data.is_dir():
         print(f"skipped: no tasks in {options.data}")
         return
-    from mbf_mlx import backend, sources
+    from mbf_mlx.base import sources
+    from mbf_mlx.device import backend
 
     backend.setup()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -108,16 +109,17 @@ def taught(path: Path, base: Path, tasks: list[Path], options: argparse.Namespac
 
 def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) -> Iterator[dict[str, Any]]:
     """Yield one row of the table for the base, the live adapter and each export in `only`, on so many rows a task."""
-    from mbf_mlx import model
+    from mbf_mlx.base import load as model
     from mbf_mlx.config import DataConfig, LoRAConfig
-    from mbf_mlx.encode import Encoder
-    from mbf_mlx.export import fuse, quality
+    from mbf_mlx.data.encode import Encoder
+    from mbf_mlx.data.task import read_task
     from mbf_mlx.export.mlx_folder import write_mlx_folder
-    from mbf_mlx.export.moments import moments
-    from mbf_mlx.export.rounding import Rounder, no_rounder
-    from mbf_mlx.export.rows import rows_of_tasks
+    from mbf_mlx.export.quality import compare as quality
+    from mbf_mlx.export.quality.input_moments import moments
+    from mbf_mlx.export.quality.sample_rows import rows_of_tasks
+    from mbf_mlx.export.weights import fuse
+    from mbf_mlx.export.weights.rounding import Rounder, no_rounder
     from mbf_mlx.methods import Pair
-    from mbf_mlx.tasks import read_task
 
     identity, factors = stream.folder.identity, stream.folder.state().deployed
     quality.KEPT_BYTES = 1 << 30  # all rows count
@@ -195,7 +197,7 @@ def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) 
 
 def nearest(target: np.ndarray, grid: Any, bits: int) -> np.ndarray:
     """Round each weight to the code next to it."""
-    from mbf_mlx.export import affine
+    from mbf_mlx.export.weights import affine
 
     scales, offsets = grid
     return affine.nearest(target, np.where(scales == 0, np.float32(1), scales), offsets, bits)
@@ -203,7 +205,7 @@ def nearest(target: np.ndarray, grid: Any, bits: int) -> np.ndarray:
 
 def OneByOne(moment: np.ndarray) -> Any:
     """Return a rounder that makes up for errors but does not come back to a code."""
-    from mbf_mlx.export.rounding import Rounder
+    from mbf_mlx.export.weights.rounding import Rounder
 
     rounder = Rounder(moment)
     rounder._improve = lambda *args: None  # type: ignore[method-assign]
@@ -212,7 +214,7 @@ def OneByOne(moment: np.ndarray) -> Any:
 
 def new_grid(shrink: tuple[float, ...]) -> Callable[..., Any]:
     """Return `fuse._encode_on_grid` for a grid that is fitted to the sum, its range the best of some shares."""
-    from mbf_mlx.export import affine, fuse
+    from mbf_mlx.export.weights import affine, fuse
 
     def encode(layer: Any, form: Any, target: np.ndarray, rows: tuple[int, int], rounder: Any) -> Any:
         setting = form.setting

@@ -81,8 +81,8 @@ def _line(name: str, row: dict[str, Any]) -> str:
 
 def write_base(folder: Path, blocks: int) -> Path:
     """Write a model folder of the right shapes; the tokenizer is a small one of the tests, its vocabulary padded."""
-    from mbf_mlx.export.tensors import Tensor, Writer
-    from tests.tiny_llama import CONFIG, write_tokenizer
+    from mbf_mlx.export.weights.tensors import Tensor, Writer
+    from tests.support.tiny_llama import CONFIG, write_tokenizer
 
     folder.mkdir()
     hidden, inner, head = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["head_dim"]
@@ -122,7 +122,7 @@ def write_stream(path: Path, base: Path, blocks: int) -> None:
     from mbf_mlx import Stream
     from mbf_mlx.config import LoRAConfig
     from mbf_mlx.methods import Pair, make
-    from tests.streams import record
+    from tests.support.streams import record
 
     stream = Stream.open(path, base=str(base), lora=LoRAConfig(), load=False)
     method, state, generator = make("slao"), stream.folder.state(), np.random.default_rng(1)

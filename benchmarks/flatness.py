@@ -48,7 +48,7 @@ class Timed:
 
     def __init__(self) -> None:
         from mbf_mlx.config import LearnConfig, TrainConfig
-        from mbf_mlx.stream import StreamFolder
+        from mbf_mlx.stream.folder import StreamFolder
 
         self.settings = LearnConfig(train=TrainConfig(iters=2, batch_size=4, save_every="0"), score_tasks=2)
         self.commit_seconds = 0.0
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a model folder; else a synthetic one of two layers")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    from mbf_mlx import backend, machine
+    from mbf_mlx.device import backend, machine
 
     backend.setup("cpu" if sys.platform == "linux" else None)
     from mbf_mlx import Stream

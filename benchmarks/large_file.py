@@ -22,7 +22,7 @@ READ = """
 import resource, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from mbf_mlx.tasks import read_task
+from mbf_mlx.data.task import read_task
 task = read_task(Path({file!r}))
 print(len(task.train), len(task.test))
 """

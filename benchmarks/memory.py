@@ -19,7 +19,7 @@ import common
 import numpy as np
 import synthetic
 
-from mbf_mlx.machine import freed_memory_kept
+from mbf_mlx.device.machine import freed_memory_kept
 
 TOLERANCE = 0.15
 # name -> model, rows, tokens of a row, supervised, checkpoint, quantized weights kept
@@ -48,16 +48,18 @@ def ours(
     model: Path, rows: int, length: int, answer: int, checkpoint: bool, packed: bool, steps: int
 ) -> dict[str, int]:
     """Train a few steps and return the measured and the predicted peak."""
-    from mbf_mlx import backend, machine, memory, plan
+    from mbf_mlx.device import backend, machine
+    from mbf_mlx.memory import formula as memory
+    from mbf_mlx.planning import work as plan
 
     backend.setup("cpu" if sys.platform == "linux" else None)
     import mlx.core as mx
     import mlx.optimizers as optim
     from mlx import nn
 
-    from mbf_mlx.batches import make_batch
     from mbf_mlx.config import LoRAConfig
-    from mbf_mlx.learn import load_learner
+    from mbf_mlx.data.batches import make_batch
+    from mbf_mlx.learning.learn import load_learner
 
     lora = LoRAConfig()
     learner = load_learner(model, lora, packed)
@@ -88,7 +90,7 @@ def mlx_lm_lora(
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
-    from mbf_mlx import machine
+    from mbf_mlx.device import machine
 
     network, config = load_model(model)
     dtype = step._fastest_dtype(mx, network)

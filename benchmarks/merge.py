@@ -27,9 +27,9 @@ def layers_of(shape: str) -> dict[str, tuple[int, int]]:
 
 
 def new_stream(path: Path, layers: dict[str, tuple[int, int]], rank: int, blocks: int) -> Any:
-    from mbf_mlx.adapter import block_keys
-    from mbf_mlx.records import FORMAT_VERSION, BaseRecord, Identity
-    from mbf_mlx.stream import StreamFolder
+    from mbf_mlx.adapters.mlx_lm import block_keys
+    from mbf_mlx.stream.folder import StreamFolder
+    from mbf_mlx.stream.records import FORMAT_VERSION, BaseRecord, Identity
 
     base = BaseRecord(
         name="synthetic", fingerprint="f" * 64, quantization="none", architecture="llama", num_layers=blocks
@@ -54,7 +54,7 @@ def new_stream(path: Path, layers: dict[str, tuple[int, int]], rank: int, blocks
 
 def tuned_adapter(stream: Any, folder: Path) -> Path:
     """Write the next start, changed a little, as an adapter in mlx-lm's layout."""
-    from mbf_mlx import adapter
+    from mbf_mlx.adapters import mlx_lm as adapter
     from mbf_mlx.methods import Pair, make
 
     rng = np.random.default_rng(0)
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     from mbf_mlx.exchange import absorb
-    from mbf_mlx.stream import StreamFolder
+    from mbf_mlx.stream.folder import StreamFolder
 
     layers, blocks = layers_of(options.shape), synthetic.SHAPES[options.shape][5]
     taken, whole = [], []

@@ -55,8 +55,9 @@ def write_task(folder: Path, prompt: int, answer: int, count: int) -> Path:
 
 def learned(model: Path, task: Path, flags: dict[str, Any], clock: Callable[[], float]) -> dict[str, float]:
     """Learn the task once and return seconds and peak bytes; for a process of its own."""
-    from mbf_mlx import Stream, backend, machine
+    from mbf_mlx import Stream
     from mbf_mlx.config import LearnConfig, TrainConfig
+    from mbf_mlx.device import backend, machine
 
     backend.setup("cpu" if sys.platform == "linux" else None)
     with tempfile.TemporaryDirectory() as folder:
@@ -71,11 +72,11 @@ def planned(model: Path, task: Path, flags: dict[str, Any], clock: Callable[[], 
     """Return what `mbf plan` says; for a process of its own."""
     from typer.testing import CliRunner
 
-    from mbf_mlx import backend
     from mbf_mlx.commands import app
+    from mbf_mlx.device import backend
 
     backend.setup("cpu" if sys.platform == "linux" else None)
-    from mbf_mlx import trial
+    from mbf_mlx.planning import timing as trial
 
     trial.time = SimpleNamespace(perf_counter=clock)  # type: ignore[assignment]
     words = ["--epochs", 1, "--batch-size", flags["batch_size"]] + ["--grad-checkpoint"] * ("grad_checkpoint" in flags)

@@ -21,7 +21,7 @@ import common
 import numpy as np
 import step
 
-from mbf_mlx.machine import freed_memory_kept
+from mbf_mlx.device.machine import freed_memory_kept
 
 # (module of mbf_mlx, function) -> what it is in the table
 KINDS = {
@@ -63,10 +63,10 @@ class Clock:
 @contextmanager
 def watched(clock: Clock, mx: Any, rank: int, vocabulary: int) -> Iterator[None]:
     """Time products and the functions of KINDS while this is open."""
-    import mbf_mlx.attention
-    import mbf_mlx.batches
-    import mbf_mlx.cpu_ops
-    import mbf_mlx.unpack
+    import mbf_mlx.base.unpack
+    import mbf_mlx.data.batches
+    import mbf_mlx.engine.cpu_ops
+    import mbf_mlx.engine.llama_attention
 
     addmm, matmul = mx.addmm, mx.array.__matmul__
     before: list[tuple[Any, str, Any]] = [(mx, "addmm", addmm), (mx.array, "__matmul__", matmul)]
@@ -113,9 +113,9 @@ def profile(case: str, options: argparse.Namespace) -> dict[str, Any]:
     from mlx import nn
     from mlx.utils import tree_map
 
-    from mbf_mlx import batches
     from mbf_mlx.config import LoRAConfig
-    from mbf_mlx.learn import load_learner
+    from mbf_mlx.data import batches
+    from mbf_mlx.learning.learn import load_learner
 
     learner = load_learner(options.model, LoRAConfig(rank=step.RANK), options.packed)
     learner.engine.cores = 1  # one clock cannot watch several threads
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=common.SMOLLM2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    from mbf_mlx import backend
+    from mbf_mlx.device import backend
 
     backend.setup("cpu")
     kept = common.Kept("profile", options.out)

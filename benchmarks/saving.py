@@ -29,8 +29,9 @@ ALL_KEYS = tuple(LLAMA_8B)
 
 def smollm2(folder: Path, steps: int, rank: int, keys: tuple[str, ...]) -> tuple[list[float], int]:
     """Return the seconds of each save of a run, and the bytes of one."""
-    from mbf_mlx import Stream, working
+    from mbf_mlx import Stream
     from mbf_mlx.config import LoRAConfig, TrainConfig
+    from mbf_mlx.stream import saves as working
 
     task = folder / "task" / "train.jsonl"
     task.parent.mkdir(exist_ok=True)
@@ -55,8 +56,8 @@ def smollm2(folder: Path, steps: int, rank: int, keys: tuple[str, ...]) -> tuple
 
 def eight_billion(folder: Path, steps: int, rank: int, keys: tuple[str, ...]) -> tuple[list[float], int]:
     """The same for an 8B model's arrays: factors, the best ones, two moments."""
-    from mbf_mlx.storage import Files
-    from mbf_mlx.working import Working
+    from mbf_mlx.files.storage import Files
+    from mbf_mlx.stream.saves import Working
 
     dice = np.random.default_rng(0)
     tensors = {
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; else where temporary files go")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    from mbf_mlx import backend
+    from mbf_mlx.device import backend
 
     backend.setup("cpu" if sys.platform == "linux" else None)
     kept = common.Kept("saving", options.out)
@@ -114,7 +115,7 @@ def main() -> None:
 def measured(work: Callable[..., Any], options: argparse.Namespace, rank: int, keys: tuple[str, ...]) -> dict[str, Any]:
     """Return a case's saves: the seconds of each, their bytes, and their share of a run at the default setting."""
     from mbf_mlx.config import TrainConfig
-    from mbf_mlx.working import SaveClock
+    from mbf_mlx.stream.saves import SaveClock
 
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         taken, size = work(Path(folder), options.steps, rank, keys)

@@ -47,18 +47,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
-    from mbf_mlx import backend
+    from mbf_mlx.device import backend
 
     backend.setup("cpu" if sys.platform == "linux" else None)
     from mlx_lm import stream_generate
 
     from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
-    from mbf_mlx.encode import Encoder
-    from mbf_mlx.evaluate import score
-    from mbf_mlx.learn import load_learner
-    from mbf_mlx.tasks import read_task
-    from mbf_mlx.train import train
-    from mbf_mlx.tuning import Tuning
+    from mbf_mlx.data.encode import Encoder
+    from mbf_mlx.data.task import read_task
+    from mbf_mlx.learning.evaluate import score
+    from mbf_mlx.learning.learn import load_learner
+    from mbf_mlx.learning.train import train
+    from mbf_mlx.learning.tuning import Tuning
 
     learner = load_learner(options.model, LoRAConfig())
     with tempfile.TemporaryDirectory() as folder:

@@ -46,10 +46,10 @@ Clock = Any  # of multiprocessing: which part a child is in, and the seconds tha
 
 def learn(stream: Path, tasks: list[Path], base: Path, part: Clock, spent: Clock) -> None:
     """Run the command in this process, telling at every moment which part of the run it is in."""
-    import mbf_mlx.learn as learning
+    import mbf_mlx.learning.learn as learning
     from mbf_mlx.commands import main
-    from mbf_mlx.stream import StreamFolder
-    from mbf_mlx.working import Working
+    from mbf_mlx.stream.folder import StreamFolder
+    from mbf_mlx.stream.saves import Working
 
     def tell(name: str, owner: Any, method: str) -> None:
         inner: Callable[..., Any] = getattr(owner, method)
@@ -81,7 +81,7 @@ def learn(stream: Path, tasks: list[Path], base: Path, part: Clock, spent: Clock
 
 def contents(stream: Path) -> dict[str, Any]:
     """What a finished stream holds, timings aside."""
-    from mbf_mlx.stream import StreamFolder
+    from mbf_mlx.stream.folder import StreamFolder
 
     folder = StreamFolder.open(stream)
     folder.verify_all()
@@ -101,21 +101,21 @@ def contents(stream: Path) -> dict[str, Any]:
 def soak(kills: int, seed: int, minutes: float, place: Path) -> dict[str, Any]:
     """Kill `kills` times and return the result's document."""
     sys.path.insert(0, str(ROOT))
-    from mbf_mlx import backend
+    from mbf_mlx.device import backend
 
     backend.setup()
     import mbf_mlx.api
+    import mbf_mlx.base.load  # a forked child has imported all of it
     import mbf_mlx.commands.learn
-    import mbf_mlx.learn
-    import mbf_mlx.model  # a forked child has imported all of it
-    import mbf_mlx.report
-    from tests.tiny_llama import write_tiny_llama
+    import mbf_mlx.learning.learn
+    import mbf_mlx.report.terminal
+    from tests.support.tiny_llama import write_tiny_llama
 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     writer = context.Process(target=write_tiny_llama, args=(place / "base",))  # no mlx computation before a fork
     writer.start()
     writer.join()
-    mbf_mlx.model.load_tokenizer(place / "base")  # what that imports takes longer than the run
+    mbf_mlx.base.load.load_tokenizer(place / "base")  # what that imports takes longer than the run
     tasks = write_tasks(place)
     part, spent = context.Value(ctypes.c_int, 0, lock=False), context.Array(ctypes.c_double, len(PARTS), lock=False)
 
@@ -192,7 +192,7 @@ def kill(child: Any, dice: random.Random, aim: int, part: Clock, spent: Clock) -
 def look(stream: Path) -> Iterator[str]:
     """Yield what is wrong with a stream just after a kill."""
     from mbf_mlx.errors import InputError
-    from mbf_mlx.stream import StreamFolder
+    from mbf_mlx.stream.folder import StreamFolder
 
     if not (stream / "stream.json").exists():
         return  # killed before it was made

@@ -29,7 +29,7 @@ import common
 import numpy as np
 from common import ROOT
 
-from mbf_mlx.machine import freed_memory_kept
+from mbf_mlx.device.machine import freed_memory_kept
 
 RANK, SCALE, RATE = 8, 2.0, 1e-4
 ROWS, LENGTH, SUPERVISED = 8, 64, 8
@@ -44,7 +44,7 @@ CURVE_STEPS, CURVE_TOLERANCE = 20, 1e-3
 
 
 def ours(model: Path, keys: list[str]) -> Any:
-    from mbf_mlx import backend
+    from mbf_mlx.device import backend
 
     device = backend.setup("cpu" if sys.platform == "linux" else None)
     import mlx.core as mx
@@ -52,10 +52,10 @@ def ours(model: Path, keys: list[str]) -> Any:
     from mlx import nn
     from mlx.utils import tree_map
 
-    from mbf_mlx.batches import make_batch
+    from mbf_mlx.base.load import attach, load_base
     from mbf_mlx.config import LoRAConfig
-    from mbf_mlx.engine import prepare
-    from mbf_mlx.model import attach, load_base
+    from mbf_mlx.data.batches import make_batch
+    from mbf_mlx.engine.engine import prepare
 
     base = load_base(model, dequantize=device.kind == "cpu", dtype=device.dtype)
     attach(base.model, LoRAConfig(rank=RANK, scale=SCALE, keys=tuple(keys)))
@@ -108,7 +108,7 @@ def _curves(mx: Any, nn: Any, optim: Any, model: Any, engine: Any, batches: list
     """Return the losses of the same steps with the engine's loss and with a plain one over all logits."""
     from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-    from mbf_mlx.batches import make_batch
+    from mbf_mlx.data.batches import make_batch
 
     def plain(rows: list[Any]) -> Any:
         total = mx.array(0.0)
@@ -321,11 +321,11 @@ def batches_of(case: str, model: Path, count: int) -> list[list[Any]]:
         tokens = rng.integers(1, min(40_000, vocabulary), (count, ROWS, LENGTH + 1)).astype(np.int32)
         supervised = np.arange(LENGTH + 1) > (LENGTH - SUPERVISED if case == "last8" else 0)
         return [[SimpleNamespace(tokens=row, supervised=supervised) for row in batch] for batch in tokens]
-    from mbf_mlx.batches import lengths_of, plan_batches
+    from mbf_mlx.base.load import load_tokenizer
     from mbf_mlx.config import DataConfig
-    from mbf_mlx.encode import Encoder
-    from mbf_mlx.model import load_tokenizer
-    from mbf_mlx.tasks import read_task
+    from mbf_mlx.data.batches import lengths_of, plan_batches
+    from mbf_mlx.data.encode import Encoder
+    from mbf_mlx.data.task import read_task
 
     folder = Path(os.environ.get("MBF_TASK_DATA") or ROOT.parent / "shared" / "data") / "tasks"
     encoder, found = Encoder(load_tokenizer(model), DataConfig()), []

@@ -64,7 +64,7 @@ def write_model(folder: Path, shape: str, **changes: Any) -> Path:
     """Write a model folder where it is not there yet, and return it."""
     if (folder / "config.json").exists():
         return folder
-    from tests.tiny_llama import write_tokenizer
+    from tests.support.tiny_llama import write_tokenizer
 
     config = config_of(shape, **changes)
     group = config["quantization"]["group_size"]

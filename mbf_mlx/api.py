@@ -14,21 +14,22 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbf_mlx import adapter, backend
+from mbf_mlx.adapters import mlx_lm as adapter
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, TrainConfig, settings_of
-from mbf_mlx.encode import Encoder
+from mbf_mlx.data.encode import Encoder
+from mbf_mlx.data.task import Task, read_task
+from mbf_mlx.device import backend
 from mbf_mlx.errors import InputError
-from mbf_mlx.events import Events
+from mbf_mlx.learning.events import Events
+from mbf_mlx.learning.team import Team
 from mbf_mlx.methods import Factors, Layers, Method, Seen, State, make
-from mbf_mlx.parallel import Team
-from mbf_mlx.records import FORMAT_VERSION, BaseRecord, Identity, TaskRecord
-from mbf_mlx.status import status_document
-from mbf_mlx.stream import StreamFolder
-from mbf_mlx.tasks import Task, read_task
+from mbf_mlx.stream.folder import StreamFolder
+from mbf_mlx.stream.records import FORMAT_VERSION, BaseRecord, Identity, TaskRecord
+from mbf_mlx.stream.status import status_document
 
 if TYPE_CHECKING:
+    from mbf_mlx.base.sources import BaseFolder
     from mbf_mlx.exchange import Absorbed
-    from mbf_mlx.sources import BaseFolder
 
     Find = Callable[[str], BaseFolder]  # where the base model of a name is
 
@@ -83,7 +84,7 @@ class Stream:
         path = Path(path)
 
         def find(name: str) -> "BaseFolder":
-            from mbf_mlx.sources import resolve_base
+            from mbf_mlx.base.sources import resolve_base
 
             return resolve_base(name, quantize=quantize if name == base else 0, report=report)
 
@@ -99,8 +100,8 @@ class Stream:
             from mbf_mlx.exchange import check_method
 
             check_method(chosen)
-        from mbf_mlx.recipe import lora_config
-        from mbf_mlx.sources import tried
+        from mbf_mlx.base.recipe import lora_config
+        from mbf_mlx.base.sources import tried
 
         source = find(base)
         if not isinstance(lora, LoRAConfig):
@@ -118,7 +119,7 @@ class Stream:
         source: "BaseFolder", method: Method, lora: LoRAConfig, data: DataConfig, keep_quantized: bool
     ) -> tuple[Identity, Any]:
         """Return what a new stream is, of a base that is loaded and tried, and the learner."""
-        from mbf_mlx.learn import load_learner
+        from mbf_mlx.learning.learn import load_learner
 
         learner = load_learner(source.path, lora, keep_quantized)
         loaded, layers = learner.base, learner.layers
@@ -135,9 +136,9 @@ class Stream:
     @staticmethod
     def _unloaded(source: "BaseFolder", method: Method, lora: LoRAConfig, data: DataConfig) -> Identity:
         """Return what a new stream is, from the base's files alone."""
-        from mbf_mlx import outline
-        from mbf_mlx.fingerprint import fingerprint
-        from mbf_mlx.sources import read_config
+        from mbf_mlx.base import folder as outline
+        from mbf_mlx.base.fingerprint import fingerprint
+        from mbf_mlx.base.sources import read_config
 
         config = read_config(source.path)
         layers, blocks = outline.chosen_layers(source.path, lora.keys, lora.num_layers)
@@ -181,7 +182,7 @@ class Stream:
             TypeError: an override that is no such field.
         """
         backend.setup()
-        from mbf_mlx import learn as learning
+        from mbf_mlx.learning import learn as learning
 
         if name is not None and len(tasks) != 1:
             raise InputError(f"--name: expected one task to name, got {len(tasks)}")
@@ -220,7 +221,7 @@ class Stream:
             InputError: an adapter that does not belong, a name that is taken; the stream is as it was.
         """
         from mbf_mlx import exchange
-        from mbf_mlx.tasks import check_name
+        from mbf_mlx.data.task import check_name
 
         with self.folder.writer():
             return exchange.absorb(
@@ -236,8 +237,8 @@ class Stream:
     def _look(self, method: Method, state: State, tuned: Factors, source: str) -> dict[str, Seen]:
         """Return the inputs that a task's training rows have, the model applying what was tuned."""
         backend.setup()
-        from mbf_mlx.conclude import seen
-        from mbf_mlx.tuning import Tuning
+        from mbf_mlx.learning.after_training import seen
+        from mbf_mlx.learning.tuning import Tuning
 
         learner, task = self._load(), read_task(Path(source))
         data = DataConfig(template=self.folder.identity.template)
@@ -249,7 +250,7 @@ class Stream:
         return seen(tuning, learner.engine, rows, directions, batch_size=1)
 
     def _skip(self, task: Task, again: bool, events: Any) -> bool:
-        from mbf_mlx.learn import known
+        from mbf_mlx.learning.learn import known
 
         if not known(self.folder, task, again):
             return False
@@ -270,9 +271,9 @@ class Stream:
             rows are gone. A task that was learned is scored on the rows, and at the length, that it was learned with.
         """
         backend.setup()
-        from mbf_mlx import learn as learning
-        from mbf_mlx.evaluate import Score, metric_of
-        from mbf_mlx.model import write_factors
+        from mbf_mlx.base.load import write_factors
+        from mbf_mlx.learning import learn as learning
+        from mbf_mlx.learning.evaluate import Score, metric_of
 
         settings = LearnConfig(
             data=replace(data or DataConfig(), template=self.folder.identity.template), score_rows=score_rows
@@ -319,9 +320,9 @@ class Stream:
             return self.folder.undo()
 
     def speaker(self) -> Any:
-        """Return what answers with the deployed adapter, loaded as mlx-lm loads it; see `mbf_mlx.serving.Speaker`."""
+        """Return what answers with the deployed adapter, loaded as mlx-lm loads it; see `serving.speaker.Speaker`."""
         backend.setup()
-        from mbf_mlx.serving import Speaker
+        from mbf_mlx.serving.speaker import Speaker
 
         return Speaker(self.folder, self.base_folder())
 
@@ -340,7 +341,7 @@ class Stream:
     def serving(
         self, config: ServeConfig | None = None, *, fused: str | Path | None = None, say: Callable[[str], None] = print
     ) -> AbstractContextManager[Any]:
-        """Return a block inside which `server.serve_forever()` answers OpenAI clients; see `mbf_mlx.server.serving`.
+        """Return a block inside which `server.serve_forever()` answers OpenAI clients; see `serving.server.serving`.
 
         Args:
             config: Where it listens and how much it takes on.
@@ -348,7 +349,7 @@ class Stream:
             say: Takes one line for whoever runs the server.
         """
         backend.setup()
-        from mbf_mlx.server import serving
+        from mbf_mlx.serving.server import serving
 
         return serving(
             self.folder, self.base_folder(), config or ServeConfig(), fused=Path(fused) if fused else None, say=say
@@ -365,7 +366,7 @@ class Stream:
     @property
     def learning_rate(self) -> float:
         """The peak rate tried for this base, where a recipe vouches for it; else the default."""
-        from mbf_mlx.sources import tried
+        from mbf_mlx.base.sources import tried
 
         known = tried(self.base_path)
         return known.learning_rate if known else TrainConfig.learning_rate
@@ -378,7 +379,7 @@ class Stream:
     def _load(self) -> Any:
         """Return the learner, loading the base model once and checking that it is the stream's own."""
         if self._learner is None:
-            from mbf_mlx.learn import load_learner
+            from mbf_mlx.learning.learn import load_learner
 
             identity = self.folder.identity
             lora = LoRAConfig(
@@ -398,8 +399,8 @@ class Stream:
         Raises:
             InputError: it is not where it was, another model is, or it has another chat template now.
         """
-        from mbf_mlx.fingerprint import fingerprint
-        from mbf_mlx.outline import check_template
+        from mbf_mlx.base.fingerprint import fingerprint
+        from mbf_mlx.base.folder import check_template
 
         own = self.folder.identity.base
         try:

@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mbf_mlx import adapter
+from mbf_mlx.adapters import mlx_lm as adapter
+from mbf_mlx.adapters import peft
+from mbf_mlx.base.sources import read_config
+from mbf_mlx.device.machine import freed_memory_kept
+from mbf_mlx.device.threads import one_thread_each
 from mbf_mlx.errors import InputError
-from mbf_mlx.export import peft
-from mbf_mlx.machine import freed_memory_kept
+from mbf_mlx.files.storage import Data
 from mbf_mlx.methods import Factors, Method, Pair, Seen, State, hooks, make, names, not_finite
 from mbf_mlx.methods.slao import Slao
-from mbf_mlx.records import TaskRecord
 from mbf_mlx.reference import orthogonal_init
-from mbf_mlx.sources import read_config
-from mbf_mlx.storage import Data
-from mbf_mlx.stream import StreamFolder
-from mbf_mlx.threads import one_thread_each
+from mbf_mlx.stream.folder import StreamFolder
+from mbf_mlx.stream.records import TaskRecord
 
 Look = Callable[[Method, State, Factors, str], dict[str, Seen]]  # what a task's file shows the tuned layers
 
@@ -252,7 +252,7 @@ def _record(name: str, t: int, folder: Path, digest: str, source: str) -> TaskRe
     counts, metric = (0, 0, 0, 0), "loss"
     labels: tuple[str, ...] | str = ()
     if source:
-        from mbf_mlx.tasks import read_task
+        from mbf_mlx.data.task import read_task
 
         task = read_task(source, name=name)
         digest, labels = task.sha256, task.labels

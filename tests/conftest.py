@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from mbf_mlx.blas import load_blas
+from mbf_mlx.device.blas import load_blas
 
 load_blas()  # before any test imports mlx
 # A test run in the background of a script, or under nohup, ignores signals, and would hand that on to its children.
@@ -101,7 +101,7 @@ def tiny_llama(tmp_path_factory):
     folder = _temporary(tmp_path_factory) / "tiny-llama"
     with FileLock(f"{folder}.lock"):
         if not (folder / "config.json").exists():
-            from tests.tiny_llama import write_tiny_llama
+            from tests.support.tiny_llama import write_tiny_llama
 
             write_tiny_llama(folder)
     return folder

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mbf_mlx import adapter, exchange
+from mbf_mlx import exchange
+from mbf_mlx.adapters import mlx_lm as adapter
+from mbf_mlx.adapters import peft
 from mbf_mlx.errors import InputError
-from mbf_mlx.export import peft
 from mbf_mlx.methods import Pair, make
 from mbf_mlx.reference import orthogonal_init
-from mbf_mlx.stream import StreamFolder
-from tests.streams import contents, learn, new_stream, tune
+from mbf_mlx.stream.folder import StreamFolder
+from tests.support.streams import contents, learn, new_stream, tune
 
 
 def write(files, folder):

@@ -11,8 +11,9 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from mbf_mlx import backend, reference
-from tests.arrays import to_numpy
+from mbf_mlx import reference
+from mbf_mlx.device import backend
+from tests.support.arrays import to_numpy
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}  # float32 QR, SVD and sums over matrices of some 40 x 60 of size one
 RANK, IN, OUT = 4, 60, 40

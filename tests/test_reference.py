@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mbf_mlx import reference
-from tests import arrays
-from tests.arrays import DOUBLE, GOLDEN, SINGLE, single, to_numpy
+from tests.support import arrays
+from tests.support.arrays import DOUBLE, GOLDEN, SINGLE, single, to_numpy
 
 GOLDEN_TASKS = [
     pytest.param(case, i, id=f"rank{case['rank']}-task{i + 1}") for case in GOLDEN for i in range(1, len(case["tasks"]))

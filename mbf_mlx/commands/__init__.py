@@ -107,7 +107,7 @@ class _Commands(TyperGroup):
             _silence(sys.stdout, sys.stderr)
             raise SystemExit(141) from error
         except OSError as error:
-            from mbf_mlx.storage import refusal  # `mbf --help` does without
+            from mbf_mlx.files.storage import refusal  # `mbf --help` does without
 
             # A full disk, a path that cannot be entered: wherever it was met, it is no bug. A missing file may be one.
             if not error.filename or isinstance(error, (FileNotFoundError, FileExistsError)):

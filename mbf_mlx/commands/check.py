@@ -12,9 +12,9 @@ from mbf_mlx.commands.options import Base, Config, Json, Quantize
 from mbf_mlx.config import DataConfig
 
 if TYPE_CHECKING:
-    from mbf_mlx.encode import Encoded, Encoder
-    from mbf_mlx.rows import BadRow, Row
-    from mbf_mlx.tasks import Task
+    from mbf_mlx.data.encode import Encoded, Encoder
+    from mbf_mlx.data.row import BadRow, Row
+    from mbf_mlx.data.task import Task
 
 _DEFAULTS = DataConfig()
 _MARKS = ("⟦", "⟧")  # around what is supervised, for those who see no colours
@@ -42,8 +42,8 @@ def check(
 
     Example: mbf check mail.jsonl notes/ --model smollm2-135m-instruct
     """
+    from mbf_mlx.data.task import read_tasks
     from mbf_mlx.errors import InputError
-    from mbf_mlx.tasks import read_tasks
 
     if model is not None and stream is not None:
         raise InputError("--model and --stream: expected one of them (a stream has its own model)")
@@ -81,19 +81,19 @@ def _encoder(model: str | None, quantize: int, stream: Path | None, data: DataCo
         return None
     from dataclasses import replace
 
-    from mbf_mlx import backend
-    from mbf_mlx.encode import Encoder
-    from mbf_mlx.sources import resolve_base
+    from mbf_mlx.base.sources import resolve_base
+    from mbf_mlx.data.encode import Encoder
+    from mbf_mlx.device import backend
 
     if stream is not None:
-        from mbf_mlx.stream import StreamFolder
+        from mbf_mlx.stream.folder import StreamFolder
 
         opened = StreamFolder.open(stream)
         data = replace(data, template=opened.identity.template)
         model = opened.current().manifest.base_path
     backend.require_mlx()
     folder = resolve_base(str(model), quantize=quantize, report=err.print).path
-    from mbf_mlx.model import load_tokenizer
+    from mbf_mlx.base.load import load_tokenizer
 
     return Encoder(load_tokenizer(folder), data)
 
@@ -132,7 +132,7 @@ class _Seen:
     """What was seen of a task's rows, one after another."""
 
     def __init__(self, task: "Task", encoder: "Encoder | None"):
-        from mbf_mlx.splits import Problems
+        from mbf_mlx.data.file_rows import Problems
 
         self.task, self.encoder, self.problems = task, encoder, Problems()
         self.lengths: dict[str, array[int]] = {}

@@ -14,9 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from mbf_mlx import __version__, backend, machine, units
-from mbf_mlx.blas import PACKAGE
+from mbf_mlx import __version__, units
 from mbf_mlx.commands import console
+from mbf_mlx.device import backend, machine
+from mbf_mlx.device.blas import PACKAGE
 from mbf_mlx.errors import InputError
 
 PACKAGES = ("mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "safetensors", "gguf", "rouge-score")

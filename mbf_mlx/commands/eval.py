@@ -32,7 +32,7 @@ def eval(
         return
     from rich.table import Table
 
-    from mbf_mlx.report import percent
+    from mbf_mlx.report.terminal import percent
 
     table = Table("task", "metric", "score, %", "loss", "rows")
     for task in result["tasks"]:

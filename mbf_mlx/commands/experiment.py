@@ -10,7 +10,7 @@ from mbf_mlx.commands import console
 from mbf_mlx.commands.options import Json
 
 if TYPE_CHECKING:
-    from mbf_mlx.results import Row
+    from mbf_mlx.experiment.results import Row
 
 
 def experiment(
@@ -38,11 +38,11 @@ def experiment(
 
     Example: mbf experiment benchmarks/experiments/first.toml --markdown
     """
-    from mbf_mlx.experiment_file import read_plan
+    from mbf_mlx.experiment.plan_file import read_plan
 
     plan = read_plan(file, tasks, with_tasks=not show)
     if against is not None:
-        from mbf_mlx.compared import reference_name
+        from mbf_mlx.experiment.differences import reference_name
 
         against = reference_name((cell.name for cell in plan.cells), against)
     folder = out if out is not None else Path(f"{plan.name}-results")
@@ -50,7 +50,7 @@ def experiment(
         for warning in task.warnings:
             console.warn(f"{name}: {warning}")
     if show:
-        from mbf_mlx.results import called, read_results
+        from mbf_mlx.experiment.results import called, read_results
 
         found = {called(row): row for row in read_results(folder)}
         planned = [(*cell.called, (plan.file.score_on, plan.file.test_rows)) for cell in plan.cells]
@@ -61,11 +61,11 @@ def experiment(
 
 
 def _run(plan: Any, folder: Path) -> "list[Row]":
-    from mbf_mlx import backend
+    from mbf_mlx.device import backend
 
     backend.setup()  # loads the fast BLAS, which mlx takes only where it is there first
-    from mbf_mlx.experiment import Experiment, Watch
-    from mbf_mlx.storage import Files
+    from mbf_mlx.experiment.run import Experiment, Watch
+    from mbf_mlx.files.storage import Files
 
     Files().make_folder(folder)
     running = Experiment(plan, folder, Watch())
@@ -101,7 +101,8 @@ def _run(plan: Any, folder: Path) -> "list[Row]":
 
 
 def _print(name: str, rows: "list[Row]", against: str | None, json: bool, markdown: bool) -> None:
-    from mbf_mlx import compared, results
+    from mbf_mlx.experiment import differences as compared
+    from mbf_mlx.experiment import results
 
     gains = compared.differences(rows, against) if against is not None else []
     if json:

@@ -17,9 +17,9 @@ def fetch(
 
     Example: mbf fetch smollm2-135m-instruct
     """
-    from mbf_mlx import sources
+    from mbf_mlx.base import sources
+    from mbf_mlx.base.recipe import recipes
     from mbf_mlx.errors import InputError
-    from mbf_mlx.recipe import recipes
 
     known = recipes()
     if name is None:
@@ -37,7 +37,7 @@ def fetch(
 
 
 def _list(known: dict[str, Any], json: bool) -> None:
-    from mbf_mlx.recipe import models_folder
+    from mbf_mlx.base.recipe import models_folder
 
     rows: list[dict[str, Any]] = [
         {

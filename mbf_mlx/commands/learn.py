@@ -14,8 +14,8 @@ from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from mbf_mlx.events import Step
-    from mbf_mlx.records import TaskRecord
+    from mbf_mlx.learning.events import Step
+    from mbf_mlx.stream.records import TaskRecord
 
 _LORA, _TRAIN, _DATA = LoRAConfig(), TrainConfig(), DataConfig()
 _NEW, _TASK, _SCORE = "A new stream's", "Training", "Scoring and saving"
@@ -121,8 +121,8 @@ def learn(
     Example: mbf learn assistant mail.jsonl notes/ --model smollm2-135m-instruct
     """
     from mbf_mlx.api import Stream
-    from mbf_mlx.awake import kept_awake
-    from mbf_mlx.parallel import joined
+    from mbf_mlx.device.awake import kept_awake
+    from mbf_mlx.learning.team import joined
 
     train = TrainConfig(
         epochs=epochs,
@@ -173,7 +173,7 @@ def learn(
     if json:
         console.print_json(document)
         return
-    from mbf_mlx.report import matrix, summary
+    from mbf_mlx.report.terminal import matrix, summary
 
     console.out.print(matrix(document, console.out.width))
     for line in summary(document):
@@ -184,8 +184,8 @@ def _work(team: Any, base: str | None, quantize: int) -> None:
     """Be one of the processes that mlx.launch has started beside the first."""
     from functools import partial
 
-    from mbf_mlx.sources import resolve_base
-    from mbf_mlx.worker import work
+    from mbf_mlx.base.sources import resolve_base
+    from mbf_mlx.learning.worker import work
 
     work(team, partial(resolve_base, quantize=quantize), base)
 
@@ -196,7 +196,7 @@ def read_all(paths: Sequence[Path], name: str | None = None) -> list[Any]:
     Raises:
         InputError: all that does not fit, of all tasks at once.
     """
-    from mbf_mlx.tasks import read_task, read_tasks
+    from mbf_mlx.data.task import read_task, read_tasks
 
     if name is None:
         return list(read_tasks(paths))
@@ -208,7 +208,7 @@ def read_all(paths: Sequence[Path], name: str | None = None) -> list[Any]:
 @contextmanager
 def shown() -> Iterator[Any]:
     """Yield events that show on stderr what happens: one bar for training a task, one for scoring each."""
-    from mbf_mlx.events import Events
+    from mbf_mlx.learning.events import Events
 
     class Shown(Events):
         def __init__(self) -> None:

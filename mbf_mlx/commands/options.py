@@ -19,7 +19,7 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    from mbf_mlx import reading
+    from mbf_mlx.data import text_file as reading
 
     values = reading.toml(path, "--config takes a TOML file with the names of the flags")
     known = {p.name for p in ctx.command.params if p.param_type_name == "option" and p.name not in (None, "config")}

@@ -13,10 +13,10 @@ from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from mbf_mlx.encoded_rows import EncodedRows
-    from mbf_mlx.memory import Load, Memory, Run, Shape
+    from mbf_mlx.data.task import Task
+    from mbf_mlx.data.token_rows import EncodedRows
+    from mbf_mlx.memory.formula import Load, Memory, Run, Shape
     from mbf_mlx.methods import Method
-    from mbf_mlx.tasks import Task
 
 _TRAIN, _DATA = TrainConfig(), DataConfig()
 _DEVICES = ("cpu", "metal", "cuda")
@@ -112,7 +112,7 @@ class _Plans:
     def of_model(self, name: str, size: int | None) -> dict[str, Any]:
         """Return the plan of the largest batch that the settings allow."""
         from mbf_mlx.api import DEFAULT_METHOD
-        from mbf_mlx.memory import Load
+        from mbf_mlx.memory.formula import Load
         from mbf_mlx.methods import make
 
         folder, shape = _find(name)
@@ -121,14 +121,14 @@ class _Plans:
 
     def of_tasks(self, stream: Path, tasks: list[Path], model: str | None, size: int | None) -> dict[str, Any]:
         """Return the plan of learning tasks into a stream."""
-        from mbf_mlx import plan
         from mbf_mlx.api import DEFAULT_METHOD
+        from mbf_mlx.data.task import read_tasks
         from mbf_mlx.methods import make
-        from mbf_mlx.tasks import read_tasks
+        from mbf_mlx.planning import work as plan
 
         earlier, method = [], make(DEFAULT_METHOD)
         if (stream / "stream.json").exists():
-            from mbf_mlx.stream import StreamFolder
+            from mbf_mlx.stream.folder import StreamFolder
 
             opened = StreamFolder.open(stream)
             own, earlier = opened.identity, opened.history()
@@ -160,7 +160,7 @@ class _Plans:
         document["disk_bytes"] = plan.disk_bytes(_all_layers(shape, run), run.rank)
         document["disk_free_bytes"] = _free(stream)
         if self.time and document["device"] == _here() and document["verdict"] != plan.NO:
-            from mbf_mlx.sources import read_config
+            from mbf_mlx.base.sources import read_config
 
             lora = self._lora(model, folder)
             rate = plan.measure(read_config(folder), lora, run, works[0].typical)
@@ -170,17 +170,17 @@ class _Plans:
 
     def _lora(self, name: str, folder: Path | None) -> LoRAConfig:
         """Return the settings of the stream, or those that a new one on this base would have."""
-        from mbf_mlx.recipe import lora_config
-        from mbf_mlx.sources import tried
+        from mbf_mlx.base.recipe import lora_config
+        from mbf_mlx.base.sources import tried
 
         return self.lora or lora_config(tried(folder or name), self.given)
 
     def _encoded(self, task: "Task", folder: Path) -> "tuple[EncodedRows, EncodedRows, EncodedRows]":
-        from mbf_mlx import backend
-        from mbf_mlx.encode import Encoder
+        from mbf_mlx.data.encode import Encoder
+        from mbf_mlx.device import backend
 
         backend.setup()
-        from mbf_mlx.model import load_tokenizer
+        from mbf_mlx.base.load import load_tokenizer
 
         encoder = Encoder(load_tokenizer(folder), self.data)
         train, valid, test = (encoder.all(part, task.path) for part in (task.train, task.valid, task.test))
@@ -195,7 +195,9 @@ class _Plans:
         size: int | None,
         method: "Method",
     ) -> "tuple[dict[str, Any], Run]":
-        from mbf_mlx import machine, memory, plan
+        from mbf_mlx.device import machine
+        from mbf_mlx.memory import formula as memory
+        from mbf_mlx.planning import work as plan
 
         kind = self.device or ("metal" if size and folder is None and not _has_mlx() else _here())
         if size is not None:
@@ -203,7 +205,7 @@ class _Plans:
         elif kind == "cpu":
             available = machine.available_memory()
         else:
-            from mbf_mlx import backend
+            from mbf_mlx.device import backend
 
             available = backend.setup().memory_bytes
         by_hand = kind == "cpu" and _is_llama(folder)
@@ -236,9 +238,9 @@ def _parts(found: "Memory") -> dict[str, int]:
 
 def _find(name: str) -> "tuple[Path | None, Shape]":
     """Return a model's folder, or None where it is a recipe's that was not fetched, and its shape."""
-    from mbf_mlx import plan
-    from mbf_mlx.recipe import models_folder, recipes
-    from mbf_mlx.sources import resolve_base
+    from mbf_mlx.base.recipe import models_folder, recipes
+    from mbf_mlx.base.sources import resolve_base
+    from mbf_mlx.planning import work as plan
 
     known = recipes()
     if name in known and not (models_folder() / name).exists():
@@ -248,20 +250,20 @@ def _find(name: str) -> "tuple[Path | None, Shape]":
 
 
 def _is_llama(folder: Path | None) -> bool:
-    from mbf_mlx.sources import read_config
+    from mbf_mlx.base.sources import read_config
 
     return folder is None or read_config(folder)["model_type"] == "llama"
 
 
 def _has_mlx() -> bool:
-    from mbf_mlx import backend
+    from mbf_mlx.device import backend
 
     return backend.has_module("mlx.core")
 
 
 def _here() -> str:
     """Return the kind of device that this machine would train on."""
-    from mbf_mlx import backend
+    from mbf_mlx.device import backend
 
     return backend.setup().kind if _has_mlx() else "cpu"
 

@@ -37,7 +37,7 @@ def quickstart(
     from mbf_mlx.api import Stream
     from mbf_mlx.commands.learn import shown
     from mbf_mlx.config import TrainConfig
-    from mbf_mlx.storage import Files
+    from mbf_mlx.files.storage import Files
 
     started = time.monotonic()
     Files().make_folder(out)
@@ -80,7 +80,7 @@ def quickstart(
 
 def fetched() -> Path:
     """Return the folder of the small model, fetching it where it is missing."""
-    from mbf_mlx.sources import resolve_base
+    from mbf_mlx.base.sources import resolve_base
 
     return resolve_base(MODEL, report=console.err.print).path
 
@@ -115,7 +115,7 @@ def _ask(model: Path, prompt: str) -> str:
 def _print(result: dict[str, Any], stream: Path, fused: Path) -> None:
     from rich.columns import Columns
 
-    from mbf_mlx.report import matrix, percent, summary
+    from mbf_mlx.report.terminal import matrix, percent, summary
 
     before = ", ".join(f"{name} {percent(score)} %" for name, score in result["base_scores"].items())
     console.out.print(f"\nthe base model before: {before}")

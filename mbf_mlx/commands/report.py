@@ -19,16 +19,16 @@ def report(
 
     Example: mbf report assistant --out assistant.html
     """
-    from mbf_mlx import results
     from mbf_mlx.errors import InputError
+    from mbf_mlx.experiment import results
     from mbf_mlx.export.place import fresh_file
-    from mbf_mlx.report_results import results_page
-    from mbf_mlx.report_stream import stream_page
-    from mbf_mlx.storage import Files
+    from mbf_mlx.files.storage import Files
+    from mbf_mlx.report.results_page import results_page
+    from mbf_mlx.report.stream_page import stream_page
 
     if (source / "stream.json").exists():
-        from mbf_mlx.status import status_document
-        from mbf_mlx.stream import StreamFolder
+        from mbf_mlx.stream.folder import StreamFolder
+        from mbf_mlx.stream.status import status_document
 
         kind, page = "stream", stream_page(status_document(StreamFolder.open(source)))
     elif (source / results.RESULTS).exists() or source.is_file():

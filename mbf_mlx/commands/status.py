@@ -19,8 +19,8 @@ def status(
 
     Example: mbf status assistant
     """
-    from mbf_mlx.status import status_document  # not through api.py, which imports what trains
-    from mbf_mlx.stream import StreamFolder
+    from mbf_mlx.stream.folder import StreamFolder
+    from mbf_mlx.stream.status import status_document  # not through api.py, which imports what trains
 
     if repair:
         console.err.print(StreamFolder.repair(stream))
@@ -32,7 +32,7 @@ def status(
     if json:
         console.print_json(document)
         return
-    from mbf_mlx.report import matrix, summary
+    from mbf_mlx.report.terminal import matrix, summary
 
     if document["tasks"]:
         console.out.print(matrix(document, console.out.width))

@@ -87,8 +87,8 @@ def _job(stream: Any, out: Path, *, calibration: Path | None, **options: Any) ->
     licence, original = read_base_card(base.path)
 
     def read_rows() -> ExportRows:
-        from mbf_mlx.export.rows import rows_of_file, rows_of_tasks
-        from mbf_mlx.model import load_tokenizer
+        from mbf_mlx.base.load import load_tokenizer
+        from mbf_mlx.export.quality.sample_rows import rows_of_file, rows_of_tasks
 
         tokenizer = load_tokenizer(base.path)
         if calibration is not None:

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mbf_mlx import adapter
+from mbf_mlx.adapters import mlx_lm as adapter
 from mbf_mlx.export.place import fresh_folder
+from mbf_mlx.files.storage import Data, Files
 from mbf_mlx.methods import Factors
-from mbf_mlx.storage import Data, Files
 
 
 def write_files(

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.export.gguf import GGUFReport, Progress, write_gguf
+from mbf_mlx.export.gguf.write import GGUFReport, Progress, write_gguf
 from mbf_mlx.export.mlx_folder import FolderReport, write_mlx_folder
 from mbf_mlx.export.place import fresh_folder
-from mbf_mlx.export.rounding import Rounders, no_rounder
+from mbf_mlx.export.weights.rounding import Rounders, no_rounder
 from mbf_mlx.methods import Factors
 
 PUBLISHER = "mbf"

@@ -1,7 +1,7 @@
 """The `mlx` target: a fused model folder that mlx-lm, LM Studio's MLX engine and mlx-swift load as it is.
 
-Untouched tensors are copied byte for byte; layers with factors are fused (fuse.py) and stored with more bits, which
-`quantization` in config.json says layer by layer. Config keys, tokenizer files, chat template and licence are the
+Untouched tensors are copied byte for byte; layers with factors are fused (weights/fuse.py) and stored with more bits,
+which `quantization` in config.json says layer by layer. Config keys, tokenizer files, chat template and licence are the
 base's own files.
 """
 
@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.export.checkpoint import Checkpoint, Layer
-from mbf_mlx.export.fuse import (
+from mbf_mlx.export.place import LICENCES, fresh_folder
+from mbf_mlx.export.weights.checkpoint import Checkpoint, Layer
+from mbf_mlx.export.weights.fuse import (
     MAX_ERROR,
     MIN_RETENTION,
     SAFE_BITS,
@@ -30,9 +31,8 @@ from mbf_mlx.export.fuse import (
     store,
     touched_form,
 )
-from mbf_mlx.export.place import LICENCES, fresh_folder
-from mbf_mlx.export.rounding import Rounders, no_rounder
-from mbf_mlx.export.tensors import Tensor, Writer
+from mbf_mlx.export.weights.rounding import Rounders, no_rounder
+from mbf_mlx.export.weights.tensors import Tensor, Writer
 from mbf_mlx.methods import Factors
 
 BITS = (4, 5, 6, 8, 16, 32)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mbf_mlx.errors import MissingPackageError
-from mbf_mlx.export.gguf import GGUFReport, Progress, write_gguf
-from mbf_mlx.export.gguf_names import read_config
-from mbf_mlx.export.gguf_vocab import Vocabulary, read_vocabulary
+from mbf_mlx.export.gguf.names import read_config
+from mbf_mlx.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from mbf_mlx.export.gguf.write import GGUFReport, Progress, write_gguf
 from mbf_mlx.export.place import fresh_folder
-from mbf_mlx.export.rounding import Rounders, no_rounder
+from mbf_mlx.export.weights.rounding import Rounders, no_rounder
 from mbf_mlx.methods import Factors
 
 MAX_CONTEXT = 8192  # tokens that Ollama makes room for; its own default cuts longer texts off without a word

@@ -11,13 +11,13 @@ import numpy as np
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import card
-from mbf_mlx.export.fuse import MAX_ERROR, MIN_RETENTION, Fused
 from mbf_mlx.export.job import Job
 from mbf_mlx.export.place import LICENCES
-from mbf_mlx.storage import Data
+from mbf_mlx.export.weights.fuse import MAX_ERROR, MIN_RETENTION, Fused
+from mbf_mlx.files.storage import Data
 
-# Under this, or beyond fuse.py's limits for the weights, an export is refused. An answer in twenty that turns out
-# otherwise, or a fifth of the update gone, is something a user has to know of and agree to.
+# Under this, or beyond weights/fuse.py's limits for the weights, an export is refused. An answer in twenty that turns
+# out otherwise, or a fifth of the update gone, is something a user has to know of and agree to.
 MIN_AGREEMENT = 0.95
 ERRORS = 2  # standard errors by which few rows may miss it by chance
 Document = dict[str, Any]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.storage import Files, read_file, refusal, require_space
+from mbf_mlx.files.storage import Files, read_file, refusal, require_space
 
 LISTING = "mbf_export.json"
 LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")  # files of a base that go with every export of it

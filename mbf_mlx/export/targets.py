@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mbf_mlx import adapter
+from mbf_mlx.adapters import mlx_lm as adapter
+from mbf_mlx.adapters import peft
 from mbf_mlx.errors import InputError
-from mbf_mlx.export import peft
 from mbf_mlx.export.adapter_folder import read_back, write_files
 from mbf_mlx.export.job import Job
 from mbf_mlx.export.mlx_folder import (
@@ -33,7 +33,7 @@ MUCH_LARGER = 0.2  # than the base: an export of which its user hears that there
 
 def mlx(job: Job) -> Document:
     """Write a fused model folder."""
-    from mbf_mlx.export.live import Live
+    from mbf_mlx.export.quality.live_model import Live
 
     check_bits(job.bits)
     check_folder_place(job.out, force=job.force, forbidden=(*job.forbidden, job.base))
@@ -93,8 +93,8 @@ def peft_adapter(job: Job) -> Document:
 
 def gguf(job: Job) -> Document:
     """Write the whole model as one GGUF file."""
-    from mbf_mlx.export.gguf import GGUFReport, planned_bytes, quantize_line, write_gguf
-    from mbf_mlx.export.gguf_adapter import is_ours
+    from mbf_mlx.export.gguf.adapter import is_ours
+    from mbf_mlx.export.gguf.write import GGUFReport, planned_bytes, quantize_line, write_gguf
 
     check_place(job.out, force=job.force, needs=0, forbidden=(*job.forbidden, job.base), is_ours=is_ours)
     kind, document = _gguf_kind(job), Document()
@@ -114,7 +114,7 @@ def gguf(job: Job) -> Document:
 
 def gguf_adapter(job: Job) -> Document:
     """Write the adapter alone as a GGUF file."""
-    from mbf_mlx.export.gguf_adapter import write_gguf_adapter
+    from mbf_mlx.export.gguf.adapter import write_gguf_adapter
 
     report = write_gguf_adapter(job.base, job.factors, job.scale, job.out, name=job.out.stem, **_place(job))
     command = f"llama-server -m BASE.gguf --lora {job.out}"
@@ -123,7 +123,7 @@ def gguf_adapter(job: Job) -> Document:
 
 def ollama(job: Job) -> Document:
     """Write a folder for `ollama create`."""
-    from mbf_mlx.export.gguf import planned_bytes
+    from mbf_mlx.export.gguf.write import planned_bytes
     from mbf_mlx.export.ollama import OllamaReport, write_ollama
 
     check_folder_place(job.out, force=job.force, forbidden=(*job.forbidden, job.base))
@@ -144,10 +144,10 @@ def ollama(job: Job) -> Document:
 
 def lmstudio(job: Job) -> Document:
     """Write a folder in LM Studio's layout: a GGUF file, or with `--type mlx` a folder for its MLX engine."""
-    from mbf_mlx.export import gguf
-    from mbf_mlx.export.gguf import GGUFReport
-    from mbf_mlx.export.live import Live
+    from mbf_mlx.export.gguf import write as gguf
+    from mbf_mlx.export.gguf.write import GGUFReport
     from mbf_mlx.export.lmstudio import LMStudioReport, write_lmstudio
+    from mbf_mlx.export.quality.live_model import Live
 
     check_folder_place(job.out, force=job.force, forbidden=(*job.forbidden, job.base))
     document, options = Document(), dict[str, Any]()
@@ -207,8 +207,8 @@ def _write(job: Job, writer: Callable[..., Any], **options: Any) -> None:
 
 
 def _live_for_gguf(job: Job, kind: str | None) -> Any:
-    from mbf_mlx.export import gguf
-    from mbf_mlx.export.live import Live
+    from mbf_mlx.export.gguf import write as gguf
+    from mbf_mlx.export.quality.live_model import Live
 
     return Live(job, gguf.keeps_few_bits(job.base, job.factors, kind))
 
@@ -219,7 +219,7 @@ def _gguf_kind(job: Job) -> str | None:
     Raises:
         InputError: GGUF has no type of so many bits that we write.
     """
-    from mbf_mlx.export.gguf_types import BITS
+    from mbf_mlx.export.gguf.tensor_types import BITS
 
     if job.kind is not None or job.bits is None:
         return job.kind
@@ -243,7 +243,7 @@ def _folder_document(job: Job, live: Any, folder: Path, report: FolderReport) ->
 
 
 def _gguf_document(job: Job, live: Any, path: Path, report: Any) -> Document:
-    from mbf_mlx.export.gguf_check import stored_matrices
+    from mbf_mlx.export.gguf.read_back import stored_matrices
 
     document = fused_document(report.layers, report.bytes_base, report.bytes_out)
     document["types"] = report.types

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from mbf_mlx.device.threads import side_by_side
 from mbf_mlx.errors import InputError
 from mbf_mlx.reference import Array, namespace, orthogonal_init
-from mbf_mlx.threads import side_by_side
 
 
 class Pair(NamedTuple):
@@ -77,7 +77,7 @@ def measured_rows(count: int) -> range:
 class Method(Protocol):
     """A continual method: `start` and `finish` are all that the paper's needs.
 
-    Others have some of these besides, which learn.py and train.py look for by name:
+    Others have some of these besides, which learning/learn.py and learning/train.py look for by name:
 
     - `rates(state) -> dict[str, float]`: the learning rate of each field ("a", "b") as a share of the task's own; 0 for
       one that does not train. Without it every field has the whole rate.

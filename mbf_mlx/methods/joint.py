@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mbf_mlx.methods import rows as packed
+from mbf_mlx.methods import kept_rows as packed
 from mbf_mlx.methods.base import FIRST_A, Factors, Row, State, check_choices, first_factors
 
 

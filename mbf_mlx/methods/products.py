@@ -80,7 +80,7 @@ class Products:
                 " is would be another function; use basis 'qr-preserving' or 'balanced'"
             )
         if rate_a < 1:
-            self.rates = self._rates  # a hook that train.py looks for by name
+            self.rates = self._rates  # a hook that learning/train.py looks for by name
 
     def _rates(self, state: State) -> dict[str, float]:
         """Return the learning rates of A and B as shares of the task's own."""

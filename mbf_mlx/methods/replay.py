@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods import rows as packed
+from mbf_mlx.methods import kept_rows as packed
 from mbf_mlx.methods.base import Method, Row, State, check_number
 
 TOKENS_PER_ROW = 16  # room for the rows' own numbers is left for rows of this mean length and longer

@@ -56,7 +56,7 @@ class Slao:
         self.options = self.settings  # a method made of this one shows its own
         check_switches(self.name, self.settings)
         if train != "a and b":
-            self.rates = self._rates  # a hook that train.py looks for by name
+            self.rates = self._rates  # a hook that learning/train.py looks for by name
 
     def _rates(self, state: State) -> dict[str, float]:
         """Return the learning rates of A and B as shares of the task's own: 0 for a factor that does not train."""

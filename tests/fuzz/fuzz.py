@@ -15,7 +15,7 @@ MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 
 
 def gguf(path):
-    from mbf_mlx.gguf_file import read_gguf
+    from mbf_mlx.base.gguf.reader import read_gguf
 
     file = read_gguf(path)
     for tensor in file.tensors.values():
@@ -23,9 +23,9 @@ def gguf(path):
 
 
 def safetensors(path):
-    from mbf_mlx.adapter import read_tensors
+    from mbf_mlx.adapters.mlx_lm import read_tensors
     from mbf_mlx.errors import InputError
-    from mbf_mlx.safetensors_file import read_bytes, read_header
+    from mbf_mlx.files.safetensors_file import read_bytes, read_header
 
     try:
         entries, _ = read_header(path)
@@ -38,7 +38,7 @@ def safetensors(path):
 
 
 def task(path):
-    from mbf_mlx.tasks import read_task
+    from mbf_mlx.data.task import read_task
 
     for row in read_task(path).train:
         assert row.texts
@@ -111,10 +111,7 @@ def main():
 
     name = sys.argv.pop(1)
     with atheris.instrument_imports(include=["mbf_mlx"]):
-        import mbf_mlx.adapter
-        import mbf_mlx.gguf_file
-        import mbf_mlx.safetensors_file
-        import mbf_mlx.tasks  # noqa: F401
+        pass
 
     with tempfile.TemporaryDirectory(dir=MEMORY, prefix="mbf-fuzz-") as folder:
         corpus, words = Path(folder) / "corpus", Path(folder) / "words"

@@ -1,0 +1,226 @@
+"""One adapter on disk, in mlx-lm's layout: `adapters.safetensors` and `adapter_config.json`.
+
+Shapes: our A is (rank, in) and our B (out, rank); mlx-lm stores the transposes, `lora_a` (in, rank) and `lora_b`
+(rank, out), in float32. Its `scale` is the number in delta = scale * B @ A, never divided by the rank.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbf_mlx.base.config_checks import read_object
+from mbf_mlx.device.threads import side_by_side
+from mbf_mlx.errors import InputError
+from mbf_mlx.files import safetensors_file
+from mbf_mlx.files.storage import Data, read_large, sha256
+from mbf_mlx.methods import Factors, Layers, Pair
+from mbf_mlx.stream.records import CONFIG as CONFIG
+from mbf_mlx.stream.records import WEIGHTS as WEIGHTS
+
+_LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # what torch.save and pickle begin with
+_CODE = "not a safetensors file: a zip or pickle file, which may hold code and is never read"
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_COUNTS = {"I64": "<i8", "I32": "<i4", "I8": "|i1", "U8": "|u1"}  # what some methods keep besides factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter read from disk."""
+
+    factors: Factors
+    rank: int
+    scale: float
+    keys: tuple[str, ...]  # paths inside a block
+    config: dict[str, Any]  # adapter_config.json as it was
+    sha256: str  # of adapters.safetensors
+
+    @property
+    def layers(self) -> Layers:
+        """The (out, in) of every layer's update."""
+        return {name: (pair.b.shape[0], pair.a.shape[1]) for name, pair in self.factors.items()}
+
+
+def encode(
+    factors: Factors, *, scale: float, num_layers: int, base: str, extra: dict[str, Any] | None = None
+) -> dict[str, Data]:
+    """Return an adapter's files by name; the same factors give the same bytes.
+
+    Args:
+        factors: A (rank, in) and B (out, rank) by layer; all of one rank.
+        scale: The number in delta = scale * B @ A.
+        num_layers: Blocks of the model counted from the last that hold the layers.
+        base: What mlx-lm users pass as `--model`.
+        extra: What our own tools want to know, kept under "mbf".
+    """
+    tensors = {}
+    for name, pair in factors.items():
+        tensors[f"{name}.lora_a"] = np.asarray(pair.a, np.float32).T
+        tensors[f"{name}.lora_b"] = np.asarray(pair.b, np.float32).T
+    rank = next(iter(factors.values())).a.shape[0] if factors else 0
+    config = {
+        "fine_tune_type": "lora",
+        "lora_parameters": {"dropout": 0.0, "keys": list(block_keys(factors)), "rank": rank, "scale": float(scale)},
+        "mbf": {"orientation": "lora_a (in, rank), lora_b (rank, out)", "alpha": float(scale) * rank, **(extra or {})},
+        "model": base,
+        "num_layers": num_layers,
+    }
+    return {
+        WEIGHTS: safetensors_file.encode(tensors),
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+    }
+
+
+def block_keys(layers: Layers | Factors) -> tuple[str, ...]:
+    """Return the paths inside a block of the given layers, each once, in order."""
+    return tuple(dict.fromkeys(split_layer(name)[1] for name in layers))
+
+
+def split_layer(name: str) -> tuple[int, str]:
+    """Return a layer's block number and its path inside the block: "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj").
+
+    Raises:
+        InputError: the name is not of a layer inside a block.
+    """
+    match = _LAYER.match(name)
+    if match is None:
+        raise InputError(f"{name}: expected a layer inside a block, as in model.layers.0.self_attn.q_proj")
+    return int(match["block"]), match["key"]
+
+
+def read(folder: Path) -> Adapter:
+    """Read an adapter folder of mlx-lm's layout.
+
+    Raises:
+        InputError: a missing or damaged file, an adapter that is not plain LoRA, factors that do not fit each other.
+    """
+    config = _read_config(folder / CONFIG)
+    where, parameters = folder / CONFIG, config.get("lora_parameters")
+    kind = config.get("fine_tune_type", "lora")
+    if kind != "lora":
+        raise InputError(f"{where}: fine_tune_type: expected 'lora', got {kind!r}; only plain LoRA can be merged")
+    if not isinstance(parameters, dict) or not is_number(parameters.get("scale")):
+        raise InputError(f"{where}: expected lora_parameters with rank and scale, got {str(parameters)[:200]}")
+    data = read_weights(folder / WEIGHTS)
+    digest = sha256(data)
+    factors = pair_up(decode_tensors(data, folder / WEIGHTS), folder / WEIGHTS)
+    rank = next(iter(factors.values())).a.shape[0]
+    try:
+        keys = block_keys(factors)
+    except InputError as error:
+        raise InputError(f"{folder / WEIGHTS}: {error}") from error
+    scale = float(parameters["scale"])
+    return Adapter(factors=factors, rank=rank, scale=scale, keys=keys, config=config, sha256=digest)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value out of a JSON file is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; expected an adapter folder with {CONFIG} and {WEIGHTS}") from None
+
+
+def pair_up(tensors: dict[str, np.ndarray], where: Path) -> Factors:
+    """Return factors from mlx-lm's tensors, (in, rank) and (rank, out), in their memory; all problems named at once.
+
+    Raises:
+        InputError: a tensor without its other half, other names, shapes or ranks that do not fit, values not finite.
+    """
+    names = sorted({key.rpartition(".")[0] for key in tensors})
+    halves = [(tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")) for name in names]
+    found = dict(zip(names, side_by_side(_pair, halves, products=False)))
+    problems = [f"  {name}: {pair}" for name, pair in found.items() if isinstance(pair, str)]
+    factors = {name: pair for name, pair in found.items() if not isinstance(pair, str)}
+    problems += [f"  {key}: not a LoRA factor" for key in tensors if not key.endswith((".lora_a", ".lora_b"))]
+    if ranks := {pair.a.shape[0] for pair in factors.values()} if not problems else set():
+        if len(ranks) > 1:
+            problems.append(f"  expected one rank, got {sorted(ranks)}")
+    elif not problems:
+        problems.append("  no factors at all")
+    if problems:
+        raise InputError(f"{where} is not a plain LoRA adapter:\n" + "\n".join(problems))
+    return dict(sorted(factors.items(), key=lambda item: _order(item[0])))
+
+
+def _pair(halves: tuple[np.ndarray | None, np.ndarray | None]) -> Pair | str:
+    """Return the factors of mlx-lm's two tensors of a layer, or what is wrong with them."""
+    a, b = halves
+    if a is None or b is None:
+        return "expected lora_a and lora_b"
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+        return f"expected (in, rank) and (rank, out), got {a.shape} and {b.shape}"
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return "holds NaN or infinite values"
+    return Pair(_turn(a), _turn(b))
+
+
+def _turn(matrix: np.ndarray) -> np.ndarray:
+    """Return the transpose, row by row in the matrix's own memory: as much again would take twice the time."""
+    turned = matrix.reshape(matrix.shape[::-1])
+    turned[...] = np.ascontiguousarray(matrix.T)
+    return turned
+
+
+def _order(name: str) -> tuple[int, str]:
+    match = _LAYER.match(name)
+    return (int(match["block"]), match["key"]) if match else (-1, name)
+
+
+def read_tensors(path: Path, *, integers: bool = False) -> dict[str, np.ndarray]:
+    """Read a safetensors file of floating-point tensors; float16 and bfloat16 come back as float32.
+
+    Args:
+        path: The file.
+        integers: Whether whole numbers are welcome, too.
+
+    Raises:
+        InputError: no such file, not safetensors, or tensors of another kind.
+    """
+    return decode_tensors(read_weights(path), path, integers=integers)
+
+
+def read_weights(path: Path) -> memoryview:
+    """Return the bytes of a file of tensors.
+
+    Raises:
+        InputError: no such file.
+    """
+    try:
+        return read_large(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing") from None
+
+
+def decode_tensors(data: Data, where: Path, *, integers: bool = False) -> dict[str, np.ndarray]:
+    """Return the tensors of a safetensors file's bytes, float32 as views of them; `where` names it in errors.
+
+    See `read_tensors`.
+    """
+    try:
+        entries, _ = safetensors_file.header_of(data, where)
+    except InputError as error:
+        if data[:2] in _PICKLES:
+            raise InputError(f"{where}: {_CODE}") from error
+        raise
+    kinds = _DTYPES | _COUNTS if integers else _DTYPES
+    return {name: _to_array(data, entry, where, kinds) for name, entry in entries.items()}
+
+
+def _to_array(data: Data, entry: safetensors_file.Entry, path: Path, kinds: dict[str, str]) -> np.ndarray:
+    if entry.dtype not in kinds:
+        raise InputError(f"{path}: {entry.name}: expected one of {', '.join(kinds)}, got {entry.dtype}")
+    array = np.ndarray(entry.shape, kinds[entry.dtype], data, entry.begin)
+    array = np.require(array, requirements="A")  # others' headers may have any length
+    if entry.dtype == "BF16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32) if entry.dtype == "F16" else array

@@ -1,0 +1,320 @@
+"""Turn a GGUF file of a Llama-family model into a complete MLX model folder, without loss.
+
+llama.cpp's Q4_0, Q4_1 and Q8_0 are groups of 32 weights with a scale d and, for Q4_1, a minimum m: exactly MLX's affine
+quantization, weight = scale * code + bias, with other packing and signs. Codes are re-packed, scales kept; tensors of
+16 and 32 bits are kept as they are. Other types have no counterpart: they are refused, or, where the user asks,
+dequantized and quantized anew. One tensor is in memory at a time.
+
+llama.cpp stores the rows of q and k interleaved, for its kind of RoPE; they are put back in order here.
+
+Source: docs/gguf.md of ggml-org/ggml; block layouts from its ggml-common.h.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mbf_mlx.base.gguf.config import model_config
+from mbf_mlx.base.gguf.reader import GGUFFile, GGUFTensor, read_gguf
+from mbf_mlx.base.gguf.tokenizer import read_vocabulary, write_tokenizer
+from mbf_mlx.errors import InputError
+from mbf_mlx.files import safetensors_file
+
+GROUP = 32  # weights that share a scale, in GGUF's types
+QUANTIZE_GROUP = 64  # and in what --quantize makes, as in the hub's MLX models
+SHARD_BYTES = 5 << 30  # of one safetensors file
+_CHUNK_VALUES = 1 << 24  # weights unpacked at a time
+_GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_BLOCK = {
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_NAME = re.compile(r"^(?:blk\.(?P<block>\d+)\.)?(?P<stem>[a-z_]+)\.(?P<kind>weight|bias)$")
+_NORMS = ("layernorm", "model.norm")
+_AS_IS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+
+
+class Target(NamedTuple):
+    """What one GGUF tensor becomes."""
+
+    source: GGUFTensor
+    module: str  # "model.layers.0.self_attn.q_proj"
+    kind: str  # "weight" or "bias"
+    heads: int  # of an interleaved q or k, else 0
+    quantize: int  # bits to quantize it with anew, else 0
+
+
+def convert(path: Path, folder: Path, *, quantize: int = 0, report: Callable[[int, int], None] | None = None) -> None:
+    """Write the MLX model folder of a GGUF file.
+
+    Args:
+        path: The GGUF file.
+        folder: A new, empty folder; the caller renames it once it is whole.
+        quantize: Bits for matrices of types that MLX lacks, and for 16- and 32-bit ones; 0 refuses and keeps them.
+        report: Called with the bytes read so far and in all.
+
+    Raises:
+        InputError: a damaged file, another architecture, tensor types without counterpart, an unknown tokenizer.
+    """
+    file = read_gguf(path)
+    config = model_config(file)
+    targets = plan(file, config, quantize)
+    vocabulary = read_vocabulary(file.settings, path)
+    rows = file.tensors["token_embd.weight"].shape[0]
+    if len(vocabulary.tokens) > rows:
+        raise InputError(f"{path}: {len(vocabulary.tokens)} tokens, but only {rows} rows in token_embd.weight")
+    ends = vocabulary.ends()
+    config |= {"vocab_size": rows, "bos_token_id": vocabulary.special("bos"), "eos_token_id": ends[0] if ends else None}
+    if quantization := _quantization(targets):
+        config["quantization"] = quantization
+    write_tokenizer(vocabulary, folder, config["max_position_embeddings"])
+    _write_weights(file, targets, folder, report or (lambda done, total: None))
+    text = json.dumps({key: value for key, value in config.items() if value is not None}, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def plan(file: GGUFFile, config: dict[str, Any], quantize: int) -> list[Target]:
+    """Return what every tensor of the file becomes, in the file's order.
+
+    Raises:
+        InputError: tensors that are unknown, missing, of the wrong shape or of a type without counterpart.
+    """
+    shapes = _shapes(config)
+    targets, problems = [], []
+    for tensor in file.tensors.values():
+        if tensor.name == "rope_freqs.weight":
+            continue
+        name = _mlx_name(tensor.name)
+        if name not in shapes:
+            problems.append(f"  {tensor.name}: not part of a Llama of {config['num_hidden_layers']} blocks")
+            continue
+        wanted, shape = shapes.pop(name), tensor.shape
+        if shape[1:] != wanted[1:] or (shape[0] != wanted[0] and wanted[0]):
+            problems.append(f"  {tensor.name}: expected shape {wanted}, got {shape}")
+            continue
+        module, _, kind = name.rpartition(".")
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(module.rpartition(".")[2])
+        matrix = len(shape) == 2
+        bits = quantize if matrix and tensor.type not in _BITS else 0
+        targets.append(Target(tensor, module, kind, config[heads] if heads else 0, bits))
+        if not matrix and tensor.type not in _AS_IS:
+            problems.append(f"  {tensor.name}: expected a vector of 16 or 32 bits, got {tensor.type}")
+        if bits and shape[-1] % GROUP:
+            problems.append(f"  {tensor.name}: rows of {shape[-1]} cannot be quantized in groups of {GROUP}")
+    problems += [f"  {name}: missing" for name in shapes]
+    if problems:
+        raise InputError(f"{file.path} is not a Llama that we can convert:\n" + "\n".join(problems[:20]))
+    _refuse_types(file.path, targets)
+    return targets
+
+
+def _refuse_types(path: Path, targets: list[Target]) -> None:
+    lossy: dict[str, int] = {}
+    for target in targets:
+        kind = target.source.type
+        if not target.quantize and kind not in _AS_IS and kind not in _BITS:
+            lossy[kind] = lossy.get(kind, 0) + 1
+    if lossy:
+        counts = ", ".join(f"{count} of type {kind}" for kind, count in sorted(lossy.items()))
+        raise InputError(
+            f"{path}: tensors that MLX cannot hold as they are: {counts}; kept without loss are "
+            f"{', '.join([*_AS_IS, *_BITS])}\n"
+            "hint: --quantize 4 (or 8) dequantizes them and quantizes anew, at some loss"
+        )
+
+
+def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of the model; 0 rows is any number of them."""
+    hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    sizes = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+    }
+    sizes |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (0, hidden), "model.norm.weight": (hidden,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (0, hidden)
+    for block in range(config["num_hidden_layers"]):
+        for place in _BLOCK.values():
+            name, leaf = f"model.layers.{block}.{place}", place.rpartition(".")[2]
+            shapes[f"{name}.weight"] = sizes.get(leaf, (hidden,))
+            biased = config["mlp_bias"] if place.startswith("mlp") else config["attention_bias"]
+            if leaf in sizes and biased:
+                shapes[f"{name}.bias"] = sizes[leaf][:1]
+    return shapes
+
+
+def _mlx_name(name: str) -> str | None:
+    match = _NAME.match(name)
+    if match is None:
+        return None
+    if match["block"] is None:
+        return f"{_GLOBAL[match['stem']]}.{match['kind']}" if match["stem"] in _GLOBAL else None
+    if match["stem"] not in _BLOCK:
+        return None
+    return f"model.layers.{int(match['block'])}.{_BLOCK[match['stem']]}.{match['kind']}"
+
+
+def _quantization(targets: list[Target]) -> dict[str, Any] | None:
+    """Return config.json's quantization: the most frequent kind, and every layer that differs from it."""
+    kinds = {}
+    for target in targets:
+        if target.kind == "weight" and len(target.source.shape) == 2:
+            bits = target.quantize or _BITS.get(target.source.type, 0)
+            kinds[target.module] = (bits, _group(target)) if bits else None
+    counted = [kind for kind in kinds.values() if kind]
+    if not counted:
+        return None
+    usual = max(set(counted), key=lambda kind: (counted.count(kind), kind))
+    quantization: dict[str, Any] = {"bits": usual[0], "group_size": usual[1], "mode": "affine"}
+    for module, kind in kinds.items():
+        if kind is None:
+            quantization[module] = False
+        elif kind != usual:
+            quantization[module] = {"bits": kind[0], "group_size": kind[1], "mode": "affine"}
+    return quantization
+
+
+def _group(target: Target) -> int:
+    return QUANTIZE_GROUP if target.quantize and target.source.shape[-1] % QUANTIZE_GROUP == 0 else GROUP
+
+
+def _write_weights(file: GGUFFile, targets: list[Target], folder: Path, report: Callable[[int, int], None]) -> None:
+    """Write the safetensors files, one tensor in memory at a time."""
+    shards: list[list[Target]] = [[]]
+    held = 0
+    for target in targets:
+        if shards[-1] and held + target.source.nbytes > SHARD_BYTES:
+            shards.append([])
+            held = 0
+        shards[-1].append(target)
+        held += target.source.nbytes
+    total = sum(target.source.nbytes for target in targets)
+    done = 0
+    index: dict[str, str] = {}
+
+    def arrays(shard: list[Target]) -> Iterator[np.ndarray]:
+        nonlocal done
+        for target in shard:
+            for _, _, array in _convert(file, target):
+                yield array
+            done += target.source.nbytes
+            report(done, total)
+
+    for number, shard in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        declared = [tensor for target in shard for tensor in _declare(file, target)]
+        safetensors_file.write(folder / name, declared, arrays(shard))
+        index |= {tensor.name: name for tensor in declared}
+    if len(shards) > 1:
+        document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _declare(file: GGUFFile, target: Target) -> list[safetensors_file.Declared]:
+    """Return what `_convert` will give, from converting the first row."""
+    pieces = _unpack(file, target, file.rows(target.source)[:1])
+    rows = target.source.shape[:-1]
+    return [
+        safetensors_file.Declared(f"{target.module}.{suffix}", dtype, (*rows, array.shape[-1]))
+        for suffix, dtype, array in pieces
+    ]
+
+
+def _convert(file: GGUFFile, target: Target) -> list[tuple[str, str, np.ndarray]]:
+    """Return the tensors that one GGUF tensor becomes: (suffix, safetensors dtype, array)."""
+    rows = file.rows(target.source)
+    step = max(1, _CHUNK_VALUES // target.source.shape[-1])
+    chunks = [_unpack(file, target, rows[at : at + step]) for at in range(0, len(rows), step)]
+    pieces = []
+    for place, (suffix, dtype, first) in enumerate(chunks[0]):
+        array = first if len(chunks) == 1 else np.concatenate([chunk[place][2] for chunk in chunks])
+        if target.kind == "bias" or len(target.source.shape) == 1:
+            array = array.reshape(-1)
+        if target.heads:
+            array = _deinterleave(array, target.heads)
+        pieces.append((suffix, dtype, array))
+    return pieces
+
+
+def _deinterleave(array: np.ndarray, heads: int) -> np.ndarray:
+    """Return rows of q or k in Hugging Face's order: llama.cpp has a head's rows 0, half, 1, half + 1, ..."""
+    half = len(array) // heads // 2
+    return array.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(array.shape)
+
+
+def _unpack(file: GGUFFile, target: Target, data: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
+    """Return what some rows of a tensor become; `data` is uint8[rows, bytes of a row]."""
+    kind = target.source.type
+    where = f"{file.path}: {target.source.name}"
+    if target.quantize:
+        return _quantize_anew(data, kind, target.quantize, _group(target), where)
+    if kind in _BITS:
+        # Rows of an embedding are unpacked in the type of their scales, where float16 rounds them; llama.cpp does not.
+        return _repack(data, kind, where, exact=target.module == _GLOBAL["token_embd"])
+    array = data.view({"F32": "<f4"}.get(kind, "<u2"))
+    values = {"F32": array, "F16": data.view("<f2")}.get(kind)
+    if values is None:
+        values = (array.astype(np.uint32) << 16).view(np.float32)
+    if not np.isfinite(values).all():
+        raise InputError(f"{where}: holds NaN or infinite values")
+    return [(target.kind, _AS_IS[kind], array)]
+
+
+def _repack(data: np.ndarray, kind: str, where: str, exact: bool) -> list[tuple[str, str, np.ndarray]]:
+    """Return codes, scales and biases as MLX packs them; `data` is uint8[rows, bytes of a row].
+
+    Scales and biases are float16, as in the file, or the same numbers in float32 where `exact` asks for it.
+    """
+    head = 4 if kind == "Q4_1" else 2
+    codes_bytes = GROUP * _BITS[kind] // 8
+    blocks = data.reshape(len(data), -1, head + codes_bytes)
+    scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0]
+    codes = blocks[..., head:]
+    if kind == "Q4_1":
+        biases = np.ascontiguousarray(blocks[..., 2:4]).view("<f2")[..., 0]
+    else:
+        # The codes are signed; MLX's count from zero: 8 or 128 more, and as many scales less in the bias. Exact: a
+        # power of two.
+        with np.errstate(over="ignore"):
+            biases = scales * np.float16(-8 if kind == "Q4_0" else -128)
+    if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
+        raise InputError(f"{where}: holds scales that are not finite in float16")
+    if kind == "Q8_0":
+        packed = codes ^ np.uint8(0x80)
+    else:
+        # llama.cpp: byte j has weight j below and j + 16 above. MLX: byte j has weights 2 j and 2 j + 1.
+        even, odd = codes[..., 0::2], codes[..., 1::2]
+        packed = np.concatenate([(even & 15) | (odd & 15) << 4, (even >> 4) | (odd & 0xF0)], axis=-1)
+    packed = np.ascontiguousarray(packed).reshape(len(data), -1).view("<u4")
+    if exact:
+        scales, biases = scales.astype("<f4"), biases.astype("<f4")
+    dtype = "F32" if exact else "F16"
+    return [("weight", "U32", packed), ("scales", dtype, scales), ("biases", dtype, biases)]
+
+
+def _quantize_anew(data: np.ndarray, kind: str, bits: int, group: int, where: str) -> list[tuple[str, str, np.ndarray]]:
+    """Return rows of any type dequantized and quantized by MLX; `data` is uint8[rows, bytes of a row]."""
+    import gguf
+    import mlx.core as mx
+
+    try:
+        values = gguf.dequantize(np.ascontiguousarray(data), gguf.GGMLQuantizationType[kind])
+    except NotImplementedError:
+        raise InputError(f"{where}: nobody here can read type {kind}; use a file with other types") from None
+    if not np.isfinite(values).all() or abs(values).max(initial=0) > np.finfo(np.float16).max:
+        raise InputError(f"{where}: holds values that are not finite in float16")
+    parts = mx.quantize(mx.array(values.astype(np.float16)), group_size=group, bits=bits)
+    return [
+        (suffix, dtype, np.array(part))
+        for suffix, dtype, part in zip(("weight", "scales", "biases"), ("U32", "F16", "F16"), parts, strict=True)
+    ]

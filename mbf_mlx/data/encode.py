@@ -1,0 +1,267 @@
+"""Rows become tokens: which of them are supervised, and what is cut from a row that is too long.
+
+A row's tokens are a prompt, exactly the one from which an answer is generated, and the answer that continues it, which
+ends with the token that ends a turn and holds nothing after it. The answer is tokenized apart from the prompt: no
+token may reach over the seam, or training would see a prompt that generation never sees.
+
+What a template writes is left to chat_template.py, pieces of text and their tokens to tokenizer_pieces.py, how tokens
+are kept to token_rows.py, batches to batches.py.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mbf_mlx.config import DataConfig
+from mbf_mlx.data.chat_template import MOVED, Answer, ChatTemplate, Rendered
+from mbf_mlx.data.file_rows import Problems
+from mbf_mlx.data.row import BadRow, Row
+from mbf_mlx.data.token_rows import Encoded as Encoded
+from mbf_mlx.data.token_rows import EncodedRows
+from mbf_mlx.data.tokenizer_pieces import Pieces
+
+CHUNK = 512  # rows that are rendered and tokenized together, fewer where they have more letters than
+CHUNK_LETTERS = 1_000_000
+NOTHING = "no supervised token: the model's template or tokenizer leaves none of the answer"
+
+
+def encode(
+    row: Row, tokenizer: Any, *, template: str = "chat", mask_prompt: bool = True, max_length: int = 2048
+) -> Encoded:
+    """Return one row's tokens; an `Encoder` makes those of many rows faster.
+
+    Raises:
+        BadRow: it does not fit, or the model's template refuses it.
+    """
+    data = DataConfig(template=template, mask_prompt=mask_prompt, max_seq_length=max_length)
+    _, encoded = next(Encoder(tokenizer, data).stream([row]))
+    if isinstance(encoded, BadRow):
+        raise encoded
+    return encoded
+
+
+def encode_prompt(row: Row, tokenizer: Any, *, template: str = "chat", max_length: int = 2048) -> np.ndarray:
+    """Return the tokens from which a row's last answer is generated, int32 (n,): what is supervised goes on here."""
+    encoded = encode(row, tokenizer, template=template, max_length=max_length)
+    return encoded.tokens[: encoded.prompt_length]
+
+
+class Encoder:
+    """Encodes rows with one tokenizer and one setting.
+
+    Args:
+        tokenizer: mlx-lm's TokenizerWrapper, or the transformers tokenizer inside it.
+        data: Template, mask and length. The template "chat" means "none" for a model without one.
+        spill: A folder for tokens that are too many for memory; None is the system's own.
+    """
+
+    def __init__(self, tokenizer: Any, data: DataConfig, spill: Path | None = None):
+        self.data = data
+        self._spill = spill
+        self._pieces = Pieces(tokenizer)
+        has_template = getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", None) is not None)
+        self._template = ChatTemplate(tokenizer) if data.template == "chat" and has_template else None
+
+    def all(self, rows: Sequence[Row], path: Path) -> EncodedRows:
+        """Return all rows' tokens; `path` is what an error calls the task.
+
+        Raises:
+            InputError: with every row that does not fit, as `file:line: reason`.
+        """
+        problems, encoded = Problems(), EncodedRows(rows, self._spill)
+        for row, found in self.stream(rows):
+            if isinstance(found, BadRow):
+                problems.add(row.file, row.line, str(found))
+            else:
+                encoded.append(found)
+        problems.raise_any(path)
+        return encoded
+
+    def stream(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Encoded | BadRow]]:
+        """Yield each row with its tokens, or with the reason why it has none; few are in memory at once."""
+        for chunk in _chunks(rows):
+            whole = self._parts(chunk)
+            for row, parts, cut in zip(chunk, *self._fitted(chunk, whole), strict=True):
+                yield row, parts if isinstance(parts, BadRow) else self._encoded(row, parts, cut)
+
+    def marked(self, encoded: Encoded) -> list[tuple[str, bool]]:
+        """Return what a row says in pieces, each with whether it is supervised."""
+        edges = (np.flatnonzero(np.diff(encoded.supervised)) + 1).tolist()
+        spans = zip([0, *edges], [*edges, len(encoded.tokens)], strict=True)
+        return [(self._pieces.text(encoded.tokens[i:j].tolist()), bool(encoded.supervised[i])) for i, j in spans]
+
+    def special_in(self, row: Row) -> str:
+        """Return a text in the row that the tokenizer reads as a special token, or nothing."""
+        return next(filter(None, map(self._pieces.mark_in, row.texts)), "")
+
+    def warnings(self) -> list[str]:
+        """Return what is odd about the model's template, whatever the rows."""
+        if self._template is None:
+            raw = self.data.template == "chat"
+            return ["the model has no chat template: prompt and completion stand as they are"] if raw else []
+        _, probe = next(self.stream([Row("completion", Path(), 0, "a", "b", ("b",))]))
+        if isinstance(probe, BadRow) or probe.tokens[-1] in self._pieces.ends:
+            return []
+        end = self._pieces.text(probe.tokens[-1:].tolist())
+        return [f"the chat template ends a turn with {end}, at which this model's generation does not stop"]
+
+    def _encoded(self, row: Row, parts: "_Parts", cut: int) -> Encoded | BadRow:
+        if not parts.answer or (row.kind != "text" and not self._pieces.says_something(parts.answer)):
+            return BadRow(NOTHING)
+        tokens = np.array(parts.prompt + parts.answer, np.int32)
+        supervised = np.array(parts.supervised + [True] * len(parts.answer), bool)
+        if not self.data.mask_prompt:
+            supervised[:] = True
+        supervised[0] = False
+        return Encoded(tokens, supervised, len(parts.prompt), cut, row)
+
+    def _parts(self, rows: Sequence[Row]) -> "list[_Parts | BadRow]":
+        """Return the rows' tokens, however many; all rows are of one kind."""
+        if not rows:
+            return []
+        if rows[0].kind == "text":
+            texts = map(self._pieces.ended, self._pieces.begun([row.text for row in rows]))
+            return [_Parts(tokens[:1], [False], tokens[1:]) for tokens in texts]
+        if self._template is not None:
+            return self._chat_parts(self._template.render(rows))
+        if rows[0].kind == "messages":
+            why = "--template none" if self.data.template == "none" else "the model has none"
+            reason = f"messages need a chat template ({why}): expected prompt/completion or text rows"
+            return [BadRow(reason) for _ in rows]
+        prompts = self._pieces.begun([row.prompt for row in rows])
+        answers = self._pieces.continued([row.completion for row in rows])
+        return [_Parts(p, [False] * len(p), self._pieces.ended(a)) for p, a in zip(prompts, answers, strict=True)]
+
+    def _chat_parts(self, rendered: "list[Rendered | BadRow]") -> "list[_Parts | BadRow]":
+        good = [text for text in rendered if isinstance(text, Rendered)]
+        tokens = self._pieces.continued([text.answer for text in good])
+        found = zip(self._prompts(good), map(self._pieces.turn, tokens), strict=True)
+        parts: list[_Parts | BadRow] = []
+        for text in rendered:
+            if isinstance(text, BadRow):
+                parts.append(text)
+                continue
+            prompt, (answer, ends) = next(found)
+            answer = answer if ends else self._pieces.ended(answer)
+            parts.append(prompt if isinstance(prompt, BadRow) else _Parts(*prompt, answer))
+        return parts
+
+    def _prompts(self, rendered: Sequence[Rendered]) -> list[tuple[list[int], list[bool]] | BadRow]:
+        """Return each prompt's tokens, and which of them earlier answers hold."""
+        texts = [text.prompt for text in rendered]
+        if not any(text.earlier for text in rendered):
+            return [(tokens, [False] * len(tokens)) for tokens in self._pieces.plain(texts)]
+        said = iter(self._pieces.turns([answer.written for text in rendered for answer in text.earlier]))
+        prompts: list[tuple[list[int], list[bool]] | BadRow] = []
+        for text, tokens, places in zip(rendered, *self._pieces.placed(texts), strict=True):
+            spans = [_span(text.prompt, answer, next(said)) for answer in text.earlier]
+            starts, stops = np.array(places).reshape(-1, 2).T
+            inside = [(starts >= begin) & (stops <= end) & (starts < stops) for begin, end in filter(None, spans)]
+            if len(inside) < len(spans):
+                prompts.append(BadRow(MOVED))
+            elif not all(self._pieces.says_something([tokens[i] for i in np.flatnonzero(each)]) for each in inside):
+                prompts.append(BadRow(NOTHING))
+            else:
+                supervised = np.any([np.zeros(len(tokens), bool), *inside], axis=0)
+                prompts.append((tokens, supervised.tolist()))
+        return prompts
+
+    def _fitted(self, rows: Sequence[Row], parts: "list[_Parts | BadRow]") -> "tuple[list[_Parts | BadRow], list[int]]":
+        """Return the rows' tokens with the text of each last user message cut on its left until the row fits.
+
+        Text rows lose their end instead. Beside them stands how many tokens each row has lost.
+        """
+        limit, fitted = self.data.max_seq_length, list(parts)
+        longs = {i: part for i, part in enumerate(parts) if isinstance(part, _Parts) and part.length > limit}
+        if rows[0].kind == "text":
+            for i, part in longs.items():
+                fitted[i] = part._replace(answer=part.answer[: limit - 1])
+        else:
+            self._cut(rows, fitted, longs)
+        return fitted, [_length(old) - _length(new) for old, new in zip(parts, fitted, strict=True)]
+
+    def _cut(self, rows: Sequence[Row], fitted: "list[_Parts | BadRow]", longs: "dict[int, _Parts]") -> None:
+        """Put shorter tokens, or the reason why there are none, into `fitted` for the rows that are too long."""
+        limit = self.data.max_seq_length
+        texts = {i: _question(rows[i]) for i in longs}
+        places = dict(zip(longs, self._pieces.placed(list(texts.values()))[1], strict=True))
+        drops, least = dict.fromkeys(longs, 0), {i: part.length - len(places[i]) for i, part in longs.items()}
+        while longs:
+            for i, part in longs.items():
+                drops[i] += part.length - limit
+                if drops[i] >= len(places[i]):
+                    fitted[i] = BadRow(self._too_long(rows[i], part, least[i]))
+            left = [i for i in longs if drops[i] < len(places[i])]
+            # The text is cut and the row made anew: what comes out is the template around a shorter text, no other.
+            shorter = self._parts([_asking(rows[i], texts[i][places[i][drops[i]][0] :]) for i in left])
+            longs = {}
+            for i, new in zip(left, shorter, strict=True):
+                fitted[i] = new
+                if isinstance(new, _Parts) and new.length > limit:
+                    longs[i] = new
+
+    def _too_long(self, row: Row, parts: "_Parts", least: int) -> str:
+        needed = f"{len(parts.answer)} tokens of the answer and {least - len(parts.answer)} around the prompt's text"
+        if row.kind == "messages":
+            needed = f"{least} tokens without the text of the last user message"
+        return f"{needed} do not fit into --max-seq-length {self.data.max_seq_length}"
+
+
+class _Parts(NamedTuple):
+    prompt: list[int]
+    supervised: list[bool]  # of the prompt's tokens
+    answer: list[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+def _length(parts: _Parts | BadRow) -> int:
+    return parts.length if isinstance(parts, _Parts) else 0
+
+
+def _span(prompt: str, answer: Answer, said: str) -> tuple[int, int] | None:
+    """Return where an earlier answer, which the model says as `said`, stands in the prompt of the last one."""
+    if prompt.startswith(said, answer.begin):
+        return answer.begin, answer.begin + len(said)
+    if answer.content and answer.content in said:
+        # A template that leaves the thoughts out of earlier answers: what stays of this one must begin here.
+        said = said[said.rindex(answer.content) :]
+        begin = len(prompt) - len(prompt[answer.begin :].lstrip())
+        if prompt.startswith(said, begin):
+            return begin, begin + len(said)
+    return None
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    chunk, letters = list[Row](), 0
+    for row in rows:
+        chunk.append(row)
+        letters += row.letters
+        if len(chunk) == CHUNK or letters > CHUNK_LETTERS:
+            yield chunk
+            chunk, letters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _question(row: Row) -> str:
+    """Return the text of the last user message, the one that may be cut."""
+    if row.kind == "completion":
+        return row.prompt
+    texts = [message["content"] for message in row.messages if message["role"] == "user"]
+    return str(texts[-1]) if texts else ""
+
+
+def _asking(row: Row, text: str) -> Row:
+    """Return the row with another text in its last user message."""
+    if row.kind == "completion":
+        return replace(row, prompt=text)
+    place = max(i for i, message in enumerate(row.messages) if message["role"] == "user")
+    messages = list(row.messages)
+    messages[place] = {**messages[place], "content": text}
+    return replace(row, messages=tuple(messages))

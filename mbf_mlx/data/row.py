@@ -1,0 +1,263 @@
+"""One training row, whatever file it came from: what it holds, and the rules that it must meet.
+
+A row is one of three kinds, as in mlx-lm's data sets: "completion" (a prompt and its answer), "messages" (a
+conversation, perhaps with tools) and "text". Reading files is left to formats.py, tokens to encode.py.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mbf_mlx.data import row_hints as hints
+
+ROLES = ("system", "user", "assistant", "tool")
+NAMES = {"completion": "prompt/completion", "messages": "messages", "text": "text"}
+EXAMPLES = {
+    "completion": '{"prompt": "Is this mail spam?\\nYou won!\\nAnswer:", "completion": " yes"}',
+    "messages": '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there"}]}',
+    "text": '{"text": "Ferns are plants without flowers."}',
+}
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True)  # made once: a large file has ten million rows
+
+
+class BadRow(ValueError):
+    """A row that cannot be learned: the reason in one line and, where it can be told, the row put right."""
+
+    def __init__(self, reason: str, fixed: str = ""):
+        super().__init__(reason)
+        self.fixed = fixed
+        self.example = ""  # of a row of the kind that this one was meant to be
+
+
+class Skipped(BadRow):
+    """A row that a published benchmark is known to have and that says nothing to learn: a warning, no error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row and the place that it came from."""
+
+    kind: str  # "completion", "messages" or "text"
+    file: Path
+    line: int  # from 1
+    prompt: str = ""
+    completion: str = ""
+    answers: tuple[str, ...] = ()  # all that count as right; the first is the completion
+    messages: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    text: str = ""
+    unread: str = field(default="", compare=False)  # a key beside "text" that looks like an answer to learn
+    digest: bytes = field(default=b"", compare=False)  # 16 bytes over what the row says, not over where it stands
+
+    def __post_init__(self) -> None:
+        said = (self.kind, self.prompt, self.completion, self.answers, self.messages, self.tools, self.text)
+        digest = hashlib.blake2b(_ENCODER.encode(said).encode(), digest_size=16).digest()
+        object.__setattr__(self, "digest", digest)
+
+    @property
+    def where(self) -> str:
+        """The place as an error names it: `file:line`."""
+        return f"{self.file}:{self.line}"
+
+    @property
+    def texts(self) -> list[str]:
+        """All that it says, without the names of the speakers."""
+        return [self.prompt, self.completion, self.text, *(message["content"] for message in self.messages)]
+
+    @property
+    def letters(self) -> int:
+        """How long all its texts are together, in characters."""
+        return sum(map(len, self.texts))
+
+
+def row_from(document: object, file: Path, line: int) -> Row:
+    """Return the row that one JSON value says.
+
+    A row that has the keys of several kinds is read as mlx-lm reads it: prompt and completion before messages
+    before text. Other keys are ignored.
+
+    Raises:
+        BadRow: it is no object, or its keys, types or texts do not fit.
+    """
+    if not isinstance(document, dict):
+        raise BadRow(f'expected an object {{"prompt": …, "completion": …}}, got {_type(document)}')
+    kind = _kind(document)
+    if kind is None:
+        raise _wrong_keys(document)
+    try:
+        return _row(kind, document, file, line)
+    except BadRow as error:
+        error.fixed, error.example = error.fixed or _shown(hints.put_right(document)), EXAMPLES[kind]
+        raise
+
+
+def _kind(document: dict[str, Any]) -> str | None:
+    if "prompt" in document and "completion" in document:
+        return "completion"
+    return next((key for key in ("messages", "text") if key in document), None)
+
+
+def _row(kind: str, document: dict[str, Any], file: Path, line: int) -> Row:
+    if kind == "completion":
+        prompt, completion = _text(document, "prompt"), _text(document, "completion")
+        return Row("completion", file, line, prompt, completion, (completion,), tools=_tools(document))
+    if kind == "messages":
+        return Row("messages", file, line, messages=_messages(document["messages"]), tools=_tools(document))
+    if "tools" in document:
+        raise BadRow('"tools" go with "messages", not with "text"')
+    unread = next((key for key in ("completion", *hints.ALIASES["completion"]) if key in document), "")
+    return Row("text", file, line, text=_text(document, "text"), unread=unread)
+
+
+def reference_text(row: Row) -> str:
+    """Return the answer that a row expects, without white space around it: "" for text rows."""
+    if row.kind == "messages":
+        return str(row.messages[-1]["content"]).strip()
+    return row.completion.strip()
+
+
+def check_text(text: object, name: str, *, may_be_empty: bool = False) -> str:
+    """Return `text` where it is text that a tokenizer takes and that says something.
+
+    Raises:
+        BadRow: another type, nothing but white space, half a surrogate pair, a NUL byte.
+    """
+    if not isinstance(text, str):
+        raise BadRow(f"{name}: expected text, got {_type(text)}")
+    if not may_be_empty and not text.strip():
+        raise BadRow(f"{name}: expected text, got {'nothing but white space' if text else 'nothing'}")
+    if "\0" in text:
+        raise BadRow(f"{name}: holds a NUL byte (is the file UTF-16, or binary?)")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise BadRow(f"{name}: holds half a surrogate pair (\\ud800 to \\udfff), which is no character")
+    return text
+
+
+def _text(document: Mapping[str, Any], key: str) -> str:
+    return check_text(document[key], f'"{key}"')
+
+
+def _type(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names = {int: "a number", float: "a number", str: "text", list: "a list"}
+    return names.get(type(value), "an object")
+
+
+def _tools(document: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    tools = document.get("tools")
+    if tools is None:
+        return ()
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow('"tools": expected a list of objects')
+    check_text(json.dumps(tools, ensure_ascii=False), '"tools"')
+    return tuple(tools)
+
+
+def _messages(messages: object) -> tuple[dict[str, Any], ...]:
+    """Return the messages checked, their contents as text."""
+    if not isinstance(messages, list):
+        raise BadRow(f'"messages": expected a list, got {_type(messages)}')
+    if not messages:
+        raise BadRow("\"messages\": expected at least a user's and an assistant's message, got an empty list")
+    checked = tuple(_message(message, f"messages[{place}]") for place, message in enumerate(messages))
+    roles = [message["role"] for message in checked]
+    if "assistant" not in roles:
+        raise BadRow("no message of the assistant: expected an answer to learn")
+    if roles[0] == "assistant":
+        raise BadRow("messages[0] is the assistant's: expected a message before it that it answers")
+    if roles[-1] != "assistant":
+        raise BadRow(
+            f"the last message is of role {roles[-1]}: expected the assistant's answer (add it, or end before)"
+        )
+    return checked
+
+
+def _message(message: object, name: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise BadRow(f'{name}: expected an object {{"role": …, "content": …}}, got {_type(message)}')
+    if "role" not in message:
+        keys = hints.names(message) + hints.rename(message, "role", "content")
+        raise BadRow(f'{name}: expected "role" and "content", got {keys}')
+    role = message["role"]
+    if role not in ROLES:
+        got = json.dumps(role)[:40] if isinstance(role, str) else _type(role)
+        meant = hints.ROLES.get(role) if isinstance(role, str) else None
+        hint = f' (write "{meant}")' if meant else ""
+        raise BadRow(f"{name}.role: expected {', '.join(ROLES[:-1])} or {ROLES[-1]}, got {got}{hint}")
+    calls = message.get("tool_calls")
+    if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
+        raise BadRow(f"{name}.tool_calls: expected a list of objects")
+    content = _content(message, name)
+    others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+    check_text(json.dumps(others, ensure_ascii=False), name)
+    if calls:
+        others["tool_calls"] = [_plain_call(call) for call in calls]
+    return {"role": role, "content": content, **others}
+
+
+def _content(message: dict[str, Any], name: str) -> str:
+    """Return what a message says; calls of tools may take its place."""
+    calls = message.get("tool_calls")
+    if "content" not in message and not calls:
+        raise BadRow(f'{name}: expected "content", got {hints.names(message)}{hints.rename(message, "content")}')
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, f"{name}.content[{place}]") for place, part in enumerate(content))
+    if content is None and calls:
+        content = ""
+    must_speak = message["role"] == "user" or (message["role"] == "assistant" and not calls)
+    return check_text(content, f"{name}.content", may_be_empty=not must_speak)
+
+
+def _part(part: object, name: str) -> str:
+    """Return the text of one part of a content given as a list, as chat interfaces write it."""
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise BadRow(f'{name}: expected {{"type": "text", "text": …}}; pictures and sound cannot be learned')
+
+
+def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object: chat templates write them as JSON themselves."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _wrong_keys(document: dict[str, Any]) -> BadRow:
+    """Return the error for a row of no known kind, with the keys to rename where they can be guessed."""
+    wrong = f'expected "prompt" and "completion", or "messages", or "text", got {hints.names(document)}'
+    if {"instruction", "input", "output"} <= document.keys():
+        prompt = "\n".join(str(document[key]) for key in ("instruction", "input") if document[key])
+        hint = ' (write "instruction" and "input" together as "prompt", and "output" as "completion")'
+        return BadRow(wrong + hint, _shown({"prompt": prompt, "completion": document["output"]}))
+    for keys in (("prompt", "completion"), ("messages",), ("text",)):
+        renamed = {old: key for key in keys if (old := hints.meant(document, key))}
+        if len(renamed) == len(keys):
+            right = hints.put_right({renamed.get(key, key): value for key, value in document.items()})
+            return BadRow(wrong + hints.rename(document, *keys), _shown(right))
+    return BadRow(wrong)
+
+
+def _shown(document: dict[str, Any]) -> str:
+    """Return a row as a line to print, its texts shortened; nothing where it still does not fit, or is too long."""
+    kind = _kind(document)
+    if kind is None:
+        return ""
+    try:
+        _row(kind, document, Path(), 0)
+    except BadRow:
+        return ""
+    short = {k: v if len(v) <= 60 else v[:59] + "…" for k, v in document.items() if isinstance(v, str)}
+    line = json.dumps({key: short.get(key, value) for key, value in document.items()}, ensure_ascii=False)
+    return line if len(line) <= 300 else ""

@@ -1,0 +1,204 @@
+"""mlx-lm's forward pass for training: hidden states, the shared prefix once, the model's own head on picked positions.
+
+Shapes: a batch has R rows, a shared prefix of P tokens, L tokens a row after it (data/batches.py); hidden states are
+(R, L, D), picked ones (N, D), logits (N, V). Everything is differentiable with respect to the trainable parameters.
+
+What an architecture does after its last block (a tied or separate head, soft-capping, a logit scale) is not written
+down again here: `head` runs the model's own code on the hidden states that were picked. `Forward` compares that with
+the model's full logits on a few tokens, and what does not agree stays off.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from mbf_mlx.data.batches import Batch, without_prefix
+
+BACKBONES = ("model", "transformer", "backbone")  # what mlx-lm's models call the part below their head
+PROBE_TOKENS = 6
+PROBE_TOLERANCE = (1e-3, 3e-2)  # relative, between two ways to the same logits, in float32 and in 16 bits
+
+
+class Forward:
+    """mlx-lm's way from a batch to hidden states and logits, on one model.
+
+    With `checkpoint` a block's activations are computed again in the backward pass instead of kept.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.picks_positions = False  # else logits are computed everywhere
+        self.shares_prefix = False  # else every row computes it again
+        self._text = getattr(model, "language_model", model)  # the part of a multimodal model that we train
+        self._backbone = next((name for name in BACKBONES if callable(getattr(self._text, name, None))), None)
+        with _without_dropout(model):  # else two ways never agree
+            self.vocabulary = self._try()
+
+    def _try(self) -> int:
+        """See on a few tokens which ways lead to the model's own logits; return its vocabulary."""
+        tokens = mx.arange(1, PROBE_TOKENS + 1)[None]
+        full = self.model(tokens)
+        if self._backbone is None:
+            return full.shape[-1]
+        try:
+            self.picks_positions = same(self.head(self._flat_hidden(tokens)[2:]), full[0, 2:])
+            if self.picks_positions and self._has_plain_caches():
+                behind = self._flat_hidden(tokens[:, 2:], tokens[0, :2])
+                self.shares_prefix = same(self.head(behind), full[0, 2:])
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):
+            pass  # an architecture with another interface: what was not shown to agree stays off
+        return full.shape[-1]
+
+    def inputs(self, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+        """Return what `hidden_at` takes of a batch: the prefix (P,), the tokens (R, L) and the positions (N,)."""
+        if not self.shares_prefix:
+            batch = without_prefix(batch)
+        return mx.array(batch.prefix), mx.array(batch.tokens), mx.array(batch.positions)
+
+    def hidden_at(self, prefix: mx.array, tokens: mx.array, positions: mx.array, checkpoint: bool = False) -> mx.array:
+        """Return the hidden states at the supervised positions, (N, D)."""
+        return self._flat_hidden(tokens, prefix if prefix.size else None, checkpoint)[positions]
+
+    def hidden(self, batch: Batch, checkpoint: bool = False) -> mx.array:
+        """Return the hidden states at a batch's supervised positions, (N, D)."""
+        prefix, tokens, positions = self.inputs(batch)
+        return self.hidden_at(prefix, tokens, positions, checkpoint)
+
+    def logits(self, batch: Batch, checkpoint: bool = False) -> mx.array:
+        """Return the logits at the supervised positions, (N, V), by way of all of them."""
+        batch = without_prefix(batch)
+        with _checkpointed(self.model.layers if checkpoint else []):
+            logits = self.model(mx.array(batch.tokens))
+        return logits.reshape(-1, logits.shape[-1])[mx.array(batch.positions)]
+
+    def _hidden(self, tokens: mx.array, prefix: mx.array | None, checkpoint: bool) -> mx.array:
+        """Return what the backbone gives for `tokens` (R, L) behind `prefix` (P,): (R, L, D)."""
+        backbone = getattr(self._text, self._backbone or "")
+        with _checkpointed(self.model.layers if checkpoint else []):
+            if prefix is None:
+                return backbone(tokens)
+            caches = [SharedPrefix() for _ in self.model.layers]
+            backbone(prefix[None], caches)  # its output is not used, so its last block's MLP is never computed
+            for cache in caches:
+                cache.offset = prefix.shape[0]
+            return backbone(tokens, caches)
+
+    def _flat_hidden(self, tokens: mx.array, prefix: mx.array | None = None, checkpoint: bool = False) -> mx.array:
+        hidden = self._hidden(tokens, prefix, checkpoint)
+        return hidden.reshape(-1, hidden.shape[-1])
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Return the logits (N, V) of picked hidden states (N, D)."""
+        text = self._text
+        backbone = getattr(text, self._backbone or "")
+        # The model's own code after its backbone, with a backbone that answers what we already have.
+        answered = _Stand(backbone, lambda *_, **__: hidden[None])
+        below_head = _Stand(text, None, **{self._backbone or "": answered})
+        return type(text).__call__(below_head, mx.zeros((1, 1), mx.int32))[0]
+
+    def _has_plain_caches(self) -> bool:
+        caches = make_prompt_cache(self.model)
+        return len(caches) == len(self.model.layers) and all(type(cache) is KVCache for cache in caches)
+
+
+class SharedPrefix:
+    """One layer's keys and values of the prefix, given to mlx-lm's forward pass as that layer's `cache`.
+
+    On the first call (offset 0) it takes in the prefix's keys and values, (1, heads, P, D); on the next (offset P) it
+    puts them before every row's own. Unlike mlx-lm's caches it writes nothing in place, so gradients go through it.
+    """
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if not self.offset:
+            self.keys, self.values = keys, values
+            return keys, values
+        return _behind(self.keys, keys), _behind(self.values, values)
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        if return_array or (window_size and self.offset + length > window_size):
+            return create_causal_mask(length, self.offset, window_size=window_size)
+        return "causal" if self.offset + length > 1 else None
+
+
+def _behind(prefix: mx.array | None, own: mx.array) -> mx.array:
+    assert prefix is not None, "the prefix goes through the model before the rows"
+    return mx.concatenate([mx.broadcast_to(prefix, (own.shape[0], *prefix.shape[1:])), own], axis=2)
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
+    """While the graph is built, let `blocks` keep only their inputs for the backward pass."""
+    own = [type(block) for block in blocks]
+    try:
+        for block in blocks:
+            # A class for this block alone: mlx-lm's own `grad_checkpoint` changes the class for good, for all models.
+            block.__class__ = type(type(block).__name__, (type(block),), {"__call__": _recomputed(type(block))})
+        yield
+    finally:
+        for block, its_class in zip(blocks, own):
+            block.__class__ = its_class
+
+
+def _recomputed(block_class: type) -> Callable[..., mx.array]:
+    """Return a `__call__` for a block that recomputes it in the backward pass, its prefix cache included."""
+
+    def call(block: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
+        cache = next((each for each in (*args, *kwargs.values()) if isinstance(each, SharedPrefix)), SharedPrefix())
+        offset = cache.offset
+
+        # The prefix's keys and values go in as arguments and out as results: mlx only differentiates what it is shown.
+        def run(keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+            inner = SharedPrefix()
+            inner.offset, inner.keys, inner.values = offset, keys, values
+            args = tuple(inner if isinstance(each, SharedPrefix) else each for each in args)
+            kwargs = {name: inner if isinstance(each, SharedPrefix) else each for name, each in kwargs.items()}
+            return block_class.__call__(block, *args, **kwargs), inner.keys, inner.values
+
+        out, keys, values = nn.utils.checkpoint(block, run)(cache.keys, cache.values, *args, **kwargs)
+        if not offset:
+            cache.keys, cache.values = keys, values
+        return out
+
+    return call
+
+
+class _Stand:
+    """Stands in for a module: answers calls with `answer`, has `replaced` attributes, and the module's otherwise."""
+
+    def __init__(self, module: Any, answer: Any, **replaced: Any):
+        self.__dict__.update(_module=module, _answer=answer, **replaced)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._answer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
+def same(one: mx.array, other: mx.array) -> bool:
+    """Say whether two ways to the same logits agree."""
+    if one.shape != other.shape:
+        return False
+    tolerance = PROBE_TOLERANCE[other.dtype in (mx.float16, mx.bfloat16)]
+    one, other = one.astype(mx.float32), other.astype(mx.float32)
+    return bool((mx.abs(one - other).max() <= tolerance * mx.abs(other).max()).item())

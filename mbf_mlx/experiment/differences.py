@@ -1,0 +1,102 @@
+"""Methods against one of them, cell by cell: what each gained on the same order with the same seed.
+
+Cells of one order and seed see the same rows, in the same order, from the same first draw, so their difference varies
+less than two means do. Differences are in units of the score; a table shows points of percent.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from mbf_mlx import metrics
+from mbf_mlx.errors import InputError
+from mbf_mlx.experiment.results import NOTHING, Row, measures_of, named, scored
+
+Pairs = list[tuple[Row, Row]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One line: a method's score minus that of the one it is held against, over the cells that both have."""
+
+    name: str
+    orders: dict[str, float | None]  # average accuracy, mean over seeds; None where the two share no cell
+    cells: int
+    mean: float  # of average accuracy, over the cells
+    error: float | None  # standard error of that mean; None for one cell
+    least: float
+    most: float
+    newest: float | None  # mean over the cells; None where a newest task has no score
+
+
+def reference_name(names: Iterable[str], asked: str) -> str:
+    """Return the one name that is `asked`, or `asked` with its only setting in brackets.
+
+    Args:
+        names: Of all methods, as the table calls them: "products [2e-3]".
+        asked: By the user.
+
+    Raises:
+        InputError: none is called so, or several settings are.
+    """
+    known = list(dict.fromkeys(names))
+    found = [name for name in known if asked in (name, name.rsplit(" [", 1)[0])]
+    if len(found) != 1:
+        raise InputError(f"--against: expected one of {', '.join(map(repr, found or known))}, got {asked!r}")
+    return found[0]
+
+
+def differences(rows: Iterable[Row], against: str) -> list[Difference]:
+    """Return a line for every method but the one called `against`, best first."""
+    methods: dict[str, dict[tuple[str, int, Hashable], Row]] = {}
+    for row in rows:
+        methods.setdefault(named(row), {})[row["order"], row["seed"], scored(row)] = row
+    reference = methods.pop(against, {})
+    orders = list(dict.fromkeys(order for order, _, _ in reference))
+    lines = []
+    for name, cells in methods.items():
+        pairs = [(row, reference[place]) for place, row in cells.items() if place in reference]
+        found = _gains(pairs, "average_accuracy")
+        if found:
+            by_order = {order: metrics.spread(_gains(_only(pairs, order), "average_accuracy")).mean for order in orders}
+            spread, newest = metrics.spread(found), metrics.spread(_gains(pairs, "newest"))
+            lines.append(
+                Difference(
+                    name=name,
+                    orders=by_order,
+                    cells=len(found),
+                    mean=math.fsum(found) / len(found),
+                    error=None if spread.deviation is None else spread.deviation / math.sqrt(len(found)),
+                    least=min(found),
+                    most=max(found),
+                    newest=newest.mean,
+                )
+            )
+    return sorted(lines, key=lambda line: -line.mean)
+
+
+def _only(pairs: Pairs, order: str) -> Pairs:
+    return [pair for pair in pairs if pair[0]["order"] == order]
+
+
+def _gains(pairs: Pairs, measure: str) -> list[float]:
+    both = [(measures_of(row)[measure], measures_of(other)[measure]) for row, other in pairs]
+    return [one - other for one, other in both if one is not None and other is not None]
+
+
+def columns(lines: Sequence[Difference]) -> dict[str, list[str]]:
+    """Return the lines as text in points of percent, a head and what stands under it."""
+    found: dict[str, list[str]] = {"method": [line.name for line in lines]}
+    orders = list(dict.fromkeys(order for line in lines for order in line.orders))
+    for order in orders if len(orders) > 1 else []:
+        found[f"on {order}"] = [_points(line.orders[order]) for line in lines]
+    found["cells"] = [str(line.cells) for line in lines]
+    found["mean"] = [_points(line.mean) for line in lines]
+    found["standard error"] = [NOTHING if line.error is None else f"{100 * line.error:.1f}" for line in lines]
+    found["least, most"] = [f"{_points(line.least)}, {_points(line.most)}" for line in lines]
+    found["newest"] = [_points(line.newest) for line in lines]
+    return found
+
+
+def _points(value: float | None) -> str:
+    return NOTHING if value is None else f"{round(100 * value, 1) + 0.0:+.1f}"  # no -0.0

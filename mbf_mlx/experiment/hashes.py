@@ -1,0 +1,99 @@
+"""What decides a result, as hashes: of a training, of a score, of a cell of an experiment.
+
+Everything that a result depends on goes in: settings, rows as tokens, arrays to their last bit, and what is always the
+same within one experiment (base model, versions, device). Nothing that it does not depend on goes in, such as labels.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from mbf_mlx.config import settings_of
+from mbf_mlx.data.encode import Encoded
+from mbf_mlx.experiment.plan_file import Cell
+from mbf_mlx.learning.tuning import Tuning
+from mbf_mlx.methods import Method, State
+
+
+def digest(*parts: Any) -> str:
+    """Return a hash of plain values and arrays, nested in lists and dictionaries."""
+    sha = hashlib.sha256()
+
+    def take(value: Any) -> None:
+        if isinstance(value, dict):
+            for name in sorted(value):
+                sha.update(f"{name}=".encode())
+                take(value[name])
+            sha.update(b"}")
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                take(item)
+            sha.update(b"]")
+        elif isinstance(value, np.ndarray):
+            sha.update(f"{value.dtype}{value.shape}".encode())
+            sha.update(np.ascontiguousarray(value).tobytes())
+        else:
+            sha.update(json.dumps(value).encode() + b";")
+
+    take(parts)
+    return sha.hexdigest()[:32]
+
+
+def of_training(
+    always: dict[str, Any],
+    cell: Cell,
+    method: Method,
+    state: State,
+    tuning: Tuning,
+    rows: Sequence[Encoded],
+    valid: Sequence[Encoded],
+) -> str:
+    """Return the hash of all that determines what training leaves."""
+    start = tuning.named()
+    added = tuning.has_penalty or not _is_plain(method, start, state)
+    lora = {name: value for name, value in settings_of(cell.lora).items() if name != "rank"}
+    return digest(
+        always,
+        lora,
+        _train_settings(cell),
+        of_rows(rows),
+        of_rows(valid),
+        {layer: fields._asdict() for layer, fields in start.items()},
+        {name: rate for name, rate in tuning.rates.items() if rate != 1},
+        # What a method adds to training is a function of its options and of all that it keeps.
+        [method.name, method.options, _of_state(state)] if added else [],
+    )
+
+
+def _is_plain(method: Method, start: dict[str, Any], state: State) -> bool:
+    """Return whether what trains is itself what the model applies."""
+    effective = getattr(method, "effective", None)
+    return effective is None or effective(start, state) is start
+
+
+def settings_of_cell(cell: Cell) -> dict[str, Any]:
+    """Return a cell's settings as plain values, without those that decide nothing."""
+    return {
+        "lora": settings_of(cell.lora),
+        "train": _train_settings(cell),
+        "data": settings_of(cell.data),
+    }
+
+
+def _train_settings(cell: Cell) -> dict[str, Any]:
+    """Return the training settings that decide a result: how often it is saved does not."""
+    return {name: value for name, value in asdict(cell.train).items() if name != "save_every"}
+
+
+def of_rows(rows: Sequence[Encoded]) -> list[Any]:
+    """Return all of some rows that training or scoring sees."""
+    return [(row.tokens, row.supervised, row.prompt_length, row.row.answers) for row in rows]
+
+
+def _of_state(state: State) -> list[Any]:
+    deployed = {layer: pair._asdict() for layer, pair in state.deployed.items()}
+    return [state.t, state.seed, state.rank, deployed, state.kept]

@@ -1,0 +1,142 @@
+"""The live model of an export, the base with its adapter: it answers first, exports are compared with its answers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mbf_mlx.adapters.mlx_lm import block_keys
+from mbf_mlx.base import load as model
+from mbf_mlx.base import unpack
+from mbf_mlx.config import LoRAConfig
+from mbf_mlx.device import backend
+from mbf_mlx.errors import InputError
+from mbf_mlx.export.job import Job
+from mbf_mlx.export.quality.compare import Reference
+from mbf_mlx.export.quality.input_moments import Shelf, moments
+from mbf_mlx.export.quality.layers_on_disk import Rows, leave_on_disk
+from mbf_mlx.export.weights.checkpoint import Checkpoint
+from mbf_mlx.export.weights.rounding import Rounder
+
+CACHE_BYTES = 64 << 20  # of freed memory that mlx keeps for later
+
+
+class Live:
+    """Runs the live model once, on the rows that the job may look at, and keeps its answers.
+
+    No two models are in memory at once. Weights that are not quantized stay in their file, and on a CPU packed ones are
+    unpacked in every pass, so that an export takes little more memory than the base's file.
+
+    Args:
+        job: The export.
+        few_bits: Whether layers that learned stay at few bits, and so have to be rounded with care.
+    """
+
+    def __init__(self, job: Job, few_bits: bool) -> None:
+        self._job = job
+        self._reference: Reference | None = None
+        self._moments: Shelf | None = None
+        self._last: tuple[int, Rounder] | None = None
+        rows, fit = job.rows.compare, job.rows.fit if few_bits else []
+        if not rows and not fit:
+            return
+        with _little_spare_memory():
+            self._ask(job, rows, fit)
+
+    def _ask(self, job: Job, rows: Sequence[Any], fit: Sequence[Any]) -> None:
+        rank = next(iter(job.factors.values())).a.shape[0]
+        config = LoRAConfig(rank=rank, scale=job.scale, keys=block_keys(job.factors), num_layers=job.num_layers)
+
+        def prepare(unread: nn.Module) -> None:
+            model.attach(unread, config)
+            leave_on_disk(unread, _plain_layers(job.base), _mx_dtype())
+
+        base = model.load_base(job.base, dtype=_dtype(), prepare=prepare)
+        model.write_factors(base.model, job.factors)
+        unpack.step_by_step(base.model)
+        if rows:
+            with job.show("asking the live adapter", len(rows), "rows") as update:
+                self._reference = Reference(base.model, rows, _counter(update))
+        if fit:
+            self._moments = Shelf(job.out.absolute().parent)
+            with job.show("watching inputs", None, "rows") as update:
+                for names, matrix in moments(base.model, model.lora_layers(base.model), fit, _counter(update)):
+                    self._moments.put(names, matrix)
+
+    def rounder(self, layer: str) -> Rounder | None:
+        """Return what rounds a layer for the inputs that it has; None where there were no rows to see them on."""
+        place = self._moments.place(layer) if self._moments else None
+        if self._moments is None or place is None:
+            return None
+        if self._last is None or self._last[0] != place:  # q and v come one after the other
+            self._last = (place, Rounder(self._moments.get(layer)))
+        return self._last[1]
+
+    def compare(self, folder: Path, stored: Mapping[str, Rows] | None = None) -> dict[str, Any] | None:
+        """Load an export and compare it; None where there were no rows.
+
+        Args:
+            folder: An MLX model folder.
+            stored: Layer -> what an export that is no such folder holds in place of the folder's.
+
+        Raises:
+            InputError: it loads, but its logits are not finite.
+        """
+        with _little_spare_memory():
+            return self._compare(folder, {**_plain_layers(folder), **(stored or {})})
+
+    def _compare(self, folder: Path, on_disk: Mapping[str, Rows]) -> dict[str, Any] | None:
+        exported = model.load_base(
+            folder, dtype=_dtype(), prepare=lambda unread: leave_on_disk(unread, on_disk, _mx_dtype())
+        ).model
+        unpack.step_by_step(exported)
+        if not np.isfinite(np.array(exported(mx.array([[1, 2, 3]])).astype(mx.float32))).all():
+            raise InputError(f"{self._job.out} was not written: its logits are not finite; try --bits 32")
+        if self._reference is None:
+            return None
+        with self._job.show("asking the export", len(self._job.rows.compare), "rows") as update:
+            quality = self._reference.compare(exported, _counter(update))
+        return {**asdict(quality), "source": self._job.rows.source}
+
+
+def _plain_layers(folder: Path) -> dict[str, Rows]:
+    """Return the layers of a folder that are not quantized."""
+    checkpoint = Checkpoint(folder)
+    layers = [checkpoint.layer(name) for name in checkpoint.layer_names()]
+    return {layer.name: layer for layer in layers if layer.setting is None}
+
+
+@contextmanager
+def _little_spare_memory() -> Iterator[None]:
+    """Let mlx keep little of the memory that it has done with, and nothing of it afterwards."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    try:
+        yield
+    finally:
+        mx.clear_cache()
+        mx.set_cache_limit(before)
+
+
+def _dtype() -> str | None:
+    """Return what a model computes in here; "float32" leaves quantized layers packed between their uses."""
+    return "float32" if backend.setup().kind == "cpu" else None
+
+
+def _mx_dtype() -> mx.Dtype | None:
+    return mx.float32 if _dtype() else None
+
+
+def _counter(update: Any) -> Any:
+    done = 0
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        update(done)
+
+    return advance

@@ -1,0 +1,126 @@
+"""Scores a model on one task; does not aggregate.
+
+A completion is an exact match if greedy generation would produce its tokens and then the end token. That is so if and
+only if each of them is the argmax at its position of one teacher-forced pass, so nothing is generated. Long answers are
+generated and scored by ROUGE-L. Losses are per supervised token, in nats; scores in [0, 1].
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mbf_mlx.data.batches import lengths_of, make_batch, plan_batches
+from mbf_mlx.data.encode import Encoded
+from mbf_mlx.data.row import reference_text
+from mbf_mlx.device.machine import freed_memory_kept
+from mbf_mlx.engine.engine import Engine
+from mbf_mlx.errors import InputError
+
+SHORT_ANSWER = 16  # tokens; a task whose longest test completion has more is scored by ROUGE-L
+CLOSE_CALL = 1e-4  # a top-two difference of logits under which rounding may decide
+EXACT_MATCH, ROUGE_L, LOSS = "exact_match", "rouge_l", "loss"
+BATCH_ROWS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How a model does on the test rows of one task."""
+
+    metric: str
+    value: float | None  # in [0, 1]; None where the metric is the loss
+    loss: float
+    rows: int
+    close_calls: tuple[int, ...] = ()  # rows that rounding may have decided
+    verdicts: tuple[bool, ...] = ()  # exact matches, row by row
+
+
+def metric_of(rows: Sequence[Encoded]) -> str:
+    """Return the metric that fits a task's test rows; that of plain text where there are none."""
+    if not len(rows) or rows[0].row.kind == "text":  # all rows of a task are of one kind
+        return LOSS
+    longest = max(int(row.supervised.sum()) - 1 for row in rows)
+    return EXACT_MATCH if longest <= SHORT_ANSWER else ROUGE_L
+
+
+@freed_memory_kept()
+def score(
+    engine: Engine,
+    rows: Sequence[Encoded],
+    metric: str,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Score:
+    """Score the model that `engine` runs on `rows`.
+
+    Args:
+        engine: Of the model as it stands, factors written.
+        rows: Test rows of one task, at least one.
+        metric: "exact_match", "rouge_l" or "loss".
+        model, tokenizer: To generate with; needed for ROUGE-L.
+        advance: Called with the number of rows done since the last call.
+    """
+    loss, verdicts, close = _teacher_forced(engine, rows, advance if metric != ROUGE_L else lambda rows: None)
+    if metric == LOSS:
+        return Score(metric=metric, value=None, loss=loss, rows=len(rows))
+    if metric == EXACT_MATCH:
+        value = sum(verdicts) / len(rows)
+        return Score(metric=metric, value=value, loss=loss, rows=len(rows), close_calls=close, verdicts=tuple(verdicts))
+    measure = RougeL()
+    values = [measure(_answer(model, tokenizer, row, advance), row) for row in rows]
+    return Score(metric=metric, value=float(np.mean(values)), loss=loss, rows=len(rows))
+
+
+def _teacher_forced(
+    engine: Engine, rows: Sequence[Encoded], advance: Callable[[int], None]
+) -> tuple[float, list[bool], tuple[int, ...]]:
+    """Return the loss, whether each row is an exact match, and the rows that were close calls."""
+    right, close = np.ones(len(rows), dtype=bool), np.zeros(len(rows), dtype=bool)
+    total, count = 0.0, 0
+    for indices in plan_batches(lengths_of(rows), BATCH_ROWS, 0, 0):
+        batch = make_batch(rows, indices)
+        losses, argmax, margin = (np.array(array) for array in engine.score(batch))
+        places = np.array(batch.indices)[batch.row_of]
+        wrong = ~np.isfinite(losses) | np.isnan(margin)
+        if wrong.any():
+            row = rows[int(places[wrong][0])].row
+            raise InputError(f"{row.file}:{row.line}: the model's answer to this row is not finite, so it has no score")
+        np.logical_and.at(right, places, argmax == batch.targets)
+        np.logical_or.at(close, places, margin < CLOSE_CALL)
+        total += float(losses.sum(dtype=np.float64))
+        count += len(losses)
+        advance(len(indices))
+    return total / count, [bool(r) for r in right], tuple(int(i) for i in np.flatnonzero(close))
+
+
+def _answer(model: Any, tokenizer: Any, row: Encoded, advance: Callable[[int], None]) -> str:
+    """Return the greedy answer to a row's prompt, as mlx-lm generates it."""
+    from mlx_lm import stream_generate
+
+    prompt = row.tokens[: row.prompt_length].tolist()
+    text = "".join(part.text for part in stream_generate(model, tokenizer, prompt, max_tokens=longest_answer(row)))
+    advance(1)
+    return text
+
+
+def longest_answer(row: Encoded) -> int:
+    """Return how many tokens may be generated as a row's answer."""
+    return 2 * int(row.supervised.sum()) + 16
+
+
+class RougeL:
+    """The F-measure of an answer against the best of a row's right ones, with stemming as published suites do."""
+
+    def __init__(self) -> None:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        self._scorer = RougeScorer(["rougeL"], use_stemmer=True)
+
+    def __call__(self, answer: str, row: Encoded) -> float:
+        """Return it, in [0, 1]."""
+        read = row.row
+        rights = read.answers or (reference_text(read),)
+        return max(float(self._scorer.score(right, answer)["rougeL"].fmeasure) for right in rights)

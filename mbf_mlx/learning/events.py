@@ -1,0 +1,40 @@
+"""What learning tells whoever watches; no mlx here, so that a display is ready before anything loads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mbf_mlx.stream.records import TaskRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What is reported after an optimizer step."""
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    tokens_per_second: float
+    valid_loss: float | None = None
+
+
+class Events:
+    """What a caller may want to show; every method may be left as it is."""
+
+    def task(self, name: str, t: int, rows: int, notes: Sequence[str]) -> None:
+        """A task begins; `notes` say what was cut, held out, dropped or continued."""
+
+    def step(self, name: str, step: Step, peak_memory: int) -> None:
+        """An optimizer step is done."""
+
+    def scoring(self, name: str, done: int, total: int) -> None:
+        """So many of the test rows of a task are scored."""
+
+    def measuring(self, name: str, done: int, total: int) -> None:
+        """So many of a task's training rows are measured for a method that asks for it."""
+
+    def note(self, message: str) -> None:
+        """Something that the user should know."""
+
+    def learned(self, record: TaskRecord) -> None:
+        """A task is committed."""

@@ -1,0 +1,357 @@
+"""Fine-tunes the attached factors on one task; neither merges nor commits.
+
+Cross-entropy over supervised tokens alone, with the method's penalty where it has one; AdamW with warmup and cosine
+decay, a fresh optimizer for each task. Every random choice is a function of (seed, epoch) or (seed, step), so a run is
+continued from a save to the bit-identical result. Losses are per supervised token, in nats, without any penalty. What
+trains, and how the model applies it, is tuning.py's.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+
+from mbf_mlx.config import SAMPLE_ROWS, TrainConfig
+from mbf_mlx.data.batches import Batch, lengths_of, make_batch, plan_batches
+from mbf_mlx.data.encode import Encoded
+from mbf_mlx.device.machine import freed_memory_kept
+from mbf_mlx.engine.engine import Arrays, Engine
+from mbf_mlx.errors import InputError, MemoryLimitError
+from mbf_mlx.learning.events import Step
+from mbf_mlx.learning.team import Message, Team
+from mbf_mlx.learning.tuning import Tuning
+from mbf_mlx.stream.saves import SaveClock
+
+FLOOR = 0.1  # share of the peak rate at which the decay ends
+GUARD_FACTOR, GUARD_STEPS = 3.0, 50  # a loss this many times the first, for so many steps, has exploded
+CURVE_POINTS = 24
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands: all that, with the saved tensors, continues it exactly."""
+
+    step: int = 0  # optimizer steps taken
+    first_loss: float | None = None  # of the first step
+    high_steps: int = 0  # steps in a row whose loss was far above the first
+    best_loss: float | None = None  # of the best validation
+    best_step: int = 0
+    validations_since: int = 0  # without a better one
+    loss_before: float | None = None  # on the sample rows, before the first step
+    losses: list[float] = field(default_factory=list)  # of every step
+    real_tokens: int = 0
+    computed_tokens: int = 0
+    seconds: float = 0.0  # in training steps and their batches
+    stopped: bool = False  # patience ran out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The end of a run: `tuning` holds what was tuned, the best of it where there was validation."""
+
+    progress: Progress
+    loss_after: float | None
+
+    @property
+    def curve(self) -> list[tuple[int, float]]:
+        """At most 24 (step, mean loss) points of the training loss."""
+        losses = self.progress.losses
+        parts = np.array_split(np.arange(len(losses)), min(CURVE_POINTS, max(1, len(losses))))
+        return [(int(p[-1]) + 1, round(float(np.mean([losses[i] for i in p])), 4)) for p in parts if len(p)]
+
+
+Save = Callable[[Progress, Tensors], None]
+
+
+@freed_memory_kept()
+def train(
+    tuning: Tuning,
+    engine: Engine,
+    rows: Sequence[Encoded],
+    valid: Sequence[Encoded],
+    config: TrainConfig,
+    *,
+    report: Callable[[Step], None] = lambda step: None,
+    save: Save | None = None,
+    resume: tuple[Progress, Tensors] | None = None,
+    guard: bool = True,
+    team: Team | None = None,
+) -> Trained:
+    """Tune the attached factors on `rows`; `tuning` holds the result, and its model applies it.
+
+    Args:
+        tuning: What trains.
+        engine: Of its model.
+        rows: To train on, at least one.
+        valid: To choose the best step by; may be empty.
+        config: Epochs or steps, rates, batch sizes.
+        report: Called after every optimizer step.
+        save: Called with what continues the run, as often as `config.save_every` says (`working.SaveClock`), and at
+            the end.
+        resume: What `save` was given last.
+        guard: Stop a run whose loss has exploded.
+        team: Processes that share each step's rows; they have been told of the task.
+
+    Raises:
+        InputError: a loss or gradient that is not finite, or a loss that exploded; the step and its rows are named.
+        MemoryLimitError: a batch would not fit; what was done until then is saved.
+    """
+    tuning.model.train()
+    run = _Run(tuning, engine, rows, config, team)
+    progress = run.restore(resume) if resume else replace(Progress(), loss_before=run.sample_loss())
+    clock = SaveClock(config.save_steps, config.save_seconds, time.monotonic())
+    groups = run.groups(progress.step)
+    group = next(groups, None)
+    while group is not None and not progress.stopped:
+        number, started = progress.step + 1, time.perf_counter()
+        try:
+            begun = run.begin(number, group)
+        except MemoryLimitError:
+            if save and progress.step:
+                save(progress, run.tensors())
+            raise
+        group = next(groups, None)  # made while the device computes
+        progress = run.finish(progress, begun, guard)
+        progress = replace(progress, seconds=progress.seconds + time.perf_counter() - started)
+        valid_loss = None
+        if valid and (number % run.val_every == 0 or number == run.steps):
+            valid_loss = run.mean_loss(valid, f"step {number}: the validation loss")
+            progress = run.judge(progress, number, valid_loss)
+        rate = progress.real_tokens / max(progress.seconds, 1e-9)
+        report(
+            Step(
+                step=number,
+                steps=run.steps,
+                loss=progress.losses[-1],
+                learning_rate=run.rate(number),
+                tokens_per_second=rate,
+                valid_loss=valid_loss,
+            )
+        )
+        began = time.monotonic()
+        if save and (clock.is_due(number, began) or number == run.steps or progress.stopped):
+            save(progress, run.tensors())
+            clock.saved(began, time.monotonic())
+    run.restore_best()
+    return Trained(progress=progress, loss_after=run.sample_loss(f"step {progress.step}: the loss after training"))
+
+
+class Sums:
+    """The loss of some of a task's rows and its gradients, summed over their supervised tokens."""
+
+    def __init__(self, tuning: Tuning, engine: Engine, rows: Sequence[Encoded]) -> None:
+        self.tuning, self.engine, self.rows = tuning, engine, rows
+        self.loss_and_grad = engine.loss_and_grad(tuning.apply)
+
+    def __call__(self, batches: Sequence[Batch]) -> tuple[mx.array, Arrays]:
+        """Return them for batches that go through the model one after another; nothing for no batch."""
+        trained = self.tuning.trained
+        total, gradients = mx.array(0.0), {name: mx.zeros_like(array) for name, array in trained.items()}
+        for batch in batches:
+            mx.eval(total, gradients)  # two batches are never in memory at once
+            loss, new = self.loss_and_grad(trained, batch)
+            total = total + loss
+            gradients = {name: gradient + new[name] for name, gradient in gradients.items()}
+        return total, gradients
+
+    def over(self, team: Team, batches: Sequence[Sequence[int]]) -> tuple[mx.array, Arrays]:
+        """Return them for batches of row indices, each of which the processes of a team share."""
+        total, gradients = self([make_batch(self.rows, own) for rows in batches if (own := team.share(rows))])
+        sums = team.add({"": np.array(total)} | {f".{name}": np.array(g) for name, g in gradients.items()})
+        return mx.array(sums[""]), {name: mx.array(sums[f".{name}"]) for name in gradients}
+
+
+def seed_dropout(seed: int, step: int, rank: int = 0) -> None:
+    """Let a step's dropout depend on nothing but these; processes that share a step drop different inputs."""
+    mx.random.seed((seed << 32) + (rank << 24) + step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A step that the device computes."""
+
+    number: int
+    group: list[Batch]
+    loss: mx.array  # the sum over the group's supervised tokens
+    supervised: int  # how many these are
+    norm: mx.array  # of the gradients, before they are clipped
+    gradients: Arrays
+
+
+class _Run:
+    """The moving parts of one run."""
+
+    def __init__(
+        self, tuning: Tuning, engine: Engine, rows: Sequence[Encoded], config: TrainConfig, team: Team | None
+    ) -> None:
+        self.tuning, self.engine, self.rows, self.config, self.team = tuning, engine, rows, config, team
+        self.lengths = lengths_of(rows)
+        groups_per_epoch = math.ceil(math.ceil(len(rows) / config.batch_size) / config.grad_accumulation_steps)
+        self.steps = config.iters or config.epochs * groups_per_epoch
+        self.val_every = config.val_every or groups_per_epoch
+        self.optimizer = optim.AdamW(learning_rate=self.rate(1), weight_decay=config.weight_decay, bias_correction=True)
+        self.optimizer.init(tuning.trained)
+        self.sums = Sums(tuning, engine, rows)
+        self.penalty_and_grad = mx.value_and_grad(tuning.penalty) if tuning.has_penalty else None
+        self.best: Tensors = {}
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 1: linear warmup, then cosine decay to a tenth of the peak."""
+        warmup = max(1, round(self.config.warmup * self.steps))
+        if step <= warmup:
+            return self.config.learning_rate * step / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return self.config.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def groups(self, skip: int) -> Iterator[list[Batch]]:
+        """The batches of each optimizer step after the first `skip`, as many epochs as the steps take."""
+        step, epoch, size = 0, 0, self.config.grad_accumulation_steps
+        while step < self.steps:
+            plan = plan_batches(self.lengths, self.config.batch_size, self.config.seed, epoch)
+            for first in range(0, len(plan), size):
+                step += 1
+                if step > self.steps:
+                    return
+                if step > skip:
+                    yield [make_batch(self.rows, indices) for indices in plan[first : first + size]]
+            epoch += 1
+
+    def begin(self, number: int, group: list[Batch]) -> _Begun:
+        """Begin a step, without waiting for the device; the factors become those after it."""
+        seed_dropout(self.config.seed, number)
+        tuning, trained = self.tuning, self.tuning.trained
+        supervised = sum(len(batch.targets) for batch in group)
+        if self.team is None:
+            total, gradients = self.sums(group)
+        else:
+            indices = [list(batch.indices) for batch in group]
+            self.team.say(Message("step", {"number": number, "batches": indices}, self._trained()))
+            total, gradients = self.sums.over(self.team, indices)
+        gradients = {name: gradient / supervised for name, gradient in gradients.items()}
+        if self.penalty_and_grad is not None:
+            _, new = self.penalty_and_grad(trained)
+            gradients = {name: gradient + new[name] for name, gradient in gradients.items()}
+        norm = mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.array(0.0)))
+        clipped = gradients
+        if self.config.max_grad_norm:
+            share = mx.minimum(1.0, self.config.max_grad_norm / norm)
+            clipped = {name: g * share for name, g in gradients.items()}
+        self.optimizer.learning_rate = mx.array(self.rate(number))
+        tuning.update(self._at_rates(trained, self.optimizer.apply_gradients(clipped, trained)))
+        mx.async_eval(total, norm, self.optimizer.state)
+        return _Begun(number=number, group=group, loss=total, supervised=supervised, norm=norm, gradients=gradients)
+
+    def finish(self, progress: Progress, begun: _Begun, guard: bool) -> Progress:
+        """Wait for a step that was begun, and judge its loss."""
+        number, group, value = begun.number, begun.group, float(begun.loss) / begun.supervised
+        if not (math.isfinite(value) and math.isfinite(float(begun.norm))):
+            raise InputError(self._not_finite(number, group, value, begun.gradients))
+        first = progress.first_loss if progress.first_loss is not None else value
+        high = progress.high_steps + 1 if value > GUARD_FACTOR * first else 0
+        if guard and high >= GUARD_STEPS:
+            raise InputError(
+                f"step {number}: the loss has stood above {GUARD_FACTOR:g} x that of the first step ({first:.3f}) for"
+                f" {GUARD_STEPS} steps and is {value:.3f}; the stream is as it was before this task"
+                f"\nhint: a smaller --learning-rate than {self.config.learning_rate:g}, or --no-guard"
+            )
+        return replace(
+            progress,
+            step=number,
+            first_loss=first,
+            high_steps=high,
+            losses=[*progress.losses, value],
+            real_tokens=progress.real_tokens + sum(batch.real_tokens for batch in group),
+            computed_tokens=progress.computed_tokens + sum(batch.computed_tokens for batch in group),
+        )
+
+    def _at_rates(self, old: Arrays, new: Arrays) -> Arrays:
+        """Return the arrays after a step of each one's own rate: AdamW's whole step is proportional to it."""
+        rates = self.tuning.rates
+        return {n: a if rates[n] == 1 else old[n] + rates[n] * (a - old[n]) for n, a in new.items()}
+
+    def _not_finite(self, number: int, group: list[Batch], loss: float, gradients: Arrays) -> str:
+        bad = [name for name, g in gradients.items() if not bool(mx.isfinite(g).all())]
+        rows = [self.rows[index].row for batch in group for index in batch.indices]
+        places = ", ".join(f"{row.file}:{row.line}" for row in rows[:8])
+        what = f"gradient of {bad[0]}" if math.isfinite(loss) and bad else f"loss ({loss})"
+        layer = f", first in {bad[0]}" if bad and not math.isfinite(loss) else ""
+        return (
+            f"step {number}: the {what} is not finite, on rows {places}{layer}; the stream is as it was before this"
+            " task"
+            f"\nhint: look at these rows, or use a smaller --learning-rate than {self.config.learning_rate:g}"
+        )
+
+    def mean_loss(self, rows: Sequence[Encoded], what: str = "") -> float:
+        """Loss per supervised token over `rows`; one that has to be finite is named by `what`."""
+        total, count = 0.0, 0
+        for indices in plan_batches(lengths_of(rows), self.config.batch_size, 0, 0):
+            batch = make_batch(rows, indices)
+            loss = float(self.engine.loss_sum(batch))
+            if what and not math.isfinite(loss):
+                places = ", ".join(f"{rows[i].row.file}:{rows[i].row.line}" for i in batch.indices[:8])
+                raise InputError(
+                    f"{what} ({loss}) is not finite, on rows {places}; the stream is as it was before this task"
+                    f"\nhint: look at these rows, or use a smaller --learning-rate than {self.config.learning_rate:g}"
+                )
+            total += loss
+            count += len(batch.targets)
+        return total / count
+
+    def sample_loss(self, what: str = "") -> float:
+        """Loss over evenly spaced training rows: the start's jump and what training brought show in it."""
+        picks = np.linspace(0, len(self.rows) - 1, min(SAMPLE_ROWS, len(self.rows))).astype(int)
+        self.tuning.model.eval()
+        loss = self.mean_loss([self.rows[int(i)] for i in picks], what)
+        self.tuning.model.train()
+        return loss
+
+    def judge(self, progress: Progress, number: int, valid_loss: float) -> Progress:
+        """Keep the factors of the best validation."""
+        if progress.best_loss is None or valid_loss < progress.best_loss:
+            self.best = self._trained()
+            return replace(progress, best_loss=valid_loss, best_step=number, validations_since=0)
+        since = progress.validations_since + 1
+        stopped = bool(self.config.patience) and since >= self.config.patience
+        return replace(progress, validations_since=since, stopped=stopped)
+
+    def _trained(self) -> Tensors:
+        return {name: np.array(array) for name, array in self.tuning.trained.items()}
+
+    def tensors(self) -> Tensors:
+        """All arrays that continue the run."""
+        tensors = {f"factor.{name}": array for name, array in self._trained().items()}
+        tensors |= {f"best.{name}": array for name, array in self.best.items()}
+        for name in self.tuning.trained:
+            tensors |= {f"moment.{kind}.{name}": np.array(m) for kind, m in self.optimizer.state[name].items()}
+        return tensors
+
+    def restore(self, saved: tuple[Progress, Tensors]) -> Progress:
+        progress, tensors = saved
+        factors: Tensors = {}
+        for key, array in tensors.items():
+            part, _, name = key.partition(".")
+            if part == "moment":
+                kind, _, name = name.partition(".")
+                self.optimizer.state[name][kind] = mx.array(array)
+            else:
+                (self.best if part == "best" else factors)[name] = array
+        self.tuning.update(factors)
+        self.optimizer.state["step"] = mx.array(progress.step, mx.uint64)
+        self.optimizer.state["learning_rate"] = mx.array(self.rate(max(1, progress.step)))
+        return progress
+
+    def restore_best(self) -> None:
+        self.tuning.update(self.best)
+        mx.clear_cache()
+
+
+def progress_to_json(progress: Progress) -> dict[str, Any]:
+    """Return a run's place as plain JSON values."""
+    return asdict(progress)

@@ -1,0 +1,70 @@
+"""What the processes beside the first do in a run of several: hold the base model, compute their share of each step.
+
+A worker touches no stream, reads no task file and prints nothing: rows, method, state and factors come from process 0.
+"""
+
+from collections.abc import Callable
+
+from mbf_mlx.base.fingerprint import fingerprint
+from mbf_mlx.base.sources import BaseFolder
+from mbf_mlx.config import LearnConfig, LoRAConfig, TrainConfig
+from mbf_mlx.errors import InputError
+from mbf_mlx.learning.learn import Learner, load_learner
+from mbf_mlx.learning.team import END, Message, Team
+from mbf_mlx.learning.team_task import rows_of, state_of
+from mbf_mlx.learning.train import Sums, seed_dropout
+from mbf_mlx.learning.tuning import Tuning
+from mbf_mlx.methods import make
+
+
+def work(team: Team, find: Callable[[str], BaseFolder], base: str | None = None) -> None:
+    """Compute shares of steps until process 0 lets us go.
+
+    Args:
+        team: Of a process that is not the first.
+        find: Where the base model of a name is, on this machine.
+        base: Its name here; None takes the folder that process 0 has it in.
+
+    Raises:
+        InputError: the base model is not here or is another one, or process 0 is gone.
+    """
+    worker: _Worker | None = None
+    learner: Learner | None = None
+    while (message := team.hear()).kind != END:
+        if message.kind == "task":
+            learner = learner or _load(team, message, find, base)
+            worker = _Worker(team, learner, message)
+        elif worker is not None:
+            worker.step(message)
+
+
+class _Worker:
+    """One task, as far as its steps need it."""
+
+    def __init__(self, team: Team, learner: Learner, message: Message) -> None:
+        self.team, self.seed = team, message.values["seed"]
+        train = TrainConfig(grad_checkpoint=message.values["checkpoint"])
+        learner.bound(LearnConfig(train=train, memory_limit=message.values["memory_limit"]))
+        name, options = message.values["method"]
+        self.tuning = Tuning(learner.base.model, make(name, options), state_of(message))
+        self.tuning.model.train()
+        self.sums = Sums(self.tuning, learner.engine, rows_of(message))
+
+    def step(self, message: Message) -> None:
+        """Compute our share of a step and add it to the others'."""
+        seed_dropout(self.seed, message.values["number"], self.team.rank)
+        self.tuning.update(message.tensors)
+        self.sums.over(self.team, message.values["batches"])
+
+
+def _load(team: Team, message: Message, find: Callable[[str], BaseFolder], base: str | None) -> Learner:
+    values = message.values["base"]
+    here = f"process {team.rank} of {team.size}"
+    try:
+        folder = find(base or values["path"]).path
+    except InputError as error:
+        raise InputError(f"{here}: {error}") from error
+    if fingerprint(folder) != values["fingerprint"]:
+        raise InputError(f"{here}: {folder} is not the base model that process 0 has\nhint: copy it, or say --model")
+    lora = LoRAConfig(**{**values["lora"], "keys": tuple(values["lora"]["keys"])})
+    return load_learner(folder, lora, values["packed"])

@@ -1,0 +1,80 @@
+"""Stops a run before a batch that would take more memory than it may have, instead of leaving that to the allocator."""
+
+from pathlib import Path
+
+from mbf_mlx import units
+from mbf_mlx.config import LoRAConfig
+from mbf_mlx.data.batches import Batch
+from mbf_mlx.device import backend, machine
+from mbf_mlx.errors import InputError, MemoryLimitError
+from mbf_mlx.memory.formula import Load, Memory, Run, Shape, predict, ways_to_fit
+from mbf_mlx.planning.work import SHARE, run_of, shape_of_folder
+
+
+def memory_limit(given: int) -> int:
+    """Return how many bytes this process may hold on its device.
+
+    Args:
+        given: What the user said; 0 is four fifths of what is available now, what the process holds already included,
+            and on a GPU four fifths of what the device reports.
+    """
+    device = backend.setup()
+    if given:
+        return given
+    if device.kind == "cpu":
+        return int(SHARE * (machine.available_memory() + machine.resident_memory()))
+    return device.memory_limit
+
+
+class Limit:
+    """Called before each batch; raises where the formula says that it would not fit.
+
+    Args:
+        shape, run: As formula.py has them.
+        limit: Bytes.
+    """
+
+    def __init__(self, shape: Shape, run: Run, limit: int):
+        self.shape, self.run, self.limit = shape, run, limit
+        self._fitted = -1  # bytes of the largest batch that has gone through
+
+    def __call__(self, batch: Batch, training: bool) -> None:
+        """Check a batch, if it is larger than all before it.
+
+        Raises:
+            MemoryLimitError: it would not fit.
+        """
+        load = Load.of(batch)
+        needed = predict(self.shape, self.run, load, training=training)
+        if needed.batch <= self._fitted:
+            return
+        held = backend.held_memory()
+        if held + needed.batch > self.limit:
+            raise MemoryLimitError(self._message(load, needed, held))
+        self._fitted = needed.batch
+
+    def _message(self, load: Load, needed: Memory, held: int) -> str:
+        ways = ways_to_fit(self.shape, self.run, load, self.limit - (held - needed.held))
+        hint = f"\nhint: it would fit with {'; or '.join(ways)}" if ways else "\nhint: this takes a larger machine"
+        return (
+            f"a batch of {load.rows} rows and {load.tokens} tokens takes {units.size(needed.batch)} besides the"
+            f" {units.size(held)} that are held, and the limit is {units.size(self.limit)} (--memory-limit);"
+            f" what was learned before is kept{hint}"
+        )
+
+
+def limit_of(folder: Path, lora: LoRAConfig, by_hand: bool, packed: bool, checkpoint: bool, given: int) -> Limit | None:
+    """Return the limit of a run, or None where nobody knows what the architecture's batches take.
+
+    Args:
+        folder: The base model's.
+        lora: Which layers have factors.
+        by_hand, packed, checkpoint: As `memory.Run` has them.
+        given: As `memory_limit` takes it.
+    """
+    try:
+        shape = shape_of_folder(folder)
+    except InputError:
+        return None
+    run = run_of(shape, lora, by_hand=by_hand, packed=packed, checkpoint=checkpoint)
+    return Limit(shape, run, memory_limit(given))

@@ -1,0 +1,78 @@
+"""A model's first blocks with random weights, to see how fast this machine trains them."""
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from mbf_mlx.base import unpack
+from mbf_mlx.base.load import attach
+from mbf_mlx.config import LoRAConfig
+from mbf_mlx.data.batches import Batch
+from mbf_mlx.device.machine import freed_memory_kept
+from mbf_mlx.engine.engine import prepare
+from mbf_mlx.learning.tuning import Tuning
+from mbf_mlx.memory.formula import Run
+
+REPEATS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """Seconds that one batch took."""
+
+    step: float  # forward and back
+    forward: float  # forward alone
+    token: float  # one token more of an answer, generated after the batch's first row
+
+
+@freed_memory_kept()
+def seconds(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch, blocks: int, vocabulary: int) -> Taken:
+    """Return how long a batch takes in the first blocks of a model.
+
+    Args:
+        config: The model's config.json.
+        lora: Which layers get factors.
+        run: How it is trained.
+        batch: What is computed; its tokens do not matter.
+        blocks, vocabulary: The trial's own, smaller than the model's.
+    """
+    small = {**config, "num_hidden_layers": blocks, "vocab_size": vocabulary, "quantization": None}
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(small))
+    if run.packed or not run.by_hand:
+        quantization = config.get("quantization") or {}
+        if "bits" in quantization:
+            nn.quantize(model, group_size=quantization["group_size"], bits=quantization["bits"])
+    if run.by_hand and run.packed:
+        for _, each in model.named_modules():
+            if type(each) in (nn.QuantizedLinear, nn.QuantizedEmbedding):
+                unpack.keep_packed(each)
+    unpack.evaluate(model)
+    attach(model, replace(lora, num_layers=-1))
+    engine = prepare(model, checkpoint=run.checkpoint, by_hand=None if run.by_hand else False)
+    known = replace(batch, tokens=batch.tokens % vocabulary, prefix=batch.prefix % vocabulary,
+                    targets=batch.targets % vocabulary)  # fmt: skip
+    tuning = Tuning(model)
+    loss_and_grad = engine.loss_and_grad(tuning.apply)
+    step = _fastest(lambda: mx.eval(loss_and_grad(tuning.trained, known)))
+    forward = _fastest(lambda: engine.score(known))
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array(np.concatenate([known.prefix, known.tokens[0]])[None]), cache=cache))
+    return Taken(step=step, forward=forward, token=_fastest(lambda: mx.eval(model(mx.array([[1]]), cache=cache))))
+
+
+def _fastest(work: Callable[[], Any]) -> float:
+    work()  # the first is slower: threads start, memory is taken
+    taken = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return min(taken)  # what else the machine does only adds

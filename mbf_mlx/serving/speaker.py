@@ -1,0 +1,204 @@
+"""Answers from a stream, through mlx-lm's own loading and generation.
+
+The base is loaded as `mlx_lm.generate --model BASE --adapter-path STREAM/adapter` loads it, so both give the same text.
+On a CPU the same weights are then unpacked into float32, as tasks are taught and scored: a prompt is read some 20 times
+as fast, and the texts can part where two tokens are about as likely. The conversation is rendered with the template
+that the stream was taught with, and before the first answer the adapter has to have changed the logits: one that is
+not applied would go unnoticed.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm import load, stream_generate
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+
+from mbf_mlx.base.load import settle
+from mbf_mlx.base.sources import BaseFolder, read_config, unpacked_bytes
+from mbf_mlx.device import backend
+from mbf_mlx.errors import InputError
+from mbf_mlx.stream.folder import Generation, StreamFolder
+
+PROBE = "The stream learns"  # what the adapter is tried on
+PROBE_TOKENS = 4  # more than one: with one token nothing that q or k learned can show
+
+Message = dict[str, str]
+
+
+class Speaker:
+    """A model with a stream's deployed adapter, and the tokens of the conversation that it has read."""
+
+    def __init__(self, stream: StreamFolder, base: BaseFolder) -> None:
+        generation = stream.current()
+        stream.verify(generation)  # mlx reads the adapter natively
+        self.model, self.tokenizer = load(str(base.path), adapter_path=adapter_of(generation), lazy=True)[:2]
+        settle_to_speak(self.model, base.path)
+        self.proof = prove_adapter(self.model, self.tokenizer, stream, adapter_of(generation))
+        self.template = stream.identity.template
+        self.base, self.context = stream.identity.base.name, read_config(base.path).get("max_position_embeddings")
+        self._cache: Any = make_prompt_cache(self.model)
+        self._read: list[int] = []
+
+    def prompt(self, messages: str | Sequence[Message]) -> list[int]:
+        """Return the tokens that an answer to `messages` continues.
+
+        Raises:
+            InputError: a text holds what is no character, as a terminal hands on bytes that are no UTF-8; or with an
+                answer's first token they are more than the base can read.
+        """
+        tokens = self._tokens(messages)
+        if self.context and len(tokens) >= self.context:
+            raise InputError(
+                f"prompt: expected fewer than the {self.context:,} tokens that {self.base} can read,"
+                f" got {len(tokens):,}"
+                "\nhint: shorten it; in a chat, /new starts over"
+            )
+        return tokens
+
+    def _tokens(self, messages: str | Sequence[Message]) -> list[int]:
+        for text in [messages] if isinstance(messages, str) else [str(each.get("content")) for each in messages]:
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise InputError("prompt: expected text in UTF-8, got bytes or half a surrogate pair that are none")
+        if self.template == "none":
+            return list(self.tokenizer.encode(messages if isinstance(messages, str) else plain_text(messages)))
+        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True))
+
+    def answer(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        max_tokens: int = 256,
+        temp: float = 0.0,
+        top_p: float = 0.0,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Yield the answer piece by piece; what this conversation shares with the last one is not read again.
+
+        Args:
+            messages: A prompt, or the messages of a conversation.
+            max_tokens: After so many the answer ends; it ends, too, where the base's context does.
+            temp, top_p: How mlx-lm samples; greedy by default.
+            seed: Of the sampling.
+        """
+        if seed is not None:
+            mx.random.seed(seed)
+        prompt = self.prompt(messages)
+        if self.context:
+            max_tokens = min(max_tokens, self.context - len(prompt))
+        known = self._rewind(prompt)
+        self._read = list(prompt)
+        for part in stream_generate(
+            self.model,
+            self.tokenizer,
+            prompt[known:],
+            max_tokens=max_tokens,
+            sampler=make_sampler(temp=temp, top_p=top_p),
+            prompt_cache=self._cache,
+        ):
+            self._read.append(int(part.token))
+            yield part.text
+
+    def describe(self) -> str:
+        """Return what speaks here, in a few words."""
+        return self.proof
+
+    def _rewind(self, prompt: list[int]) -> int:
+        """Drop from the cache what `prompt` does not start with; return how much of it is kept."""
+        shared = 0
+        # At least one token is left to read, or there would be no logits to answer from.
+        for old, new in zip(self._read, prompt[:-1], strict=False):
+            if old != new:
+                break
+            shared += 1
+        held = self._cache[0].offset if self._read else 0
+        shared = min(shared, held)
+        if held > shared and not can_trim_prompt_cache(self._cache):
+            self._cache, shared = make_prompt_cache(self.model), 0
+        elif held > shared:
+            trim_prompt_cache(self._cache, held - shared)
+        return shared
+
+
+def settle_to_speak(model: Any, folder: Path) -> None:
+    """Let a model that mlx-lm has loaded from `folder` compute in the form that is fastest on this device."""
+    device = backend.setup()
+    packed = backend.keep_quantized(unpacked_bytes(folder))
+    settle(model, dequantize=not packed, float32=device.dtype is not None)
+
+
+def adapter_of(generation: Generation) -> str | None:
+    """Return where a generation's deployed adapter is, or None where nothing was learned."""
+    return str(generation.folder / "adapter") if generation.manifest.t else None
+
+
+def plain_text(messages: Sequence[Message]) -> str:
+    """Return a conversation as a stream that was taught without a chat template reads it."""
+    return "\n".join(message["content"] for message in messages)
+
+
+def prove_adapter(model: Any, tokenizer: Any, stream: StreamFolder, adapter: str | None) -> str:
+    """Return in a sentence what answers: a model whose adapter, tried on a few tokens, changed the logits.
+
+    Args:
+        model: Loaded by mlx-lm with the adapter at `adapter`; None where the stream has learned nothing.
+
+    Raises:
+        InputError: the logits are what they are without it, or not finite.
+    """
+    base = stream.identity.base.name
+    if adapter is None:
+        return f"{base} as it is: nothing was learned yet"
+    with_it = _probe(model, tokenizer)
+    layers = [module for _, module in model.named_modules() if "lora_a" in module]
+    scales = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale = 0.0
+    without = _probe(model, tokenizer)
+    for layer, scale in zip(layers, scales, strict=True):
+        layer.scale = scale
+    change = float(np.abs(with_it - without).max())
+    if not np.isfinite(change) or change == 0:
+        what = "changes no logits" if change == 0 else "makes logits that are not finite"
+        raise InputError(
+            f"{adapter}: the adapter {what} of {base}: it would answer as the base does"
+            f"\nhint: mbf status {stream.path} --verify checks the stream; mbf undo takes the last task back"
+        )
+    return f"{base} with the adapter of {_tasks(stream)}, which changes logits by up to {change:.2g}"
+
+
+def prove_fused(stream: StreamFolder, base: BaseFolder, fused: Path) -> str:
+    """Return in a sentence what answers: an export whose logits are nearer to the live adapter's than to the base's.
+
+    Raises:
+        InputError: they are not, or it is no model folder.
+    """
+    if not (fused / "config.json").is_file():
+        raise InputError(f"--fused {fused}: expected a folder that mbf export {stream.path} mlx wrote")
+    adapter = adapter_of(stream.current())
+    if adapter is None:
+        raise InputError(f"{stream.path}: it has learned no task, so nothing can have been exported from it")
+    live, bare, ours = (
+        _probe(*load(str(path), adapter_path=with_adapter)[:2])
+        for path, with_adapter in ((base.path, adapter), (base.path, None), (fused, None))
+    )
+    if ours.shape != live.shape or not np.abs(ours - live).mean() < np.abs(ours - bare).mean():
+        raise InputError(
+            f"--fused {fused}: it answers more like the base than like the adapter of {stream.path}"
+            f"\nhint: mbf export {stream.path} mlx {fused} --force makes it anew"
+        )
+    return f"{fused}, which answers like the adapter of {_tasks(stream)}, not like the base"
+
+
+def _probe(model: Any, tokenizer: Any) -> np.ndarray:
+    tokens = list(tokenizer.encode(PROBE))[:PROBE_TOKENS]
+    return np.array(model(mx.array([tokens])).astype(mx.float32))
+
+
+def _tasks(stream: StreamFolder) -> str:
+    count = stream.current().manifest.t
+    return f"{count} task{'' if count == 1 else 's'}"

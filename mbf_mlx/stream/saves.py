@@ -1,0 +1,180 @@
+"""A task in training, saved in `STREAM/working/` so that a killed run goes on where it was.
+
+A save is a folder, complete before it gets its name: `step-000120/` with `progress.json` and `tensors.safetensors`. The
+newest whole one counts. `run` is everything that decides the result; a save of another run is not continued.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mbf_mlx.errors import InputError
+from mbf_mlx.files import safetensors_file
+from mbf_mlx.files.storage import Files, read_file, read_large, sha256
+
+PROGRESS, TENSORS = "progress.json", "tensors.safetensors"
+SAVE_SHARE = 0.02  # of a run's time, at most, goes into saves that come every so many seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What was saved last."""
+
+    run: dict[str, Any]
+    machine: dict[str, Any]
+    progress: dict[str, Any]
+    tensors: dict[str, Any]  # NumPy arrays
+
+
+class SaveClock:
+    """Says when a run is saved next: after so many steps, or seconds, and then no sooner than keeps saves cheap.
+
+    Args:
+        steps, seconds: Between two saves; None where the other counts, or nothing does.
+        now: Seconds on any clock that only goes forward.
+    """
+
+    def __init__(self, steps: int | None, seconds: float | None, now: float) -> None:
+        self.steps, self.seconds, self.pause, self.last = steps, seconds, seconds or 0.0, now
+
+    def is_due(self, step: int, now: float) -> bool:
+        """Return whether to save after `step`."""
+        return bool(self.steps and step % self.steps == 0) or bool(self.seconds and now - self.last >= self.pause)
+
+    def saved(self, began: float, ended: float) -> None:
+        """Take note of a save; a slow one (large factors, a slow disk) puts off the next."""
+        self.last, self.pause = ended, max(self.seconds or 0.0, (ended - began) * (1 / SAVE_SHARE - 1))
+
+
+class Working:
+    """The `working/` folder of one stream."""
+
+    def __init__(self, folder: Path, files: Files) -> None:
+        self.folder, self.files = folder, files
+
+    def check_place(self) -> None:
+        """Raise InputError if something else is there, so that nothing could be saved."""
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise InputError(
+                f"{self.folder}: expected the folder of a task in training, got something else"
+                "\nhint: move it away; what was learned is not in it"
+            )
+
+    def save(
+        self, step: int, run: dict[str, Any], machine: dict[str, Any], progress: dict[str, Any], tensors: dict[str, Any]
+    ) -> None:
+        """Keep this place of the run in place of the one before."""
+        data = safetensors_file.encode(tensors)
+        document = {
+            "run": run,
+            "machine": machine,
+            "progress": progress,
+            "tensors_sha256": sha256(data),
+        }
+        document["checksum"] = _checksum(document)
+        building, final = self.folder / "building", self.folder / f"step-{step:08d}"
+        self.files.make_folder(self.folder)
+        self.files.remove(building)
+        self.files.make_folder(building)
+        try:
+            self.files.write(building / TENSORS, data)
+            self.files.write(building / PROGRESS, json.dumps(document).encode())
+            self.files.sync_folder(building)
+            self._remove(final)
+            self.files.rename(building, final)
+            self.files.sync_folder(self.folder)
+        except BaseException:
+            self.files.remove(building)
+            raise
+        for old in self._saves():
+            if old != final:
+                self._remove(old)
+
+    def load(self) -> Saved | None:
+        """Return the newest save that is whole, or None."""
+        for folder in reversed(self._saves()):
+            try:
+                return _read(folder)
+            except InputError:
+                continue
+        return None
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with saves that claim to be complete."""
+        found = []
+        for folder in self._saves():
+            try:
+                _read(folder)
+            except InputError as error:
+                found.append(f"{error}\nhint: the same mbf learn starts this task from its beginning")
+        return found
+
+    def drop(self) -> None:
+        """Forget the run."""
+        for save in self._saves():
+            self._remove(save)
+        self.files.remove(self.folder)
+
+    def _remove(self, save: Path) -> None:
+        """Remove a save; it loses its name first, so that what has the name is whole."""
+        doomed = self.folder / "removing"
+        self.files.remove(doomed)
+        if save.exists():
+            self.files.rename(save, doomed)
+            self.files.remove(doomed)
+
+    def _saves(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*")) if self.folder.is_dir() else []
+
+
+def _read(folder: Path) -> Saved:
+    """Return a save, every byte of it checked.
+
+    Raises:
+        InputError: it does not hold what was saved.
+    """
+    from mbf_mlx.adapters import mlx_lm as adapter  # NumPy with it: only where there is a save to read
+
+    try:
+        text, data = read_file(folder / PROGRESS), read_large(folder / TENSORS)
+        document = json.loads(text)
+        canonical = json.dumps(document).encode() == text
+        if document.pop("checksum") != _checksum(document) or not canonical:
+            raise InputError(f"{folder / PROGRESS}: damaged: its content is not what was saved")
+        if sha256(data) != document["tensors_sha256"]:
+            raise InputError(f"{folder / TENSORS}: damaged: its content is not what was saved")
+        return Saved(
+            run=document["run"],
+            machine=document["machine"],
+            progress=document["progress"],
+            tensors=adapter.decode_tensors(data, folder / TENSORS),
+        )
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: damaged: missing") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{folder / PROGRESS}: damaged: {error}") from error
+
+
+def _checksum(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def check_same_run(saved: Saved, run: dict[str, Any], working: Path) -> None:
+    """Refuse to continue a run with other data or settings.
+
+    Raises:
+        InputError: names what differs.
+    """
+    if saved.run == run:
+        return
+    differ = sorted(key for key in saved.run.keys() | run.keys() if saved.run.get(key) != run.get(key))
+    lines = "\n".join(f"  {key}: {saved.run.get(key)!r} was saved, {run.get(key)!r} is asked for" for key in differ)
+    raise InputError(
+        f"{working}: a run of task {saved.run.get('task')!r} was interrupted, and this one differs:\n{lines}\nhint: run"
+        " it as before to finish it, or add --restart to drop what it had done"
+    )

@@ -1,0 +1,53 @@
+"""What a stream knows of itself, as the document of `mbf status --json`; reads its small files and loads no model."""
+
+from typing import Any
+
+from mbf_mlx import metrics
+from mbf_mlx.stream.folder import StreamFolder
+from mbf_mlx.stream.records import STATE, WEIGHTS, TaskRecord
+
+
+def status_document(folder: StreamFolder) -> dict[str, Any]:
+    """Return what a stream knows of itself as plain values; needs no model."""
+    generation, history = folder.current(), folder.history()
+    manifest, identity = generation.manifest, folder.identity
+    scores = [list(record.scores) for record in history]
+    square = [row + [None] * (len(history) - len(row)) for row in scores]
+    counted = [[value for value in row] for row in scores]
+    kinds = {record.metric for record in history if record.metric != "loss"}
+    files = manifest.files
+    weights = files.get(f"adapter/{WEIGHTS}")
+    return {
+        "stream": str(folder.path),
+        "tasks": [_task_of(record) for record in history],
+        "scores": square,
+        "losses": [list(record.losses) + [None] * (len(history) - len(record.losses)) for record in history],
+        "average_accuracy": metrics.average_accuracy(counted).value if kinds else None,
+        "backward_transfer": metrics.backward_transfer(counted).value if kinds else None,
+        "forgetting": metrics.forgetting(counted).value if kinds else None,
+        "mixed_metrics": len(kinds) > 1,
+        "adapter_bytes": weights.bytes if weights else 0,
+        "state_bytes": files[STATE].bytes,
+        "kept_bytes": folder.kept_bytes(),
+        "base": {
+            "name": identity.base.name,
+            "fingerprint": identity.base.fingerprint,
+            "quantization": identity.base.quantization,
+            "path": manifest.base_path,
+        },
+        "method": identity.method,
+        "method_options": identity.method_options,
+        "settings": {
+            "lora": {key: getattr(identity, key) for key in ("rank", "scale", "keys", "num_layers", "dropout")},
+            "template": identity.template,
+            **manifest.settings,
+        },
+        "generation": generation.number,
+        "can_undo": generation.number > 0 and folder.previous() is not None,
+        "interrupted": folder.interrupted(),
+        "id": identity.id,
+    }
+
+
+def _task_of(record: TaskRecord) -> dict[str, Any]:
+    return record.model_dump(mode="json", exclude={"scores", "losses"})

@@ -1,0 +1,463 @@
+"""The base model loads in every quantization, takes factors, and gives them to mlx-lm and back unchanged."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from mbf_mlx.adapters import mlx_lm as adapter
+from mbf_mlx.config import LoRAConfig
+from mbf_mlx.errors import InputError
+from mbf_mlx.methods import Pair
+from tests.conftest import import_mlx
+
+mx = import_mlx()
+
+import mlx.nn as nn  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+
+from mbf_mlx.base import load as base_model  # noqa: E402
+from mbf_mlx.base import unpack  # noqa: E402
+from mbf_mlx.base.load import attach, effect, load_base, read_factors, write_factors  # noqa: E402
+from mbf_mlx.base.sources import unpacked_bytes  # noqa: E402
+
+STORED: dict = {}
+FLOAT32 = {"dequantize": True, "dtype": "float32"}
+WAYS = {"float32": FLOAT32, "packed": {"dtype": "float32"}}
+TOKENS = mx.array([[5, 17, 44, 3, 250, 99, 7, 12, 61, 200]])
+ALL_KEYS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+QUANTIZATIONS = [None, *[(bits, 32, "affine") for bits in (2, 3, 4, 5, 6, 8)], (4, 64, "affine")]
+QUANTIZATIONS += [(4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4"), "mixed"]
+
+
+@pytest.fixture(scope="module")
+def quantized_llama(tmp_path_factory):
+    """`quantized_llama((4, 32, "affine"))` is the folder of the tiny Llama in that quantization."""
+    from tests.support.tiny_llama import CONFIG, write_tiny_llama
+
+    root = tmp_path_factory.mktemp("quantized")
+
+    def write(kind):
+        folder = root / str(kind).replace(" ", "")
+        if folder.exists():
+            return folder
+        if kind is None or kind[2] == "affine":
+            bits, group, _ = kind or (None, 32, None)
+            return write_tiny_llama(folder, bits=bits, group_size=group)
+        from mlx_lm.utils import load_model, quantize_model, save_config
+
+        plain = write("plain") if kind == "never" else write_tiny_llama(folder, bits=None)
+        model, config = load_model(plain)
+        if kind == "mixed":
+
+            def choose(path, module):
+                if not hasattr(module, "to_quantized") or "o_proj" in path:
+                    return False
+                bits = 8 if "v_proj" in path or "down_proj" in path else 4
+                return {"group_size": 32, "bits": bits, "mode": "affine"}
+
+            model, config = quantize_model(model, config, 32, 4, quant_predicate=choose)
+        else:
+            bits, group, mode = kind
+            model, config = quantize_model(model, config, group, bits, mode=mode)
+        mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+        save_config(config, folder / "config.json")
+        assert config["vocab_size"] == CONFIG["vocab_size"]
+        return folder
+
+    return write
+
+
+def random_factors(factors, size=0.05):
+    random = np.random.default_rng(1)
+    return {
+        name: Pair(pair.a, (size * random.standard_normal(pair.b.shape)).astype(np.float32))
+        for name, pair in factors.items()
+    }
+
+
+def write_adapter(folder, factors, config, blocks):
+    folder.mkdir()
+    files = adapter.encode(factors, scale=config.scale, num_layers=blocks, base="tiny")
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS, ids=str)
+def test_every_quantization_loads_learns_and_is_what_mlx_lm_loads(quantized_llama, tmp_path, kind, tolerance):
+    from mlx_lm import load
+
+    folder, config = quantized_llama(kind), LoRAConfig(rank=4, keys=ALL_KEYS)
+    base = load_base(folder, **STORED)
+    layers = attach(base.model, config)
+    assert len(layers) == 14
+    factors = random_factors(read_factors(base.model))
+    write_factors(base.model, factors)
+    write_adapter(tmp_path / "adapter", factors, config, 2)
+    theirs, _ = load(str(folder), adapter_path=str(tmp_path / "adapter"))
+    np.testing.assert_array_equal(np.array(base.model(TOKENS)), np.array(theirs(TOKENS)))
+    # and a step of training reaches every factor
+    loss = nn.value_and_grad(base.model, lambda model: model(TOKENS).astype(mx.float32).var())
+    gradients = dict(tree_flatten(loss(base.model)[1]))
+    assert sorted(gradients) == sorted(f"{name}.lora_{letter}" for name in layers for letter in "ab")
+    assert all(float(mx.abs(gradient).max()) > 0 for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("way", ["float32", "packed"])
+@pytest.mark.parametrize("kind", QUANTIZATIONS, ids=str)
+def test_unpacked_weights_compute_the_same(quantized_llama, kind, way, tolerance):
+    folder = quantized_llama(kind)
+    stored, ours = load_base(folder, **STORED).model, load_base(folder, **WAYS[way]).model
+    assert {str(array.dtype) for _, array in tree_flatten(ours.parameters())} <= (
+        {"mlx.core.float32"} if way == "float32" else {"mlx.core.float32", "mlx.core.uint32", "mlx.core.uint8"}
+    )
+    expected = np.array(stored(TOKENS).astype(mx.float32))
+    # In some modes the embedding comes out of mlx in bfloat16, and its rounding with it.
+    name = "bfloat16" if isinstance(kind, tuple) and kind[2] != "affine" else "logits"
+    rtol, atol = tolerance(name).values()
+    np.testing.assert_allclose(np.array(ours(TOKENS)), expected, rtol=rtol, atol=atol * np.abs(expected).max())
+
+
+def test_a_model_that_unpacks_step_by_step_gives_the_same_logits(tmp_path, monkeypatch):
+    from tests.support.tiny_llama import write_tiny_llama
+
+    monkeypatch.setattr(unpack, "PIECE_BYTES", 64 * 4 * 40)
+    folder = write_tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
+    plain, stepping = (load_base(folder, **WAYS["packed"]).model for _ in range(2))
+    unpack.step_by_step(stepping)
+    np.testing.assert_array_equal(np.array(stepping(TOKENS)), np.array(plain(TOKENS)))
+    kinds = {type(module) for _, module in stepping.named_modules()}
+    assert {unpack.SteppingLinear, unpack.SteppingEmbedding} <= kinds and unpack.UnpackingLinear not in kinds
+
+
+def test_packed_layers_have_the_gradients_of_unpacked_ones(quantized_llama, tolerance, monkeypatch):
+    monkeypatch.setattr(unpack, "PIECE_BYTES", 64 * 4 * 40)  # several pieces a layer, the last one smaller
+    results = []
+    for way in ("float32", "packed"):
+        model = load_base(quantized_llama((4, 32, "affine")), **WAYS[way]).model
+        attach(model, LoRAConfig(rank=4, keys=ALL_KEYS))
+        results.append(model)
+        if len(results) == 2:
+            write_factors(model, read_factors(results[0]))
+    plain, packed = results
+    write_factors(plain, random_factors(read_factors(plain)))
+    write_factors(packed, read_factors(plain))
+    gradients = [
+        dict(tree_flatten(nn.value_and_grad(model, lambda model: model(TOKENS).var())(model)[1])) for model in results
+    ]
+    for name, expected in gradients[0].items():
+        np.testing.assert_allclose(np.array(gradients[1][name]), np.array(expected), **tolerance("gradients"))
+    kinds = {type(module) for _, module in packed.named_modules()}
+    assert unpack.UnpackingLinear in kinds and nn.QuantizedLinear not in kinds
+
+
+def test_packed_tied_embeddings_are_the_head(tmp_path, tolerance):
+    from tests.support.tiny_llama import write_tiny_llama
+
+    folder = write_tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
+    expected = np.array(load_base(folder, **STORED).model(TOKENS))
+    for way in ("float32", "packed"):
+        model = load_base(folder, **WAYS[way]).model
+        np.testing.assert_allclose(np.array(model(TOKENS)), expected, **tolerance("logits"))
+    assert isinstance(model.model.embed_tokens, unpack.UnpackingEmbedding)
+
+
+def test_unpacked_in_float32_a_model_is_in_memory_once(tmp_path):
+    from tests.support.tiny_llama import write_tiny_llama
+
+    folder = write_tiny_llama(tmp_path / "larger", hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    base = load_base(folder, **FLOAT32)
+    size = sum(array.nbytes for _, array in tree_flatten(base.model.parameters()))
+    largest = max(array.nbytes for _, array in tree_flatten(base.model.parameters()))
+    assert mx.get_peak_memory() - before < size + 3 * largest
+
+
+def test_the_bytes_of_an_unpacked_model_are_known_before_it_is_loaded(quantized_llama):
+    for kind in QUANTIZATIONS:
+        parameters = tree_flatten(load_base(quantized_llama(kind), **FLOAT32).model.parameters())
+        assert unpacked_bytes(quantized_llama(kind)) == sum(array.nbytes for _, array in parameters), kind
+
+
+def test_a_base_knows_its_quantization_and_fingerprint(quantized_llama):
+    assert load_base(quantized_llama(None), **STORED).quantization == "none"
+    assert load_base(quantized_llama((3, 32, "affine")), **STORED).quantization == "3 bits, group 32, affine"
+    mixed = load_base(quantized_llama("mixed"), **STORED)
+    assert mixed.quantization == "4 bits, group 32, affine; some layers 8 bits"
+    assert mixed.fingerprint != load_base(quantized_llama(None), **STORED).fingerprint
+    assert len(mixed.fingerprint) == 64
+
+
+# --- which layers ---
+
+
+@pytest.fixture
+def model(tiny_llama):
+    return load_base(tiny_llama, **STORED).model
+
+
+def test_keys_are_names_or_paths_inside_a_block(model):
+    layers = attach(model, LoRAConfig(rank=2, keys=("q_proj", "mlp.down_proj")))
+    assert layers == {
+        "model.layers.0.self_attn.q_proj": (64, 64),
+        "model.layers.0.mlp.down_proj": (64, 128),
+        "model.layers.1.self_attn.q_proj": (64, 64),
+        "model.layers.1.mlp.down_proj": (64, 128),
+    }
+    assert adapter.block_keys(layers) == ("self_attn.q_proj", "mlp.down_proj")
+
+
+def test_num_layers_counts_from_the_last_block(model):
+    assert list(attach(model, LoRAConfig(rank=2, keys=("v_proj",), num_layers=1))) == [
+        "model.layers.1.self_attn.v_proj"
+    ]
+
+
+def test_more_blocks_than_there_are_is_an_error(model):
+    with pytest.raises(InputError, match="num_layers: expected at most the model's 2 blocks, got 3"):
+        attach(model, LoRAConfig(num_layers=3))
+
+
+def test_a_rank_above_a_layers_inputs_is_refused_before_anything_is_made(model, tiny_llama):
+    """QR would have no such basis after the first task; a rank of thousands of millions would take all memory."""
+    message = "LoRAConfig.rank: expected at most 64, the inputs of model.layers.*proj, got "
+    for rank in (65, 9_999_999_999):
+        with pytest.raises(InputError, match=f"{message}{rank}"):
+            attach(model, LoRAConfig(rank=rank))
+    layers = attach(model, LoRAConfig(rank=64))
+    assert set(layers.values()) <= {(64, 64), (32, 64)}
+
+
+def test_unknown_keys_are_named_with_those_that_exist(model):
+    with pytest.raises(InputError) as refusal:
+        attach(model, LoRAConfig(keys=("q_proj", "query", "proj")))
+    assert "no layer called query, proj; expected of mlp.down_proj, mlp.gate_proj" in str(refusal.value)
+    assert "self_attn.v_proj" in str(refusal.value)
+
+
+@pytest.mark.parametrize("key", ["lm_head", "embed_tokens", "model.embed_tokens"])
+def test_heads_and_embeddings_are_refused_with_the_reason(model, key):
+    with pytest.raises(InputError, match="lies outside the blocks; embeddings and heads cannot get factors yet"):
+        attach(model, LoRAConfig(keys=("q_proj", key)))
+
+
+def test_norms_are_no_layers(model):
+    with pytest.raises(InputError, match="no layer called input_layernorm"):
+        attach(model, LoRAConfig(keys=("input_layernorm",)))
+
+
+def tiny_model(kind, **settings):
+    """Return a random model of one of mlx-lm's architectures."""
+    import importlib
+
+    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    config = {
+        "model_type": kind, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "head_dim": 8, "rope_theta": 1e4,
+        "max_position_embeddings": 128, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return module.Model(module.ModelArgs.from_dict(config | settings))
+
+
+ARCHITECTURES = {
+    "llama": ({}, "q_proj"),
+    "qwen2": ({}, "q_proj"),
+    "qwen3": ({}, "v_proj"),
+    "phi3": ({}, "qkv_proj"),
+    "gemma2": ({}, "q_proj"),
+    "gemma3_text": ({"sliding_window": 64, "sliding_window_pattern": 2, "query_pre_attn_scalar": 8}, "q_proj"),
+    "olmo2": ({}, "o_proj"),
+    "starcoder2": ({"norm_epsilon": 1e-5}, "c_fc"),
+    "cohere": ({}, "q_proj"),
+    "granite": (
+        {"logits_scaling": 8.0, "attention_multiplier": 0.1, "embedding_multiplier": 12.0, "residual_multiplier": 0.2,
+         "attention_bias": False, "mlp_bias": False}, "up_proj"),
+    "gpt2": ({"n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "layer_norm_epsilon": 1e-5},
+             "c_attn"),
+    "mamba": ({"state_size": 4, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4},
+              "in_proj"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_factors_change_every_architecture_with_linear_layers(kind):
+    settings, key = ARCHITECTURES[kind]
+    model = tiny_model(kind, **settings)
+    layers = attach(model, LoRAConfig(rank=2, keys=(key,)))
+    assert len(layers) == 2
+    assert effect(model) == 0
+    write_factors(model, random_factors(read_factors(model), size=1.0))
+    assert effect(model) > 0
+    assert {name for name, _ in tree_flatten(model.trainable_parameters())} == {
+        f"{name}.lora_{letter}" for name in layers for letter in "ab"
+    }
+
+
+def test_mixtures_of_experts_are_refused_by_name():
+    model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    with pytest.raises(
+        InputError, match=r"not mixtures of experts(.|\n)*switch_mlp.gate_proj: SwitchLinear"
+    ) as refusal:
+        attach(model, LoRAConfig(keys=("q_proj", "gate_proj", "up_proj")))
+    assert "q_proj" not in str(refusal.value)
+    attach(model, LoRAConfig(rank=2, keys=("q_proj",)))  # its attention is ordinary
+
+
+def test_convolutions_are_refused_by_name():
+    model = tiny_model("mamba", **ARCHITECTURES["mamba"][0])
+    with pytest.raises(InputError, match="conv1d: Conv1d"):
+        attach(model, LoRAConfig(keys=("conv1d",)))
+
+
+# --- factors ---
+
+
+def test_fresh_factors_change_nothing_and_written_ones_do(model):
+    before = np.array(model(TOKENS))
+    attach(model, LoRAConfig(rank=4))
+    np.testing.assert_array_equal(np.array(model(TOKENS)), before)
+    assert effect(model) == 0
+    factors = random_factors(read_factors(model))
+    write_factors(model, factors)
+    after = np.array(model(TOKENS))
+    assert np.abs(after - before).max() > 1e-3
+    assert effect(model) > 1e-3
+    np.testing.assert_array_equal(np.array(model(TOKENS)), after)  # the probe leaves the factors alone
+
+
+def test_factors_are_rank_in_and_out_rank_and_come_back_unchanged(model):
+    layers = attach(model, LoRAConfig(rank=4, keys=("k_proj", "down_proj")))
+    factors = random_factors(read_factors(model))
+    for name, (out, inner) in layers.items():
+        assert factors[name].a.shape == (4, inner) and factors[name].b.shape == (out, 4)
+        assert factors[name].a.dtype == factors[name].b.dtype == np.float32
+    write_factors(model, factors)
+    back = read_factors(model)
+    assert list(back) == list(layers)
+    for name, pair in factors.items():
+        np.testing.assert_array_equal(back[name].a, pair.a)
+        np.testing.assert_array_equal(back[name].b, pair.b)
+    write_factors(model, {name: Pair(mx.array(pair.a), mx.array(pair.b)) for name, pair in factors.items()})
+    np.testing.assert_array_equal(read_factors(model)[name].b, factors[name].b)
+
+
+def test_what_the_factors_add_is_scale_times_b_times_a(model, tolerance):
+    layers = attach(model, LoRAConfig(rank=4, scale=3.0, keys=("v_proj",)))
+    write_factors(model, random_factors(read_factors(model)))
+    name = next(iter(layers))
+    layer, pair = base_model.lora_layers(model)[name], read_factors(model)[name]
+    x = np.random.default_rng(0).standard_normal((1, 3, 64)).astype(np.float32)
+    added = np.array(layer(mx.array(x))) - np.array(layer.linear(mx.array(x)))
+    np.testing.assert_allclose(added, 3.0 * x @ (pair.b @ pair.a).T, **tolerance("float32"))
+
+
+def test_factors_that_do_not_fit_are_all_named(model):
+    attach(model, LoRAConfig(rank=4, keys=("q_proj",)))
+    factors = read_factors(model)
+    first, second = factors
+    factors[first] = Pair(factors[first].a[:2], factors[first].b)
+    factors["model.layers.7.self_attn.q_proj"] = factors.pop(second)
+    with pytest.raises(InputError) as refusal:
+        write_factors(model, factors)
+    assert f"{first}: expected A of shape (4, 64), got (2, 64)" in str(refusal.value)
+    assert f"{second}: missing" in str(refusal.value)
+    assert "model.layers.7.self_attn.q_proj: the model has no factors there" in str(refusal.value)
+
+
+def test_smollm2_with_an_adapter_is_the_same_through_mlx_lm(smollm2, tmp_path, tolerance):
+    from mlx_lm import load
+
+    config = LoRAConfig()
+    base = load_base(smollm2, **FLOAT32)
+    assert len(attach(base.model, config)) == 60
+    assert effect(base.model) == 0
+    factors = random_factors(read_factors(base.model))
+    write_factors(base.model, factors)
+    assert effect(base.model) > 0.1
+    write_adapter(tmp_path / "adapter", factors, config, 30)
+    theirs, _ = load(str(smollm2), adapter_path=str(tmp_path / "adapter"))
+    tokens = mx.array([base.tokenizer.encode("The capital")])
+    expected = np.array(theirs(tokens))
+    rtol, atol = tolerance("logits").values()
+    np.testing.assert_allclose(
+        np.array(base.model(tokens)), expected, rtol=rtol, atol=10 * atol * np.abs(expected).max()
+    )
+
+
+# --- what does not load ---
+
+
+def changed_copy(folder, target, **changes):
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return target
+
+
+BAD_CONFIGS = {
+    "an unknown architecture": ({"model_type": "martian"}, "cannot load this model: Model type martian not supported"),
+    "no architecture": ({"model_type": None}, "model_type: expected a name, got None"),
+    "another size": ({"hidden_size": 128}, "cannot load this model: .*[Ss]hape"),
+    "a missing size": ({"hidden_size": None}, "cannot load this model: .*hidden_size"),
+    "a size in words": ({"hidden_size": "large"}, "hidden_size: expected a whole number from 1 to .*, got 'large'"),
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads: expected a whole number from 1 to .*, got 0"),
+    "no vocabulary": ({"vocab_size": 0}, "vocab_size: expected a whole number from 1 to 2,147,483,647, got 0"),
+    "an absurd size": ({"intermediate_size": 10**12}, "intermediate_size: expected a whole number from 1 to "),
+    "half a head": ({"num_key_value_heads": 1.5}, "num_key_value_heads: expected a whole number from 1 to .*, got 1.5"),
+    "rotation in words": ({"rope_theta": "x"}, "rope_theta: expected a number above 0, got 'x'"),
+    "quantization in words": ({"quantization": "4bit"}, "quantization: expected group_size and bits, .* got '4bit'"),
+    "more blocks": ({"num_hidden_layers": 3}, "cannot load this model: Missing .* parameters"),
+    "absurd blocks": ({"num_hidden_layers": 10**12}, "num_hidden_layers: expected 1 to .* got 1000000000000"),
+    "no bits": ({"quantization": {"group_size": 32}}, "cannot load this model: missing in config.json: 'bits'"),
+    "its own code": ({"model_file": "evil.py"}, "model_file: this model runs its own Python code, which is never done"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_a_config_that_does_not_fit_is_refused(tiny_llama, tmp_path, name):
+    changes, message = BAD_CONFIGS[name]
+    folder = changed_copy(tiny_llama, tmp_path / "changed", **changes)
+    (folder / "evil.py").write_text("raise SystemExit('this ran')")
+    with pytest.raises(InputError, match=message) as refusal:
+        load_base(folder, **STORED)
+    assert str(folder) in str(refusal.value)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(tiny_llama, tmp_path):
+    folder = changed_copy(tiny_llama, tmp_path / "changed")
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Nonsense"}}')
+    with pytest.raises(InputError, match="its tokenizer cannot be read"):
+        load_base(folder, **STORED)
+
+
+def test_a_tokenizer_with_code_of_its_own_runs_none(tiny_llama, tmp_path):
+    folder = changed_copy(tiny_llama, tmp_path / "changed", auto_map={"AutoTokenizer": ["evil.Evil", None]})
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    try:
+        load_base(folder, **STORED)
+    except InputError:
+        pass
+    assert not (tmp_path / "ran").exists()
+
+
+# --- what of mlx-lm we stand on ---
+
+
+def test_mlx_lm_still_has_what_we_call():
+    import inspect
+
+    from mlx_lm import utils
+    from mlx_lm.tuner.lora import LoRALinear
+
+    assert {"lazy"} <= set(inspect.signature(utils.load_model).parameters)
+    assert {"tokenizer_config_extra", "eos_token_ids"} <= set(inspect.signature(utils.load_tokenizer).parameters)
+    assert {"r", "dropout", "scale"} <= set(inspect.signature(LoRALinear.from_base).parameters)
+    layer = LoRALinear.from_base(nn.Linear(6, 4), r=2, dropout=0.0, scale=3.0)
+    assert layer.lora_a.shape == (6, 2) and layer.lora_b.shape == (2, 4) and layer.scale == 3.0
+    assert "linear" in layer

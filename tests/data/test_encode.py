@@ -1,0 +1,474 @@
+import json
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mbf_mlx.config import DataConfig
+from mbf_mlx.data.encode import Encoded, Encoder, encode, encode_prompt
+from mbf_mlx.data.row import BadRow, row_from
+from mbf_mlx.data.task import read_task
+from mbf_mlx.errors import InputError
+from tests.support.tiny_tokenizers import STYLES, TEMPLATES, make_tokenizer
+
+pytest.importorskip("mlx_lm.tokenizer_utils", reason="mlx-lm is not installed: pip install 'mbf-mlx[cpu]'")
+
+
+@cache
+def tokenizer_of(style="bytes", template="chatml", bos=False, ends=("<|im_end|>",)):
+    return make_tokenizer(style, template, bos=bos, ends=ends)
+
+
+@pytest.fixture
+def tokenizer():
+    """mlx-lm's wrapper around a byte-level BPE with a ChatML template."""
+    return tokenizer_of()
+
+
+def row(**document):
+    return row_from(document, Path("task.jsonl"), 1)
+
+
+def talk(*contents, **more):
+    """A row of messages, user and assistant in turn."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return row(messages=messages, **more)
+
+
+def supervised(tokenizer, encoded):
+    """The supervised tokens as text, each run of them apart."""
+    return [text for text, on in Encoder(tokenizer, DataConfig()).marked(encoded) if on]
+
+
+def generation_prompt(tokenizer, messages, **more):
+    """What mlx_lm.generate makes of a conversation."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **more)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+# ---- one row of each kind
+
+
+def test_of_a_prompt_and_completion_the_completion_and_its_end_token_are_supervised(tokenizer):
+    encoded = encode(row(prompt="Is it good?", completion=" yes"), tokenizer)
+    assert supervised(tokenizer, encoded) == ["yes<|im_end|>"]
+    assert tokenizer.decode(encoded.tokens) == (
+        "<|im_start|>user\nIs it good?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>"
+    )
+    assert encoded.tokens.dtype == np.int32 and encoded.supervised.dtype == bool and encoded.cut == 0
+
+
+def test_white_space_around_a_completion_is_left_out_of_a_chat_and_kept_without_a_template(tokenizer):
+    answer = row(prompt="Good?", completion=" \nyes\n ")
+    assert supervised(tokenizer, encode(answer, tokenizer)) == ["yes<|im_end|>"]
+    assert supervised(tokenizer, encode(answer, tokenizer, template="none")) == [" \nyes\n <|im_end|>"]
+
+
+def test_without_a_template_prompt_and_completion_stand_as_they_are(tokenizer):
+    encoded = encode(row(prompt="Is it good?", completion=" yes"), tokenizer, template="none")
+    assert supervised(tokenizer, encoded) == [" yes<|im_end|>"]
+    assert tokenizer.decode(encoded.tokens) == "Is it good? yes<|im_end|>"
+
+
+def test_all_answers_of_a_conversation_are_supervised_and_nothing_else(tokenizer):
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi there"},
+        {"role": "user", "content": "Is it good?"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    encoded = encode(row(messages=messages), tokenizer)
+    assert supervised(tokenizer, encoded) == ["Hi there<|im_end|>", "yes<|im_end|>"]
+
+
+def test_text_is_supervised_from_its_second_token_on_and_ends_with_the_end_token(tokenizer):
+    encoded = encode(row(text="The train was late."), tokenizer)
+    assert encoded.supervised.tolist() == [False] + [True] * (len(encoded.tokens) - 1)
+    assert encoded.prompt_length == 1
+    assert tokenizer.decode(encoded.tokens) == "The train was late.<|im_end|>"
+
+
+def test_a_text_of_one_token_teaches_its_end_and_a_text_of_none_is_refused(tokenizer):
+    assert supervised(tokenizer, encode(row(text="T"), tokenizer)) == ["<|im_end|>"]
+    with pytest.raises(BadRow, match="no supervised token"):
+        encode(row(text="<|im_end|>"), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["completion", "messages", "text"])
+@pytest.mark.parametrize("template", ["chat", "none"])
+def test_without_a_mask_everything_but_the_first_token_is_supervised(kind, template, tokenizer):
+    rows = {
+        "completion": row(prompt="Good?", completion="yes"),
+        "messages": talk("Good?", "yes"),
+        "text": row(text="Good"),
+    }
+    if kind == "messages" and template == "none":
+        return
+    masked, whole = (encode(rows[kind], tokenizer, template=template, mask_prompt=mask) for mask in (True, False))
+    assert whole.tokens.tolist() == masked.tokens.tolist()
+    assert whole.supervised.tolist() == [False] + [True] * (len(whole.tokens) - 1)
+
+
+def test_calls_of_tools_are_supervised_and_the_tools_stand_in_the_prompt():
+    tokenizer = tokenizer_of(template="tools")
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    messages = [
+        {"role": "user", "content": "1 + 2?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "It is 3."},
+    ]
+    encoded = encode(row(messages=messages, tools=tools), tokenizer)
+    assert supervised(tokenizer, encoded) == ['<call>{"a": 1}</call><|im_end|>', "It is 3.<|im_end|>"]
+    assert json.dumps(tools) in tokenizer.decode(encoded.tokens)
+    single = encode(row(prompt="1 + 2?", completion="3", tools=tools), tokenizer)
+    assert json.dumps(tools) in tokenizer.decode(single.tokens)
+
+
+def test_calls_that_the_template_does_not_write_are_refused(tokenizer):
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call]}
+    question, result, answer = ({"role": role, "content": "3"} for role in ("user", "tool", "assistant"))
+    for messages in ([question, calls], [question, calls, result, answer]):
+        with pytest.raises(BadRow, match="no supervised token: the model's template or tokenizer leaves none of the"):
+            encode(row(messages=messages), tokenizer)
+
+
+# ---- every template with every kind of tokenizer
+
+EVERY = [(style, template, bos) for style in STYLES for template in TEMPLATES for bos in (False, True)]
+THINKS = "thinks when it begins"
+
+
+@pytest.mark.parametrize(("style", "template", "bos"), EVERY)
+def test_supervised_tokens_go_on_exactly_where_generation_starts(style, template, bos):
+    tokenizer = tokenizer_of(style, template, bos)
+    rows = [row(prompt="Is it good?", completion=" yes"), talk("Is it good?", "yes")]
+    if template != THINKS:
+        rows.append(talk("Hello", "Hi there", "Is it good?", "no, it is late"))
+    for one in rows:
+        encoded = encode(one, tokenizer)
+        asked = list(one.messages[:-1]) or [{"role": "user", "content": one.prompt}]
+        prompt = generation_prompt(tokenizer, asked)
+        assert encoded.tokens[: encoded.prompt_length].tolist() == prompt
+        assert encoded.supervised[encoded.prompt_length :].all()
+        assert encode_prompt(one, tokenizer).tolist() == prompt
+        answered = tokenizer.decode(encoded.tokens[encoded.prompt_length :])
+        assert answered.strip().endswith("<|im_end|>") and answered.count("<|im_end|>") == 1
+
+
+@pytest.mark.parametrize(("style", "template", "bos"), EVERY)
+def test_what_is_supervised_is_the_answers_and_their_end(style, template, bos):
+    tokenizer = tokenizer_of(style, template, bos)
+    thought = "<think>\n\n</think>\n\n" if template == "thinks when it ends" else ""
+    space = " " if template == "llama2" else ""
+    one = encode(row(prompt="Is it good?", completion=" yes"), tokenizer)
+    assert supervised(tokenizer, one) == [f"{space}{thought}yes{space}<|im_end|>"]
+    if template == THINKS:
+        return
+    many = encode(talk("Hello", "Hi there", "Is it good?", "yes"), tokenizer)
+    end = "" if template == "words" else "<|im_end|>"
+    assert supervised(tokenizer, many) == [f"{space}Hi there{space}{end}", f"{space}{thought}yes{space}<|im_end|>"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_tokens_of_a_row_are_those_of_its_text_where_no_token_reaches_over_the_seam(style):
+    tokenizer = tokenizer_of(style)
+    encoded = encode(row(prompt="Is it good?", completion="yes"), tokenizer)
+    messages = [{"role": "user", "content": "Is it good?"}, {"role": "assistant", "content": "yes"}]
+    whole = tokenizer.encode(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)
+    assert encoded.tokens.tolist() == whole[: len(encoded.tokens)]
+    raw = encode(row(prompt="Is it good?", completion=" yes"), tokenizer, template="none")
+    assert raw.tokens[:-1].tolist() == tokenizer.encode("Is it good? yes")
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("template", ["chat", "none"])
+def test_the_first_token_of_a_text_stands_there_once(style, bos, template):
+    tokenizer = tokenizer_of(style, "llama3", bos)
+    begin = tokenizer.bos_token_id
+    for one in (row(text="Good"), row(prompt="Good?", completion="yes")):
+        tokens = encode(one, tokenizer, template=template).tokens.tolist()
+        wanted = 1 if bos or (template == "chat" and one.kind == "completion") else 0
+        assert tokens.count(begin) == wanted and tokens[:wanted] == [begin] * wanted
+    for one in (row(text="<|im_start|>Good"), row(prompt="<|im_start|>Good?", completion="yes")):
+        if one.kind == "text" or template == "none":
+            assert encode(one, tokenizer, template=template).tokens.tolist().count(begin) == 1
+
+
+def test_an_end_token_that_the_row_brings_is_not_doubled(tokenizer):
+    end = tokenizer.eos_token_id
+    for one in (row(text="Good<|im_end|>"), row(prompt="Good?", completion=" yes<|im_end|>")):
+        assert encode(one, tokenizer, template="none").tokens.tolist().count(end) == 1
+
+
+def test_the_end_of_a_turn_is_the_first_token_at_which_generation_stops():
+    both = tokenizer_of(template="phi", ends=("<|im_end|>", "<|endoftext|>"))
+    last = make_tokenizer(template="phi", ends=("<|endoftext|>",))
+    last._tokenizer.eos_token = "<|endoftext|>"
+    last._eos_token_ids = {last.eos_token_id}
+    one = row(prompt="Good?", completion="yes")
+    assert supervised(both, encode(one, both)) == ["yes<|im_end|>"]
+    assert supervised(last, encode(one, last)) == ["yes<|im_end|>\n<|endoftext|>"]
+
+
+def test_a_template_that_ends_turns_with_another_token_than_generation_is_warned_of():
+    tokenizer = make_tokenizer(template="chatml")
+    assert Encoder(tokenizer, DataConfig()).warnings() == []
+    tokenizer._tokenizer.eos_token = "<|endoftext|>"
+    tokenizer._eos_token_ids = {tokenizer.convert_tokens_to_ids("<|endoftext|>")}
+    assert Encoder(tokenizer, DataConfig()).warnings() == [
+        "the chat template ends a turn with <|im_end|>, at which this model's generation does not stop"
+    ]
+
+
+def test_a_model_without_a_template_gets_raw_prompts_and_says_so():
+    tokenizer = tokenizer_of(template=None)
+    assert tokenizer.decode(encode(row(prompt="Good?", completion=" yes"), tokenizer).tokens) == "Good? yes<|im_end|>"
+    assert Encoder(tokenizer, DataConfig()).warnings() == [
+        "the model has no chat template: prompt and completion stand as they are"
+    ]
+    assert Encoder(tokenizer, DataConfig(template="none")).warnings() == []
+
+
+def test_the_tokenizer_inside_the_wrapper_gives_the_same_tokens(tokenizer):
+    for one in (row(prompt="Good?", completion="yes"), talk("Hello", "Hi", "Good?", "yes"), row(text="Good")):
+        inner, outer = encode(one, tokenizer._tokenizer), encode(one, tokenizer)
+        assert inner.tokens.tolist() == outer.tokens.tolist()
+        assert inner.supervised.tolist() == outer.supervised.tolist()
+
+
+def test_many_rows_get_the_tokens_that_each_gets_alone(tokenizer):
+    rows = [talk("Hello", "Hi", f"What is {i}?", f" {i + 1}") for i in range(30)]
+    together = Encoder(tokenizer, DataConfig()).all(rows, Path("mail"))
+    assert [one.tokens.tolist() for one in together] == [encode(one, tokenizer).tokens.tolist() for one in rows]
+    assert [one.row for one in together] == rows
+
+
+# ---- what does not fit
+
+REFUSED = {
+    "a template that knows no system message": (
+        "llama2",
+        {"messages": [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]},
+        "the model's chat template refuses the row: only user and assistant roles are supported",
+    ),
+    "a template that hides where earlier answers begin": (
+        THINKS,
+        {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]},
+        "the model's chat template writes an earlier answer not where it is generated: expected rows with one answer",
+    ),
+    "an answer of thoughts alone": (
+        THINKS,
+        {"prompt": "a", "completion": "<think>b</think>"},
+        "the model's chat template changes the answer: expected to find it behind the prompt",
+    ),
+    "an answer that a template drops": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}<|im_end|>{% endif %}{% endfor %}",
+        {"prompt": "a", "completion": "b"},
+        "no supervised token: the model's template or tokenizer leaves none of the answer",
+    ),
+    "a template with an error": (
+        "{{ messages.nothing.at_all }}",
+        {"prompt": "a", "completion": "b"},
+        "the model's chat template refuses the row: 'list object' has no attribute 'nothing'",
+    ),
+    "a template that wants to leave the sandbox": (
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        {"prompt": "a", "completion": "b"},
+        "the model's chat template refuses the row: access to attribute '__class__' of 'list' object is unsafe.",
+    ),
+    "messages for a model without a template": (
+        None,
+        {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")]},
+        "messages need a chat template (the model has none): expected prompt/completion or text rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_row_that_the_template_does_not_take_is_refused_with_the_reason(case):
+    template, document, message = REFUSED[case]
+    tokenizer = make_tokenizer(template=template)
+    if template and template not in TEMPLATES:
+        tokenizer._tokenizer.chat_template = template
+        tokenizer.has_chat_template = True
+    with pytest.raises(BadRow) as error:
+        encode(row(**document), tokenizer)
+    assert str(error.value) == message
+
+
+def test_messages_have_no_raw_form(tokenizer):
+    with pytest.raises(BadRow, match=re.escape("messages need a chat template (--template none): expected prompt/")):
+        encode(talk("a", "b"), tokenizer, template="none")
+
+
+def test_one_refused_row_does_not_stop_the_others_and_all_refused_are_named():
+    tokenizer = tokenizer_of(template="llama2")
+    rows = [replace(talk("a", "b"), line=line) for line in range(1, 5)]
+    rows[1] = replace(row(messages=[{"role": role, "content": "a"} for role in ("system", "assistant")]), line=2)
+    found = list(Encoder(tokenizer, DataConfig()).stream(rows))
+    assert [isinstance(one, Encoded) for _, one in found] == [True, False, True, True]
+    with pytest.raises(InputError) as error:
+        Encoder(tokenizer, DataConfig()).all(rows, Path("mail"))
+    assert str(error.value) == (
+        "mail: 1 row does not fit:\n"
+        "  task.jsonl:2: the model's chat template refuses the row: only user and assistant roles are supported"
+    )
+
+
+def test_a_tokenizer_without_an_end_token_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer._tokenizer.eos_token = None
+    tokenizer._eos_token_ids = set()
+    with pytest.raises(InputError, match=re.escape("expected a token that ends an answer (eos_token), got none")):
+        Encoder(tokenizer, DataConfig())
+
+
+# ---- what is too long
+
+
+def test_a_long_prompt_loses_the_left_of_its_text_and_nothing_of_the_template(tokenizer):
+    whole = encode(row(prompt="one two three four five six", completion="yes"), tokenizer)
+    encoded = encode(row(prompt="one two three four five six", completion="yes"), tokenizer, max_length=28)
+    text = tokenizer.decode(encoded.tokens)
+    assert len(encoded.tokens) <= 28 and encoded.cut == len(whole.tokens) - len(encoded.tokens) > 0
+    assert re.fullmatch(r"<\|im_start\|>user\n(.*)six<\|im_end\|>\n<\|im_start\|>assistant\nyes<\|im_end\|>", text)
+
+
+def test_of_a_conversation_the_last_question_alone_is_cut(tokenizer):
+    long = "one two three four five six seven"
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Hello, how are you?"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": long},
+        {"role": "assistant", "content": "yes"},
+    ]
+    whole = encode(row(messages=messages), tokenizer)
+    encoded = encode(row(messages=messages), tokenizer, max_length=len(whole.tokens) - 6)
+    left = tokenizer.decode(encoded.tokens).split("user\n")[2].split("<|im_end|>")[0]
+    assert long.endswith(left) and 0 < len(left) < len(long)
+    messages[3]["content"] = left
+    assert encoded.tokens.tolist() == encode(row(messages=messages), tokenizer).tokens.tolist()
+    assert supervised(tokenizer, encoded) == ["Hi<|im_end|>", "yes<|im_end|>"]
+
+
+def test_a_long_text_loses_its_end(tokenizer):
+    text = row(text="one two three four five six seven eight nine ten")
+    whole, encoded = encode(text, tokenizer), encode(text, tokenizer, max_length=9)
+    assert encoded.tokens.tolist() == whole.tokens[:9].tolist()
+    assert encoded.cut == len(whole.tokens) - 9
+
+
+def test_what_does_not_fit_even_without_the_prompt_is_refused_with_the_numbers(tokenizer):
+    answer = "a very long answer that has many words"
+    length = len(tokenizer.encode(answer)) + 1
+    around = len(generation_prompt(tokenizer, [{"role": "user", "content": ""}]))
+    with pytest.raises(BadRow) as error:
+        encode(row(prompt="one", completion=answer), tokenizer, max_length=24)
+    assert str(error.value) == (
+        f"{length} tokens of the answer and {around} around the prompt's text do not fit into --max-seq-length 24"
+    )
+    with pytest.raises(BadRow) as error:
+        encode(talk("one", answer, "two", "yes"), tokenizer, max_length=24)
+    assert re.fullmatch(
+        r"\d+ tokens without the text of the last user message do not fit into --max-seq-length 24", str(error.value)
+    )
+    with pytest.raises(BadRow, match="do not fit into --max-seq-length 8"):
+        encode(
+            row(messages=[{"role": "system", "content": answer}, {"role": "assistant", "content": "a"}]),
+            tokenizer,
+            max_length=8,
+        )
+
+
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60)
+# An answer of special tokens alone says nothing and is refused: Hypothesis takes such texts from our own code.
+said = words.filter(lambda text: re.sub(r"<\|\w*\|>", "", text).strip())
+
+
+def test_an_answer_of_a_special_token_alone_is_refused():
+    for turns in (("Hi", "<|im_start|>", "Bye", "0"), ("Hi", "<|im_start|>")):
+        with pytest.raises(BadRow, match="no supervised token"):
+            encode(talk(*turns), tokenizer_of())
+
+
+@settings(deadline=None)
+@given(prompt=said, completion=said, style=st.sampled_from(STYLES), bos=st.booleans(), length=st.integers(8, 120))
+def test_whatever_a_row_says_its_prompt_is_cut_on_the_left_alone(prompt, completion, style, bos, length):
+    tokenizer = tokenizer_of(style, "chatml", bos)
+    for template in ("chat", "none"):
+        one = row(prompt=prompt, completion=completion)
+        try:
+            encoded = encode(one, tokenizer, template=template, max_length=length)
+        except BadRow as error:
+            assert "do not fit" in str(error) or "no supervised token" in str(error)
+            continue
+        assert len(encoded.tokens) <= length and len(encoded.tokens) == len(encoded.supervised)
+        assert not encoded.supervised[0] and encoded.supervised[max(1, encoded.prompt_length) :].all()
+        whole = encode(one, tokenizer, template=template, max_length=10_000)
+        assert encoded.cut == len(whole.tokens) - len(encoded.tokens)
+        answer = whole.tokens[whole.prompt_length :].tolist()
+        assert encoded.tokens[encoded.prompt_length :].tolist() == answer
+        if encoded.cut:
+            suffixes = (replace(one, prompt=prompt[i:]) for i in range(1, len(prompt)))
+            assert any(
+                encode(short, tokenizer, template=template, max_length=10_000).tokens.tolist()
+                == encoded.tokens.tolist()
+                for short in suffixes
+            )
+
+
+@settings(deadline=None)
+@given(prompt=said, completion=said)
+def test_whatever_a_row_says_its_tokens_say_the_same(prompt, completion):
+    tokenizer = tokenizer_of()
+    raw = encode(row(prompt=prompt, completion=completion), tokenizer, template="none")
+    assert tokenizer.decode(raw.tokens) == f"{prompt}{completion}<|im_end|>"
+    chat = encode(row(prompt=prompt, completion=completion), tokenizer)
+    assert supervised(tokenizer, chat) == [f"{completion.strip()}<|im_end|>"]
+    assert tokenizer.decode(chat.tokens[: chat.prompt_length]) == (
+        f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@settings(deadline=None)
+@given(contents=st.lists(said, min_size=1, max_size=3), answer=said)
+def test_whatever_a_conversation_says_its_answers_are_supervised(contents, answer):
+    tokenizer = tokenizer_of()
+    turns = [text for content in contents for text in ("Hi", content)]
+    encoded = encode(talk(*turns, "Bye", answer), tokenizer)
+    found = supervised(tokenizer, encoded)
+    assert found[-1] == f"{answer}<|im_end|>" and len(found) == len(contents) + 1
+    for text, content in zip(found, contents, strict=False):
+        # White space at its beginning may share a token with the line end before it, which is not the answer's.
+        assert text.endswith(f"{content.lstrip()}<|im_end|>") and f"{content}<|im_end|>".endswith(text)
+
+
+# ---- a real tokenizer, real tasks
+
+
+def test_smollm2_is_asked_as_mlx_lm_asks_it(smollm2, task_data):
+    from mlx_lm.utils import load_tokenizer
+
+    tokenizer = load_tokenizer(smollm2)
+    for name in ("tasks/langid", "superni/task363_sst2_polarity_classification", "cl_benchmark/TC/agnews"):
+        task = read_task(task_data / name)
+        rows = task.train[:60]
+        encoder = Encoder(tokenizer, DataConfig())
+        for one, encoded in zip(rows, encoder.all(rows, task.path), strict=True):
+            assert encoder.marked(encoded)[-1] == (f"{one.completion.strip()}<|im_end|>", True)
+            prompt = generation_prompt(tokenizer, [{"role": "user", "content": one.prompt}])
+            assert encoded.tokens[: encoded.prompt_length].tolist() == prompt
+            raw = encode(one, tokenizer, template="none")
+            assert raw.tokens[:-1].tolist() == tokenizer.encode(one.prompt + one.completion)
+            assert supervised(tokenizer, raw) == [f"{one.completion}<|im_end|>"]

@@ -1,0 +1,101 @@
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mbf_mlx.config import DataConfig, TrainConfig
+
+pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
+
+from mlx_lm import stream_generate
+
+from mbf_mlx.data.encode import Encoded, Encoder
+from mbf_mlx.data.row import Row
+from mbf_mlx.data.task import read_task
+from mbf_mlx.learning.evaluate import EXACT_MATCH, LOSS, ROUGE_L, RougeL, metric_of, score
+from tests.learning.test_train import QUICK, Bench, rows_of
+
+
+@pytest.fixture
+def bench(tiny_llama, write_jsonl):
+    """A tiny Llama that has learned some of its rows by heart and some not."""
+    write_jsonl("words/test.jsonl", rows_of(30, seed=1))
+    bench = Bench(tiny_llama, read_task(write_jsonl("words/train.jsonl", rows_of(16)).parent))
+    bench.run(dataclasses.replace(QUICK, epochs=25, learning_rate=2e-2))
+    bench.base.model.eval()
+    return bench
+
+
+def encoded(bench, write_jsonl, rows, name="more", **data):
+    task = read_task(write_jsonl(f"{name}.jsonl", rows))
+    return Encoder(bench.base.tokenizer, DataConfig(**data)).all([*task.train, *task.test], task.path)
+
+
+def greedy(bench, row):
+    """The tokens that greedy generation gives after a row's prompt, up to and with the end token."""
+    prompt = row.tokens[: row.prompt_length].tolist()
+    answer = len(row.tokens) - row.prompt_length
+    parts = stream_generate(bench.base.model, bench.base.tokenizer, prompt, max_tokens=answer)
+    return [int(part.token) for part in parts]
+
+
+def test_one_teacher_forced_pass_gives_the_verdict_of_greedy_generation_row_by_row(bench, write_jsonl):
+    rows = [*bench.rows, *encoded(bench, write_jsonl, rows_of(30, seed=1))]
+    result = score(bench.engine, rows, EXACT_MATCH)
+    generated = [greedy(bench, row) == row.tokens[row.prompt_length :].tolist() for row in rows]
+    assert list(result.verdicts) == generated
+    assert 0 < sum(generated) < len(rows)
+    assert result.value == sum(generated) / len(rows)
+
+
+def test_the_order_and_the_company_of_rows_do_not_change_a_verdict(bench):
+    rows = bench.rows
+    one_by_one = [score(bench.engine, [row], EXACT_MATCH).verdicts[0] for row in rows]
+    backwards = score(bench.engine, rows[::-1], EXACT_MATCH).verdicts[::-1]
+    assert one_by_one == list(backwards) == list(score(bench.engine, rows, EXACT_MATCH).verdicts)
+
+
+def test_a_row_that_rounding_may_decide_is_named(bench, monkeypatch):
+    rows = bench.rows
+    assert score(bench.engine, rows, EXACT_MATCH).close_calls == ()
+    monkeypatch.setattr("mbf_mlx.learning.evaluate.CLOSE_CALL", 1e9)
+    assert score(bench.engine, rows, EXACT_MATCH).close_calls == tuple(range(len(rows)))
+
+
+def test_the_loss_is_the_mean_over_supervised_tokens(bench):
+    losses, counts = zip(*[(score(bench.engine, [r], LOSS).loss, r.supervised.sum()) for r in bench.rows], strict=True)
+    together = score(bench.engine, bench.rows, LOSS)
+    assert together.value is None
+    np.testing.assert_allclose(together.loss, np.average(losses, weights=counts), rtol=1e-5)
+
+
+def test_long_answers_are_generated_and_scored_by_rouge_l(bench, write_jsonl):
+    answer = "the old red train was late so we read the paper and talked about the cold weather by the warm sea"
+    rows = encoded(bench, write_jsonl, [{"prompt": f"tell me story {i}", "completion": answer} for i in range(4)])
+    assert metric_of(rows) == ROUGE_L
+    bench.rows = rows
+    bench.run(TrainConfig(epochs=100, batch_size=4, learning_rate=2e-2), start=False)
+    bench.base.model.eval()
+    result = score(bench.engine, rows, ROUGE_L, model=bench.base.model, tokenizer=bench.base.tokenizer)
+    assert result.value == pytest.approx(1.0)
+
+
+def test_rouge_l_takes_the_best_of_a_rows_right_answers():
+    def of(*answers):
+        return Encoded(
+            np.zeros(2, np.int32), np.ones(2, bool), 1, 0, Row("completion", Path(), 1, "a", answers[0], answers)
+        )
+
+    measure = RougeL()
+    assert measure("the red train", of("the red train")) == pytest.approx(1.0)
+    assert measure("the trains", of("the red train")) == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))  # stemmed
+    assert measure("boats", of("a boat", "the red train")) == pytest.approx(2 * 1 * (1 / 2) / (1 + 1 / 2))
+
+
+def test_the_metric_follows_the_longest_answer(bench, write_jsonl):
+    short = [{"prompt": "a", "completion": "yes"}, {"prompt": "b", "completion": "no"}]
+    long = [*short, {"prompt": "c", "completion": " ".join(["word"] * 30)}]
+    assert metric_of(encoded(bench, write_jsonl, short, "short")) == EXACT_MATCH
+    assert metric_of(encoded(bench, write_jsonl, long, "long")) == ROUGE_L
+    assert metric_of(encoded(bench, write_jsonl, [{"text": "some words"}, {"text": "more words"}], "text")) == LOSS

@@ -1,0 +1,68 @@
+"""What a stranger's model, adapter or name may not do: run code, write outside its folder, reach out."""
+
+import pytest
+
+from mbf_mlx.commands import app
+from mbf_mlx.data.row import BadRow
+from mbf_mlx.stream.folder import StreamFolder
+from tests.support.streams import contents, learn, new_stream
+
+TEMPLATES = {
+    "a class of Python's": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "the modules that jinja has loaded": "{{ cycler.__init__.__globals__.os.system('touch PLACE') }}",
+    "the template's own globals": "{{ self._TemplateReference__context.environment.loader }}{{ lipsum.__globals__ }}",
+    "a file": "{% include '/etc/passwd' %}",
+    "another template": "{% import 'PLACE' as other %}{{ other }}",
+    "a format string": "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
+    "a change of what it is given": "{{ messages.append(messages[0]) }}",
+    "a filter into attributes": "{{ messages | attr('__class__') | attr('__base__') }}{{ missing.x }}",
+    "a loop over more than can be": "{% for i in range(10000000000) %}x{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_malicious_chat_template_is_refused_and_has_done_nothing(quick_path, case):
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install 'mbf-mlx[cpu]'")
+    from tests.data.test_encode import encode, make_tokenizer, row
+
+    place = quick_path / "written"
+    tokenizer = make_tokenizer(template="{{ messages }}")
+    tokenizer._tokenizer.chat_template = TEMPLATES[case].replace("PLACE", str(place))
+    tokenizer.has_chat_template = True
+    with pytest.raises(BadRow, match="the model's chat template refuses the row: |changes the answer"):
+        encode(row(prompt="a", completion="b"), tokenizer)
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "a/../../outside"])
+def test_a_manifest_cannot_name_files_outside_its_generation(quick_path, name):
+    """Even one whose checksum fits: what it lists has to be the files of a generation."""
+    import hashlib
+
+    from mbf_mlx.stream.records import Manifest, parse
+
+    stream = learn(new_stream(quick_path / "s"), 1)
+    path = stream.path / "generations/000001/manifest.json"
+    manifest = parse(Manifest, path.read_bytes(), path)
+    (quick_path / "outside").write_bytes(b"secret")
+    record = {"bytes": 6, "sha256": hashlib.sha256(b"secret").hexdigest()}
+    files = {**manifest.model_dump()["files"], name: record}
+    forged = Manifest(**{**manifest.model_dump(), "files": files}).sealed()
+    path.write_bytes(forged.to_json())
+    with pytest.raises(ValueError, match="damaged: files: expected names inside the generation, got"):
+        StreamFolder.open(stream.path)
+
+
+def test_reading_a_stream_follows_no_link_to_write(quick_path):
+    """A stream from a stranger whose lock or new names are links to a file of ours: that file stays as it is."""
+    from typer.testing import CliRunner
+
+    stream = learn(new_stream(quick_path / "s"), 2)
+    ours = quick_path / "ours.txt"
+    ours.write_text("mine")
+    for name in ("lock.json", "lock.json.new", "current.new", "adapter.new", "stream.json.new", "working"):
+        (stream.path / name).symlink_to(ours)
+    done = CliRunner().invoke(app, ["undo", str(stream.path)])
+    assert done.exit_code == 0, done.output
+    assert ours.read_text() == "mine"
+    assert not any(path.endswith(".new") for path in contents(stream.path))
