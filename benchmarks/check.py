@@ -81,7 +81,7 @@ def of_steps(model: Path) -> dict[str, float]:
 
     from mbf_mlx.config import LoRAConfig
     from mbf_mlx.data.batches import make_batch
-    from mbf_mlx.learning.learn import load_learner
+    from mbf_mlx.learning.learner import load_learner
 
     found: dict[str, float] = {}
     for packed in (False, True):

@@ -90,7 +90,7 @@ def ours(options: argparse.Namespace) -> Measured:
 
     from mbf_mlx.config import LoRAConfig
     from mbf_mlx.data.batches import make_batch
-    from mbf_mlx.learning.learn import load_learner
+    from mbf_mlx.learning.learner import load_learner
     from mbf_mlx.learning.tuning import Tuning
 
     learner = load_learner(options.model, LoRAConfig(rank=RANK, scale=SCALE, keys=tuple(KEYS)))

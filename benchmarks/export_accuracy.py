@@ -22,6 +22,8 @@ import common
 import numpy as np
 from common import ROOT
 
+from mbf_mlx.engine.lora_layers import attach, lora_layers, write_factors
+
 TASKS = ("amazon", "langid", "sarcasm")  # of 2, 12 and 2 labels, the shortest texts
 DATA = ROOT.parent / "shared" / "data" / "tasks"
 BASES = {
@@ -124,8 +126,8 @@ def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) 
     identity, factors = stream.folder.identity, stream.folder.state().deployed
     quality.KEPT_BYTES = 1 << 30  # all rows count
     live = model.load_base(base, dequantize=True, dtype="float32")
-    model.attach(live.model, LoRAConfig(rank=identity.rank, scale=identity.scale, keys=tuple(identity.keys)))
-    model.write_factors(live.model, factors)
+    attach(live.model, LoRAConfig(rank=identity.rank, scale=identity.scale, keys=tuple(identity.keys)))
+    write_factors(live.model, factors)
     encoder = Encoder(live.tokenizer, DataConfig(template=identity.template))
     history = stream.folder.history()
     rows = [
@@ -136,10 +138,10 @@ def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) 
     reference = quality.Reference(live.model, rows)
     inputs: dict[str, np.ndarray] = {}
     for names, matrix in moments(
-        live.model, model.lora_layers(live.model), rows_of_tasks(history, live.tokenizer, "chat").fit
+        live.model, lora_layers(live.model), rows_of_tasks(history, live.tokenizer, "chat").fit
     ):
         inputs.update(dict.fromkeys(names, matrix))
-    model.write_factors(live.model, {name: Pair(a, np.zeros_like(b)) for name, (a, b) in factors.items()})
+    write_factors(live.model, {name: Pair(a, np.zeros_like(b)) for name, (a, b) in factors.items()})
     bare = reference.compare(live.model)
     size = weight_bytes(base)
     yield row_of("base", bare, bare, size, size)

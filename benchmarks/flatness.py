@@ -22,7 +22,7 @@ from typing import Any
 import common
 import synthetic
 
-from mbf_mlx.api import DEFAULT_METHOD
+from mbf_mlx.methods.registry import DEFAULT_METHOD
 
 WORDS = ("red", "green", "blue", "small", "large", "cold", "warm", "old", "new", "round")
 ENDS = 5  # tasks at each end

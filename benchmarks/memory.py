@@ -20,6 +20,7 @@ import numpy as np
 import synthetic
 
 from mbf_mlx.device.machine import freed_memory_kept
+from mbf_mlx.memory.shapes import run_of, shape_of_folder
 
 TOLERANCE = 0.15
 # name -> model, rows, tokens of a row, supervised, checkpoint, quantized weights kept
@@ -50,7 +51,6 @@ def ours(
     """Train a few steps and return the measured and the predicted peak."""
     from mbf_mlx.device import backend, machine
     from mbf_mlx.memory import formula as memory
-    from mbf_mlx.planning import work as plan
 
     backend.setup("cpu" if sys.platform == "linux" else None)
     import mlx.core as mx
@@ -59,21 +59,21 @@ def ours(
 
     from mbf_mlx.config import LoRAConfig
     from mbf_mlx.data.batches import make_batch
-    from mbf_mlx.learning.learn import load_learner
+    from mbf_mlx.learning.learner import load_learner
 
     lora = LoRAConfig()
     learner = load_learner(model, lora, packed)
     learner.engine.checkpoint = checkpoint
     network, optimizer = learner.base.model, optim.AdamW(learning_rate=1e-4)
     loss_and_grad = nn.value_and_grad(network, learner.engine.loss_sum)
-    shape = plan.shape_of_folder(model)
+    shape = shape_of_folder(model)
     batch = make_batch(rows_of(rows, length, answer, shape.vocabulary), range(rows))
     with freed_memory_kept():  # as mbf learn trains
         for _ in range(steps):
             loss, gradients = loss_and_grad(batch)
             optimizer.update(network, gradients)
             mx.eval(loss, network.trainable_parameters(), optimizer.state)
-    run = plan.run_of(shape, lora, by_hand=learner.engine.by_hand, packed=learner.packed, checkpoint=checkpoint)
+    run = run_of(shape, lora, by_hand=learner.engine.by_hand, packed=learner.packed, checkpoint=checkpoint)
     predicted = memory.predict(shape, run, memory.Load.of(batch)).peak
     return {"measured": machine.resident_peak(), "predicted": predicted}
 

@@ -115,7 +115,7 @@ def profile(case: str, options: argparse.Namespace) -> dict[str, Any]:
 
     from mbf_mlx.config import LoRAConfig
     from mbf_mlx.data import batches
-    from mbf_mlx.learning.learn import load_learner
+    from mbf_mlx.learning.learner import load_learner
 
     learner = load_learner(options.model, LoRAConfig(rank=step.RANK), options.packed)
     learner.engine.cores = 1  # one clock cannot watch several threads

@@ -22,6 +22,8 @@ import common
 import numpy as np
 import synthetic
 
+from mbf_mlx.learning.progress import SaveClock
+
 GOAL = 0.02
 LLAMA_8B = synthetic.layers_of_block(4096, 14336, 4096, 1024)
 ALL_KEYS = tuple(LLAMA_8B)
@@ -31,7 +33,6 @@ def smollm2(folder: Path, steps: int, rank: int, keys: tuple[str, ...]) -> tuple
     """Return the seconds of each save of a run, and the bytes of one."""
     from mbf_mlx import Stream
     from mbf_mlx.config import LoRAConfig, TrainConfig
-    from mbf_mlx.stream import saves as working
 
     task = folder / "task" / "train.jsonl"
     task.parent.mkdir(exist_ok=True)
@@ -39,18 +40,18 @@ def smollm2(folder: Path, steps: int, rank: int, keys: tuple[str, ...]) -> tuple
     stream = Stream.open(folder / f"rank-{rank}", base=str(common.SMOLLM2), lora=LoRAConfig(rank=rank, keys=keys))
     taken: list[float] = []
     sizes: list[int] = []
-    saved: Callable[..., None] = working.SaveClock.saved
+    saved: Callable[..., None] = SaveClock.saved
 
-    def note(self: working.SaveClock, began: float, ended: float) -> None:
+    def note(self: SaveClock, began: float, ended: float) -> None:
         taken.append(ended - began)
         sizes.append(sum(file.stat().st_size for file in stream.folder.working.rglob("*") if file.is_file()))
         saved(self, began, ended)
 
-    working.SaveClock.saved = note  # type: ignore[method-assign]
+    SaveClock.saved = note  # type: ignore[method-assign]
     try:
         stream.learn(task.parent, train=TrainConfig(iters=steps, batch_size=2, save_every="1"))
     finally:
-        working.SaveClock.saved = saved  # type: ignore[method-assign]
+        SaveClock.saved = saved  # type: ignore[method-assign]
     return taken, max(sizes)
 
 
@@ -115,7 +116,7 @@ def main() -> None:
 def measured(work: Callable[..., Any], options: argparse.Namespace, rank: int, keys: tuple[str, ...]) -> dict[str, Any]:
     """Return a case's saves: the seconds of each, their bytes, and their share of a run at the default setting."""
     from mbf_mlx.config import TrainConfig
-    from mbf_mlx.stream.saves import SaveClock
+    from mbf_mlx.learning.progress import SaveClock
 
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         taken, size = work(Path(folder), options.steps, rank, keys)

@@ -56,7 +56,7 @@ def main() -> None:
     from mbf_mlx.data.encode import Encoder
     from mbf_mlx.data.task import read_task
     from mbf_mlx.learning.evaluate import score
-    from mbf_mlx.learning.learn import load_learner
+    from mbf_mlx.learning.learner import load_learner
     from mbf_mlx.learning.train import train
     from mbf_mlx.learning.tuning import Tuning
 

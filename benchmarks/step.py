@@ -52,10 +52,11 @@ def ours(model: Path, keys: list[str]) -> Any:
     from mlx import nn
     from mlx.utils import tree_map
 
-    from mbf_mlx.base.load import attach, load_base
+    from mbf_mlx.base.load import load_base
     from mbf_mlx.config import LoRAConfig
     from mbf_mlx.data.batches import make_batch
     from mbf_mlx.engine.engine import prepare
+    from mbf_mlx.engine.lora_layers import attach
 
     base = load_base(model, dequantize=device.kind == "cpu", dtype=device.dtype)
     attach(base.model, LoRAConfig(rank=RANK, scale=SCALE, keys=tuple(keys)))

@@ -23,6 +23,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.team import Team
 from mbf_mlx.methods import Factors, Layers, Method, Seen, State, make
+from mbf_mlx.methods.registry import DEFAULT_METHOD, UNLOADED_METHOD
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.records import FORMAT_VERSION, BaseRecord, Identity, TaskRecord
 from mbf_mlx.stream.status import status_document
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from mbf_mlx.exchange import Absorbed
 
     Find = Callable[[str], BaseFolder]  # where the base model of a name is
-
-DEFAULT_METHOD = "anchored"  # it was ahead of all others in every order: docs/experiments.md
-UNLOADED_METHOD = "slao"  # of a stream whose first task is trained elsewhere: it needs no model and no rows
 
 
 class Stream:
@@ -119,7 +117,7 @@ class Stream:
         source: "BaseFolder", method: Method, lora: LoRAConfig, data: DataConfig, keep_quantized: bool
     ) -> tuple[Identity, Any]:
         """Return what a new stream is, of a base that is loaded and tried, and the learner."""
-        from mbf_mlx.learning.learn import load_learner
+        from mbf_mlx.learning.learner import load_learner
 
         learner = load_learner(source.path, lora, keep_quantized)
         loaded, layers = learner.base, learner.layers
@@ -183,6 +181,7 @@ class Stream:
         """
         backend.setup()
         from mbf_mlx.learning import learn as learning
+        from mbf_mlx.learning.scores import TestRows
 
         if name is not None and len(tasks) != 1:
             raise InputError(f"--name: expected one task to name, got {len(tasks)}")
@@ -198,7 +197,7 @@ class Stream:
             with self.folder.writer():
                 learner = self._load()
                 method = make(self.folder.identity.method, self.folder.identity.method_options)
-                tests = learning.TestRows(learner.tokenizer, settings.data.template, self.folder.path)
+                tests = TestRows(learner.tokenizer, settings.data.template, self.folder.path)
                 for number, task in enumerate(todo):
                     if self._skip(task, settings.again, events):
                         continue  # another process has learned it meanwhile, or it is named twice
@@ -237,7 +236,7 @@ class Stream:
     def _look(self, method: Method, state: State, tuned: Factors, source: str) -> dict[str, Seen]:
         """Return the inputs that a task's training rows have, the model applying what was tuned."""
         backend.setup()
-        from mbf_mlx.learning.after_training import seen
+        from mbf_mlx.learning.measure import seen
         from mbf_mlx.learning.tuning import Tuning
 
         learner, task = self._load(), read_task(Path(source))
@@ -271,9 +270,9 @@ class Stream:
             rows are gone. A task that was learned is scored on the rows, and at the length, that it was learned with.
         """
         backend.setup()
-        from mbf_mlx.base.load import write_factors
-        from mbf_mlx.learning import learn as learning
+        from mbf_mlx.engine.lora_layers import write_factors
         from mbf_mlx.learning.evaluate import Score, metric_of
+        from mbf_mlx.learning.scores import TestRows, score_all
 
         settings = LearnConfig(
             data=replace(data or DataConfig(), template=self.folder.identity.template), score_rows=score_rows
@@ -287,7 +286,7 @@ class Stream:
         learner.base.model.eval()
         if state.t:
             write_factors(learner.base.model, state.deployed)
-        tests = learning.TestRows(learner.tokenizer, settings.data.template, limit=score_rows)
+        tests = TestRows(learner.tokenizer, settings.data.template, limit=score_rows)
         scores: list[Score | None] = []
         names: list[str] = []
         kinds: list[str] = []
@@ -295,10 +294,10 @@ class Stream:
         for each in given or history:
             record = learned.get(each.sha256) if isinstance(each, Task) else each
             if record is None and isinstance(each, Task):
-                scores += learning.score_all([], each, learner, settings, events, tests)
+                scores += score_all([], each, learner, settings, events, tests)
                 kinds.append(metric_of(tests.of_task(each, settings.data, score_rows)))
             elif record is not None:
-                scores += learning.score_all([record], None, learner, settings, events, tests)
+                scores += score_all([record], None, learner, settings, events, tests)
                 kinds.append(record.metric)
             names.append(each.name)
         rows = [
@@ -379,7 +378,7 @@ class Stream:
     def _load(self) -> Any:
         """Return the learner, loading the base model once and checking that it is the stream's own."""
         if self._learner is None:
-            from mbf_mlx.learning.learn import load_learner
+            from mbf_mlx.learning.learner import load_learner
 
             identity = self.folder.identity
             lora = LoRAConfig(

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from mbf_mlx.base.config_checks import read_object
+from mbf_mlx.adapters.layout import CONFIG as CONFIG
+from mbf_mlx.adapters.layout import WEIGHTS as WEIGHTS
 from mbf_mlx.device.threads import side_by_side
 from mbf_mlx.errors import InputError
 from mbf_mlx.files import safetensors_file
+from mbf_mlx.files.documents import read_object
 from mbf_mlx.files.storage import Data, read_large, sha256
 from mbf_mlx.methods import Factors, Layers, Pair
-from mbf_mlx.stream.records import CONFIG as CONFIG
-from mbf_mlx.stream.records import WEIGHTS as WEIGHTS
 
 _LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # what torch.save and pickle begin with

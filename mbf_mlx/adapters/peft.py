@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from mbf_mlx.adapters.mlx_lm import decode_tensors, is_number, read_weights, split_layer
-from mbf_mlx.base.config_checks import read_object
 from mbf_mlx.errors import InputError
 from mbf_mlx.files import safetensors_file
+from mbf_mlx.files.documents import read_object
 from mbf_mlx.files.storage import Data, sha256
 from mbf_mlx.methods import Factors, Pair
 

@@ -4,15 +4,14 @@ What the fields mean is the business of mlx-lm and transformers. Checked is what
 or misread: `check` takes a document and the rows of a table here. null fits everywhere.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mbf_mlx.errors import InputError
+from mbf_mlx.files.documents import read_object
 from mbf_mlx.files.safetensors_file import MAX_LENGTH
-from mbf_mlx.files.storage import read_file
 
 Fields = tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...]  # names, what fits, how that is said
 
@@ -76,24 +75,6 @@ OTHERS: dict[str, Fields] = {
         (("tokenizer_class",), lambda value: isinstance(value, str), "a name"),
     ),
 }
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        InputError: it cannot be read, or is no JSON object.
-    """
-    try:
-        document = json.loads(read_file(path))
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(document).__name__}")
-    return document
 
 
 def check(document: dict[str, Any], where: Path, fields: Fields) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mbf_mlx.config import LoRAConfig
-from mbf_mlx.data import text_file as reading
 from mbf_mlx.errors import InputError
+from mbf_mlx.files.documents import toml
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 RECIPE_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "models")  # in the wheel; in a checkout
@@ -90,7 +90,7 @@ def read_recipe(path: Path) -> Recipe:
         InputError: not TOML, or other fields than a recipe has.
     """
     try:
-        recipe = Recipe.model_validate(reading.toml(path, "mbf fetch lists the recipes"))
+        recipe = Recipe.model_validate(toml(path, "mbf fetch lists the recipes"))
     except ValidationError as error:
         problems = [f"  {'.'.join(map(str, one['loc'])) or 'recipe'}: {one['msg']}" for one in error.errors()]
         raise InputError(f"{path}: not a recipe:\n" + "\n".join(dict.fromkeys(problems))) from error

@@ -20,6 +20,7 @@ from mbf_mlx.base.download import fetch_hub_model, fetch_packaged_file
 from mbf_mlx.base.recipe import HubSource, Recipe, TriedLoRA, models_folder, recipes
 from mbf_mlx.errors import InputError
 from mbf_mlx.files import safetensors_file
+from mbf_mlx.files.documents import read_object
 from mbf_mlx.files.safetensors_file import read_header
 from mbf_mlx.files.storage import Files, refusal, sha256_file
 
@@ -144,7 +145,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     where = folder / "config.json"
     try:
-        config = model_config.read_object(where)
+        config = read_object(where)
     except FileNotFoundError:
         raise InputError(f"{folder}: not a model folder: expected a config.json in it") from None
     model_config.check(config, where, model_config.CONFIG)

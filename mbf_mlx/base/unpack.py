@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mbf_mlx.memory.formula import PIECE_BYTES
+from mbf_mlx.device.budgets import PIECE_BYTES
 
 
 def plain(module: Any) -> nn.Module:

@@ -132,7 +132,7 @@ class _Seen:
     """What was seen of a task's rows, one after another."""
 
     def __init__(self, task: "Task", encoder: "Encoder | None"):
-        from mbf_mlx.data.file_rows import Problems
+        from mbf_mlx.data.scan import Problems
 
         self.task, self.encoder, self.problems = task, encoder, Problems()
         self.lengths: dict[str, array[int]] = {}

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.learn import read_all, shown
 from mbf_mlx.commands.options import Base, Json
+from mbf_mlx.commands.shown import read_all, show_progress
 
 
 def eval(
@@ -25,7 +25,7 @@ def eval(
 
     read = read_all(tasks or [])
     opened = Stream.open(stream, base=model)
-    with shown() as events:
+    with show_progress() as events:
         result = opened.evaluate(*read, events=events, score_rows=score_rows)
     if json:
         console.print_json(result)

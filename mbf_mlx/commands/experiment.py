@@ -102,23 +102,23 @@ def _run(plan: Any, folder: Path) -> "list[Row]":
 
 def _print(name: str, rows: "list[Row]", against: str | None, json: bool, markdown: bool) -> None:
     from mbf_mlx.experiment import differences as compared
-    from mbf_mlx.experiment import results
+    from mbf_mlx.experiment import table as tables
 
     gains = compared.differences(rows, against) if against is not None else []
     if json:
-        document = results.document(name, rows)
+        document = tables.document(name, rows)
         if against is not None:
             document["against"] = {"name": against, "differences": [asdict(line) for line in gains]}
         console.print_json(document)
         return
-    tables = {f"{name}: points of percent, mean ± deviation over seeds": results.columns(results.table(rows))}
+    shown = {f"{name}: points of percent, mean ± deviation over seeds": tables.columns(tables.table(rows))}
     if against is not None and not gains:
         console.warn(f"--against: no finished cell has the order and seed of a finished one of {against!r}")
     elif against is not None:
-        tables[f"average accuracy against {against}: points, cell by cell"] = compared.columns(gains)
-    for number, (title, found) in enumerate(tables.items()):
+        shown[f"average accuracy against {against}: points, cell by cell"] = compared.columns(gains)
+    for number, (title, found) in enumerate(shown.items()):
         if markdown:
-            console.out.print(("\n" if number else "") + results.markdown(found))
+            console.out.print(("\n" if number else "") + tables.markdown(found))
         else:
             console.out.print(_shown(title, found))
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mbf_mlx.errors import InputError
+from mbf_mlx.files.documents import toml
 
 
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -19,9 +20,8 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     """
     if path is None:
         return None
-    from mbf_mlx.data import text_file as reading
 
-    values = reading.toml(path, "--config takes a TOML file with the names of the flags")
+    values = toml(path, "--config takes a TOML file with the names of the flags")
     known = {p.name for p in ctx.command.params if p.param_type_name == "option" and p.name not in (None, "config")}
     defaults: dict[str, Any] = {}
     for key, value in values.items():

@@ -11,6 +11,7 @@ from mbf_mlx.commands import console
 from mbf_mlx.commands.options import Config, Json, bytes_of, lora_of
 from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
+from mbf_mlx.memory.shapes import SHARE, run_of, shape_of_folder, shape_of_recipe
 
 if TYPE_CHECKING:
     from mbf_mlx.data.task import Task
@@ -111,9 +112,9 @@ class _Plans:
 
     def of_model(self, name: str, size: int | None) -> dict[str, Any]:
         """Return the plan of the largest batch that the settings allow."""
-        from mbf_mlx.api import DEFAULT_METHOD
         from mbf_mlx.memory.formula import Load
         from mbf_mlx.methods import make
+        from mbf_mlx.methods.registry import DEFAULT_METHOD
 
         folder, shape = _find(name)
         load = Load.full(self.train.batch_size, self.data.max_seq_length, self.answer_tokens)
@@ -121,9 +122,9 @@ class _Plans:
 
     def of_tasks(self, stream: Path, tasks: list[Path], model: str | None, size: int | None) -> dict[str, Any]:
         """Return the plan of learning tasks into a stream."""
-        from mbf_mlx.api import DEFAULT_METHOD
         from mbf_mlx.data.task import read_tasks
         from mbf_mlx.methods import make
+        from mbf_mlx.methods.registry import DEFAULT_METHOD
         from mbf_mlx.planning import work as plan
 
         earlier, method = [], make(DEFAULT_METHOD)
@@ -210,13 +211,13 @@ class _Plans:
             available = backend.setup().memory_bytes
         by_hand = kind == "cpu" and _is_llama(folder)
         packed = kind != "cpu" or self.keep_quantized or shape.plain_bytes > available / 2
-        run = plan.run_of(
+        run = run_of(
             shape, self._lora(name, folder), by_hand=by_hand, packed=packed, checkpoint=self.train.grad_checkpoint
         )
         run = replace(run, measured=plan.measured_values(method, _all_layers(shape, run), run.rank))
         worst, load = max(((memory.predict(shape, run, each), each) for each in loads), key=lambda pair: pair[0].peak)
         says = plan.verdict(worst.peak, available)
-        limit = int(plan.SHARE * available)
+        limit = int(SHARE * available)
         document = {
             "model": name,
             "device": kind,
@@ -240,13 +241,12 @@ def _find(name: str) -> "tuple[Path | None, Shape]":
     """Return a model's folder, or None where it is a recipe's that was not fetched, and its shape."""
     from mbf_mlx.base.recipe import models_folder, recipes
     from mbf_mlx.base.sources import resolve_base
-    from mbf_mlx.planning import work as plan
 
     known = recipes()
     if name in known and not (models_folder() / name).exists():
-        return None, plan.shape_of_recipe(known[name])
+        return None, shape_of_recipe(known[name])
     folder = resolve_base(name, offline=True, report=console.err.print).path
-    return folder, plan.shape_of_folder(folder)
+    return folder, shape_of_folder(folder)
 
 
 def _is_llama(folder: Path | None) -> bool:

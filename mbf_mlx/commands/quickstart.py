@@ -35,7 +35,7 @@ def quickstart(
     Example: mbf quickstart --fast
     """
     from mbf_mlx.api import Stream
-    from mbf_mlx.commands.learn import shown
+    from mbf_mlx.commands.shown import show_progress
     from mbf_mlx.config import TrainConfig
     from mbf_mlx.files.storage import Files
 
@@ -51,11 +51,11 @@ def quickstart(
     rate = FAST_LEARNING_RATE if fast else assistant.learning_rate
     train = TrainConfig(seed=seed, epochs=1 if fast else EPOCHS, learning_rate=rate)
     console.err.print("three tasks, one after another:")
-    with shown() as events:
+    with show_progress() as events:
         assistant.learn(*folders, train=train, events=events)
     console.err.print(f"the same tasks and seed with plain LoRA training ({RIVAL}), to compare:")
     rival = Stream.open(out / f"{RIVAL}{suffix}", base=base, method=RIVAL, seed=seed)
-    with shown() as events:
+    with show_progress() as events:
         rival.learn(*folders, train=train, events=events)
     console.err.print("fusing what was learned into a model folder:")
     fused = out / f"fused{suffix}"

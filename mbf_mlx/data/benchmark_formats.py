@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mbf_mlx.data.formats import Found, Reader, attempt
+from mbf_mlx.data.json_stream import Element, document, element_at, elements
 from mbf_mlx.data.row import EXAMPLES, BadRow, Row, Skipped, check_text
-from mbf_mlx.data.text_file import Element, document, element_at, elements
 from mbf_mlx.errors import InputError
 
 

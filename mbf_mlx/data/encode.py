@@ -17,8 +17,8 @@ import numpy as np
 
 from mbf_mlx.config import DataConfig
 from mbf_mlx.data.chat_template import MOVED, Answer, ChatTemplate, Rendered
-from mbf_mlx.data.file_rows import Problems
 from mbf_mlx.data.row import BadRow, Row
+from mbf_mlx.data.scan import Problems
 from mbf_mlx.data.token_rows import Encoded as Encoded
 from mbf_mlx.data.token_rows import EncodedRows
 from mbf_mlx.data.tokenizer_pieces import Pieces

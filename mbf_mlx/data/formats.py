@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from mbf_mlx.data.json_stream import parse_json
 from mbf_mlx.data.row import EXAMPLES, BadRow, Row, row_from
-from mbf_mlx.data.text_file import MAX_LINE, decode, lines, open_binary, parse_json
+from mbf_mlx.data.text_file import MAX_LINE, decode, lines, open_binary
 
 
 class Found(NamedTuple):

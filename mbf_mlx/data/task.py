@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 
 from mbf_mlx.data.benchmark_formats import OLora, SuperNaturalInstructions
-from mbf_mlx.data.file_rows import MAX_LABELS, Problems, Rows, Scan, lowest, repeated, standing_in
+from mbf_mlx.data.file_rows import MAX_LABELS, Rows, lowest, repeated, standing_in
 from mbf_mlx.data.formats import JsonLines, Reader, Table
 from mbf_mlx.data.row import NAMES, Row
+from mbf_mlx.data.scan import Problems, Scan
 from mbf_mlx.data.text_file import open_binary
 from mbf_mlx.errors import InputError
-from mbf_mlx.stream.records import TaskRecord
 
 SPLITS = ("train", "valid", "test")
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
@@ -121,16 +121,15 @@ def read_task(path: Path | str, *, name: str | None = None, report: Report = lam
     )
 
 
-def find_again(record: TaskRecord) -> Task | str:
+def find_again(name: str, path: Path, sha256: str) -> Task | str:
     """Return a learned task read again from where it was, or why it cannot be: its files are gone, bad or others."""
-    path = Path(record.path)
     if not path.exists():
-        return f"{record.name}: {path} is not there any more"
+        return f"{name}: {path} is not there any more"
     try:
-        task = read_task(path, name=record.name)
+        task = read_task(path, name=name)
     except InputError as error:
-        return f"{record.name}: {str(error).splitlines()[0]}"
-    return task if task.sha256 == record.sha256 else f"{record.name}: {path} has changed since it was learned"
+        return f"{name}: {str(error).splitlines()[0]}"
+    return task if task.sha256 == sha256 else f"{name}: {path} has changed since it was learned"
 
 
 def check_name(name: str) -> str:

@@ -18,17 +18,17 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mbf_mlx.base.load import lora_layers
 from mbf_mlx.base.unpack import evaluate, evaluated, without_history
 from mbf_mlx.data.batches import IGNORED, Batch, Row, make_batch, of_few_shapes, split
 from mbf_mlx.device.blas import load_blas
+from mbf_mlx.device.budgets import LOGITS_BYTES, LOGITS_COPIES
 from mbf_mlx.engine import cpu_ops
 from mbf_mlx.engine import llama_pass as llama
 from mbf_mlx.engine.llama_attention import Shared
+from mbf_mlx.engine.lora_layers import lora_layers
 from mbf_mlx.engine.mlx_forward import Forward
 from mbf_mlx.engine.taps import called_by
 from mbf_mlx.errors import MemoryLimitError
-from mbf_mlx.memory.formula import LOGITS_BYTES, LOGITS_COPIES
 
 Arrays = dict[str, mx.array]  # by name: what is differentiated, and its gradients
 KNOWN_WELL = 1e-6  # nats: a loss below this is taken for it where its logarithm is

@@ -17,8 +17,8 @@ import mlx.core as mx
 import numpy as np
 
 from mbf_mlx.data.batches import Batch
+from mbf_mlx.device.budgets import KEPT_WEIGHTS
 from mbf_mlx.engine.cpu_ops import blank, for_each, view
-from mbf_mlx.memory.formula import KEPT_WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,11 +26,11 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
-from mbf_mlx.data import text_file as reading
 from mbf_mlx.data.task import Task, check_name, read_task
 from mbf_mlx.errors import InputError
 from mbf_mlx.experiment.results import name_of
 from mbf_mlx.experiment.suites import SUITES, Suite
+from mbf_mlx.files.documents import toml
 from mbf_mlx.methods import make
 
 Settings = TypeVar("Settings", LoRAConfig, TrainConfig, DataConfig)
@@ -196,7 +196,7 @@ def read_plan(path: Path, tasks: Path | None = None, *, with_tasks: bool = True)
 
 
 def _read(path: Path) -> tuple[ExperimentFile, Suite]:
-    document = reading.toml(path, "docs/experiments.md shows what an experiment's file holds")
+    document = toml(path, "docs/experiments.md shows what an experiment's file holds")
     try:
         file = ExperimentFile.model_validate(document)
     except ValidationError as error:

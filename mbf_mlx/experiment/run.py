@@ -24,22 +24,24 @@ from filelock import FileLock, Timeout
 from mbf_mlx import __version__
 from mbf_mlx.adapters import mlx_lm as adapter
 from mbf_mlx.base import folder as outline
-from mbf_mlx.base.load import write_factors
 from mbf_mlx.base.sources import resolve_base
 from mbf_mlx.config import LoRAConfig, settings_of
 from mbf_mlx.data.encode import Encoded, Encoder
 from mbf_mlx.device import backend
+from mbf_mlx.engine.lora_layers import write_factors
 from mbf_mlx.errors import InputError
 from mbf_mlx.experiment import hashes as cell_hash
 from mbf_mlx.experiment.plan_file import Cell, Plan
-from mbf_mlx.experiment.results import RESULTS, Log, Row, measured
+from mbf_mlx.experiment.results import RESULTS, Row, measured
 from mbf_mlx.files import safetensors_file
+from mbf_mlx.files.log import Log
 from mbf_mlx.files.storage import Data, Files
 from mbf_mlx.learning.after_training import conclude, with_extra
 from mbf_mlx.learning.evaluate import metric_of, score
 from mbf_mlx.learning.events import Events
-from mbf_mlx.learning.learn import Learner, load_learner, machine
-from mbf_mlx.learning.train import Progress, progress_to_json, train
+from mbf_mlx.learning.learner import Learner, load_learner, machine
+from mbf_mlx.learning.progress import Progress, progress_to_json
+from mbf_mlx.learning.train import train
 from mbf_mlx.learning.tuning import Tuning
 from mbf_mlx.methods import Factors, Method, Pair, State, empty_state, make, not_finite
 from mbf_mlx.stream.saves import Working

@@ -9,8 +9,7 @@ trains, and how the model applies it, is tuning.py's.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -23,48 +22,14 @@ from mbf_mlx.device.machine import freed_memory_kept
 from mbf_mlx.engine.engine import Arrays, Engine
 from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.learning.events import Step
+from mbf_mlx.learning.progress import Progress, SaveClock, Trained
 from mbf_mlx.learning.team import Message, Team
 from mbf_mlx.learning.tuning import Tuning
-from mbf_mlx.stream.saves import SaveClock
 
 FLOOR = 0.1  # share of the peak rate at which the decay ends
 GUARD_FACTOR, GUARD_STEPS = 3.0, 50  # a loss this many times the first, for so many steps, has exploded
-CURVE_POINTS = 24
 
 Tensors = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Where a run stands: all that, with the saved tensors, continues it exactly."""
-
-    step: int = 0  # optimizer steps taken
-    first_loss: float | None = None  # of the first step
-    high_steps: int = 0  # steps in a row whose loss was far above the first
-    best_loss: float | None = None  # of the best validation
-    best_step: int = 0
-    validations_since: int = 0  # without a better one
-    loss_before: float | None = None  # on the sample rows, before the first step
-    losses: list[float] = field(default_factory=list)  # of every step
-    real_tokens: int = 0
-    computed_tokens: int = 0
-    seconds: float = 0.0  # in training steps and their batches
-    stopped: bool = False  # patience ran out
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """The end of a run: `tuning` holds what was tuned, the best of it where there was validation."""
-
-    progress: Progress
-    loss_after: float | None
-
-    @property
-    def curve(self) -> list[tuple[int, float]]:
-        """At most 24 (step, mean loss) points of the training loss."""
-        losses = self.progress.losses
-        parts = np.array_split(np.arange(len(losses)), min(CURVE_POINTS, max(1, len(losses))))
-        return [(int(p[-1]) + 1, round(float(np.mean([losses[i] for i in p])), 4)) for p in parts if len(p)]
 
 
 Save = Callable[[Progress, Tensors], None]
@@ -350,8 +315,3 @@ class _Run:
     def restore_best(self) -> None:
         self.tuning.update(self.best)
         mx.clear_cache()
-
-
-def progress_to_json(progress: Progress) -> dict[str, Any]:
-    """Return a run's place as plain JSON values."""
-    return asdict(progress)

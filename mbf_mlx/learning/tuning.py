@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mbf_mlx.base.load import lora_layers, read_factors
 from mbf_mlx.engine.engine import Arrays
+from mbf_mlx.engine.lora_layers import lora_layers, read_factors
 from mbf_mlx.methods import Factors, Method, State
 
 

@@ -9,7 +9,7 @@ from mbf_mlx.base.fingerprint import fingerprint
 from mbf_mlx.base.sources import BaseFolder
 from mbf_mlx.config import LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
-from mbf_mlx.learning.learn import Learner, load_learner
+from mbf_mlx.learning.learner import Learner, load_learner
 from mbf_mlx.learning.team import END, Message, Team
 from mbf_mlx.learning.team_task import rows_of, state_of
 from mbf_mlx.learning.train import Sums, seed_dropout

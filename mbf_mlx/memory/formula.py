@@ -29,11 +29,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mbf_mlx.data.batches import Batch, parts_of
+from mbf_mlx.device.budgets import KEPT_WEIGHTS, LOGITS_BYTES, LOGITS_COPIES, PIECE_BYTES
 
-LOGITS_BYTES = 256 * 2**20  # what all arrays of the size of the logits may hold together
-LOGITS_COPIES = 3  # of them at a time: logits, their exponentials, their gradient; all in float32
-KEPT_WEIGHTS = 32 * 2**20  # up to this, a block keeps the attention weights of a part of a batch for the way back
-PIECE_BYTES = 64 * 2**20  # of a weight unpacked at a time by the layers that stay packed
 PROCESS_BYTES = 410_000_000  # measured on Linux with mlx 0.32 and transformers 5
 DOWN, MLP = "down_proj", ("gate_proj", "up_proj")
 

@@ -8,7 +8,7 @@ from mbf_mlx.data.batches import Batch
 from mbf_mlx.device import backend, machine
 from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.memory.formula import Load, Memory, Run, Shape, predict, ways_to_fit
-from mbf_mlx.planning.work import SHARE, run_of, shape_of_folder
+from mbf_mlx.memory.shapes import SHARE, run_of, shape_of_folder
 
 
 def memory_limit(given: int) -> int:

@@ -5,7 +5,8 @@ from html import escape
 from operator import itemgetter
 from typing import Any
 
-from mbf_mlx.experiment.results import MEASURES, Line, Row, columns, named, scored, table
+from mbf_mlx.experiment.results import MEASURES, Row, named, scored
+from mbf_mlx.experiment.table import Line, columns, table
 from mbf_mlx.report import page_parts as html
 from mbf_mlx.report import plots as report_plots
 from mbf_mlx.report.plots import Bar, Curve

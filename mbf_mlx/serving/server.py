@@ -26,8 +26,9 @@ from mbf_mlx.base.folder import check_template
 from mbf_mlx.base.sources import BaseFolder
 from mbf_mlx.config import ServeConfig
 from mbf_mlx.errors import InputError
+from mbf_mlx.serving.proof import adapter_of, prove_adapter, prove_fused
 from mbf_mlx.serving.request_checks import Handler
-from mbf_mlx.serving.speaker import adapter_of, prove_adapter, prove_fused, settle_to_speak
+from mbf_mlx.serving.speaker import settle_to_speak
 from mbf_mlx.stream.folder import StreamFolder
 
 Say = Callable[[str], None]

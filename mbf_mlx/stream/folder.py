@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mbf_mlx import __version__
+from mbf_mlx.adapters.layout import CONFIG, WEIGHTS
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
 from mbf_mlx.files.storage import Data, Files, read_file, read_large, refusal, require_space, sha256, sha256_file
 from mbf_mlx.stream.records import (
-    CONFIG,
     FORMAT_VERSION,
     STATE,
-    WEIGHTS,
     FileRecord,
     Identity,
     Manifest,

@@ -16,7 +16,6 @@ from mbf_mlx.errors import InputError
 
 FORMAT_VERSION = 1
 STATE = "state.safetensors"
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"  # of an adapter, in mlx-lm's layout
 LINE_BYTES = 2000  # the most that a task's line may take, scores aside
 SCORE_DIGITS = 6
 

@@ -16,7 +16,6 @@ from mbf_mlx.files import safetensors_file
 from mbf_mlx.files.storage import Files, read_file, read_large, sha256
 
 PROGRESS, TENSORS = "progress.json", "tensors.safetensors"
-SAVE_SHARE = 0.02  # of a run's time, at most, goes into saves that come every so many seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,26 +26,6 @@ class Saved:
     machine: dict[str, Any]
     progress: dict[str, Any]
     tensors: dict[str, Any]  # NumPy arrays
-
-
-class SaveClock:
-    """Says when a run is saved next: after so many steps, or seconds, and then no sooner than keeps saves cheap.
-
-    Args:
-        steps, seconds: Between two saves; None where the other counts, or nothing does.
-        now: Seconds on any clock that only goes forward.
-    """
-
-    def __init__(self, steps: int | None, seconds: float | None, now: float) -> None:
-        self.steps, self.seconds, self.pause, self.last = steps, seconds, seconds or 0.0, now
-
-    def is_due(self, step: int, now: float) -> bool:
-        """Return whether to save after `step`."""
-        return bool(self.steps and step % self.steps == 0) or bool(self.seconds and now - self.last >= self.pause)
-
-    def saved(self, began: float, ended: float) -> None:
-        """Take note of a save; a slow one (large factors, a slow disk) puts off the next."""
-        self.last, self.pause = ended, max(self.seconds or 0.0, (ended - began) * (1 / SAVE_SHARE - 1))
 
 
 class Working:

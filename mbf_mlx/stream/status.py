@@ -3,8 +3,9 @@
 from typing import Any
 
 from mbf_mlx import metrics
+from mbf_mlx.adapters.layout import WEIGHTS
 from mbf_mlx.stream.folder import StreamFolder
-from mbf_mlx.stream.records import STATE, WEIGHTS, TaskRecord
+from mbf_mlx.stream.records import STATE, TaskRecord
 
 
 def status_document(folder: StreamFolder) -> dict[str, Any]:

@@ -17,10 +17,16 @@ mx = import_mlx()
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from mbf_mlx.base import load as base_model  # noqa: E402
 from mbf_mlx.base import unpack  # noqa: E402
-from mbf_mlx.base.load import attach, effect, load_base, read_factors, write_factors  # noqa: E402
+from mbf_mlx.base.load import load_base  # noqa: E402
 from mbf_mlx.base.sources import unpacked_bytes  # noqa: E402
+from mbf_mlx.engine.lora_layers import (  # noqa: E402
+    attach,
+    effect,
+    lora_layers,
+    read_factors,
+    write_factors,
+)
 
 STORED: dict = {}
 FLOAT32 = {"dequantize": True, "dtype": "float32"}
@@ -348,7 +354,7 @@ def test_what_the_factors_add_is_scale_times_b_times_a(model, tolerance):
     layers = attach(model, LoRAConfig(rank=4, scale=3.0, keys=("v_proj",)))
     write_factors(model, random_factors(read_factors(model)))
     name = next(iter(layers))
-    layer, pair = base_model.lora_layers(model)[name], read_factors(model)[name]
+    layer, pair = lora_layers(model)[name], read_factors(model)[name]
     x = np.random.default_rng(0).standard_normal((1, 3, 64)).astype(np.float32)
     added = np.array(layer(mx.array(x))) - np.array(layer.linear(mx.array(x)))
     np.testing.assert_allclose(added, 3.0 * x @ (pair.b @ pair.a).T, **tolerance("float32"))

@@ -10,6 +10,7 @@ from mbf_mlx import commands, units
 from mbf_mlx.base.recipe import recipes
 from mbf_mlx.config import LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError, MemoryLimitError
+from mbf_mlx.memory.shapes import shape_of_folder, shape_of_recipe
 from mbf_mlx.methods import empty_state, make
 from mbf_mlx.planning import work as plan
 from tests.conftest import ROOT
@@ -41,7 +42,7 @@ def no_models(tmp_path, monkeypatch):
 
 def test_every_recipe_describes_a_model_of_about_the_size_that_it_downloads():
     for name, recipe in recipes().items():
-        assert plan.shape_of_recipe(recipe).file_bytes == pytest.approx(recipe.download_bytes, rel=0.12), name
+        assert shape_of_recipe(recipe).file_bytes == pytest.approx(recipe.download_bytes, rel=0.12), name
 
 
 def test_a_table_for_models_that_are_not_here(no_models):
@@ -153,7 +154,7 @@ def test_an_architecture_without_these_numbers_is_refused(tmp_path, tiny_llama):
     del config["intermediate_size"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="cannot plan for this architecture: KeyError\\('intermediate_size'\\)"):
-        plan.shape_of_folder(folder)
+        shape_of_folder(folder)
 
 
 # -- the limit -----------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mbf_mlx.data.json_stream import MAX_DOCUMENT
 from mbf_mlx.data.row import EXAMPLES, BadRow, reference_text, row_from
 from mbf_mlx.data.task import read_task
-from mbf_mlx.data.text_file import MAX_DOCUMENT, MAX_LINE
+from mbf_mlx.data.text_file import MAX_LINE
 from mbf_mlx.errors import InputError
 
 COMPLETION, MESSAGES, TEXT = EXAMPLES["completion"], EXAMPLES["messages"], EXAMPLES["text"]

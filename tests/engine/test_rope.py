@@ -34,7 +34,7 @@ backend.setup()
 import mlx.core as mx
 from mbf_mlx.data.batches import make_batch
 from mbf_mlx.config import LoRAConfig
-from mbf_mlx.learning.learn import load_learner
+from mbf_mlx.learning.learner import load_learner
 from tests.engine.test_engine import plain_loss, rows_with
 learner = load_learner(Path(sys.argv[1]), LoRAConfig())
 model = learner.base.model

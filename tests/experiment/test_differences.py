@@ -1,10 +1,10 @@
 """Methods against one of them, from rows worked by hand."""
 
 import pytest
-from tests.experiment.test_results import row
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.experiment.differences import columns, differences, reference_name
+from tests.experiment.test_results import row
 
 
 def cell(label, seed, order, last, **changes):

@@ -3,7 +3,9 @@
 import pytest
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.experiment.results import Log, cells_of, columns, markdown, measured, points, read_results, table
+from mbf_mlx.experiment.results import measured, read_results
+from mbf_mlx.experiment.table import cells_of, columns, markdown, points, table
+from mbf_mlx.files.log import Log
 from mbf_mlx.metrics import Spread
 
 

@@ -174,7 +174,8 @@ def live_answers(folder, deployed, prompts):
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from mbf_mlx.base.load import attach, load_base, write_factors
+    from mbf_mlx.base.load import load_base
+    from mbf_mlx.engine.lora_layers import attach, write_factors
 
     base = load_base(folder, dequantize=True, dtype="float32")
     attach(base.model, LoRAConfig(rank=deployed.rank, scale=deployed.scale, keys=deployed.keys))

@@ -22,13 +22,14 @@ mx = pytest.importorskip("mlx.core", reason="mlx is not installed: pip install '
 from mlx import nn  # noqa: E402
 
 from mbf_mlx import Stream  # noqa: E402
-from mbf_mlx.base.load import lora_layers  # noqa: E402
 from mbf_mlx.data.batches import make_batch  # noqa: E402
 from mbf_mlx.engine import cpu_ops  # noqa: E402
 from mbf_mlx.engine.engine import prepare  # noqa: E402
+from mbf_mlx.engine.lora_layers import lora_layers  # noqa: E402
 from mbf_mlx.engine.taps import called_by  # noqa: E402
-from mbf_mlx.learning.after_training import conclude, input_moments, squared_gradients, with_extra  # noqa: E402
-from mbf_mlx.learning.learn import load_learner  # noqa: E402
+from mbf_mlx.learning.after_training import conclude, with_extra  # noqa: E402
+from mbf_mlx.learning.learner import load_learner  # noqa: E402
+from mbf_mlx.learning.measure import input_moments, squared_gradients  # noqa: E402
 from mbf_mlx.learning.train import train  # noqa: E402
 from mbf_mlx.learning.tuning import Tuning  # noqa: E402
 
@@ -77,9 +78,9 @@ def encoded(learner, tasks):
 @pytest.fixture
 def open_stream(tmp_path, tiny_llama, learner, monkeypatch):
     """`open_stream(name, options)`: a new stream that uses the one loaded model."""
-    import mbf_mlx.learning.learn
+    import mbf_mlx.learning.learner
 
-    monkeypatch.setattr(mbf_mlx.learning.learn, "load_learner", lambda *_: learner)
+    monkeypatch.setattr(mbf_mlx.learning.learner, "load_learner", lambda *_: learner)
 
     def open_stream(name, options=None, folder="s"):
         return Stream.open(tmp_path / folder, base=str(tiny_llama), method=name, method_options=options, lora=LORA)

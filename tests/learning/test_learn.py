@@ -23,6 +23,7 @@ from tests.support.tiny_gguf import write_tiny_gguf
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
 from mbf_mlx import Stream
+from mbf_mlx.learning.scores import TestRows, score_all
 
 QUICK = TrainConfig(epochs=1, batch_size=4, learning_rate=5e-3)
 LORA = LoRAConfig(rank=4)
@@ -394,9 +395,9 @@ def test_merged_factors_and_scores_that_are_not_finite_are_refused_by_name(tiny_
     with pytest.raises(InputError, match=f"mail: the merged factors of {layer} are not finite"):
         learning._check_finite(dataclasses.replace(state, deployed=broken), "mail")
     learning.write_factors(learner.base.model, broken)
-    tests = learning.TestRows(learner.tokenizer, "chat")
+    tests = TestRows(learner.tokenizer, "chat")
     with pytest.raises(InputError, match=r"test.jsonl:\d: the model's answer to this row is not finite"):
-        learning.score_all(stream.folder.history(), None, learner, LearnConfig(), Events(), tests)
+        score_all(stream.folder.history(), None, learner, LearnConfig(), Events(), tests)
 
 
 def test_a_task_of_every_kind_can_be_undone_and_learned_again_to_the_same_bytes(tiny_llama, write_jsonl, tmp_path):

@@ -9,11 +9,12 @@ from mbf_mlx.methods import empty_state, make
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
-from mbf_mlx.base.load import read_factors, write_factors  # noqa: E402
 from mbf_mlx.data.encode import Encoder  # noqa: E402
 from mbf_mlx.data.task import read_task  # noqa: E402
-from mbf_mlx.learning.learn import load_learner  # noqa: E402
-from mbf_mlx.learning.train import Progress, train  # noqa: E402
+from mbf_mlx.engine.lora_layers import read_factors, write_factors  # noqa: E402
+from mbf_mlx.learning.learner import load_learner  # noqa: E402
+from mbf_mlx.learning.progress import Progress  # noqa: E402
+from mbf_mlx.learning.train import train  # noqa: E402
 from mbf_mlx.learning.tuning import Tuning  # noqa: E402
 
 WORDS = ["red", "green", "blue", "small", "large", "cold", "warm", "old", "new", "round"]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mbf_mlx.data.batches import make_batch
-from mbf_mlx.memory.formula import LOGITS_BYTES, Load, Run, Shape, predict, ways_to_fit
+from mbf_mlx.device.budgets import LOGITS_BYTES
+from mbf_mlx.memory.formula import Load, Run, Shape, predict, ways_to_fit
 from tests.conftest import ROOT
 from tests.support.tiny_llama import write_tiny_llama
 

@@ -3,7 +3,8 @@ import pytest
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.storage import Files
-from mbf_mlx.stream.saves import SaveClock, Working, check_same_run
+from mbf_mlx.learning.progress import SaveClock
+from mbf_mlx.stream.saves import Working, check_same_run
 
 RUN = {"task": "mail", "sha256": "a" * 64, "epochs": 3}
 

@@ -158,8 +158,9 @@ def test_what_a_method_does_on_the_gpu_reaches_no_factorization(hook):
 def test_factors_that_methods_start_and_finish_with_are_numpys(mx, tiny_llama):
     import numpy as np
 
-    from mbf_mlx.base.load import attach, load_base
+    from mbf_mlx.base.load import load_base
     from mbf_mlx.config import LoRAConfig
+    from mbf_mlx.engine.lora_layers import attach
     from mbf_mlx.learning.tuning import Tuning
     from mbf_mlx.methods import State
 

@@ -15,6 +15,7 @@ from mbf_mlx.base import load as model
 from mbf_mlx.base import unpack
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.device import backend
+from mbf_mlx.engine.lora_layers import attach, lora_layers, write_factors
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.job import Job
 from mbf_mlx.export.quality.compare import Reference
@@ -53,11 +54,11 @@ class Live:
         config = LoRAConfig(rank=rank, scale=job.scale, keys=block_keys(job.factors), num_layers=job.num_layers)
 
         def prepare(unread: nn.Module) -> None:
-            model.attach(unread, config)
+            attach(unread, config)
             leave_on_disk(unread, _plain_layers(job.base), _mx_dtype())
 
         base = model.load_base(job.base, dtype=_dtype(), prepare=prepare)
-        model.write_factors(base.model, job.factors)
+        write_factors(base.model, job.factors)
         unpack.step_by_step(base.model)
         if rows:
             with job.show("asking the live adapter", len(rows), "rows") as update:
@@ -65,7 +66,7 @@ class Live:
         if fit:
             self._moments = Shelf(job.out.absolute().parent)
             with job.show("watching inputs", None, "rows") as update:
-                for names, matrix in moments(base.model, model.lora_layers(base.model), fit, _counter(update)):
+                for names, matrix in moments(base.model, lora_layers(base.model), fit, _counter(update)):
                     self._moments.put(names, matrix)
 
     def rounder(self, layer: str) -> Rounder | None:

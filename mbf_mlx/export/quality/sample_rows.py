@@ -27,7 +27,7 @@ def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, template: str) 
     found, notes = [], []
     newest = {record.name: record for record in records}
     for record in newest.values():
-        task = find_again(record)
+        task = find_again(record.name, Path(record.path), record.sha256)
         if isinstance(task, str):
             notes.append(task)
         else:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mbf_mlx.engine.lora_layers import attach, lora_layers
 from mbf_mlx.export import run
 from mbf_mlx.export.card import About
 from mbf_mlx.export.job import ExportRows, Job
@@ -101,9 +102,9 @@ def test_moments_are_those_of_the_inputs_and_shared_by_layers_that_share_them(ti
     from mbf_mlx.export.quality import input_moments as watching
 
     base = model.load_base(tiny_llama, dtype="float32").model
-    model.attach(base, LoRAConfig(rank=4))
+    attach(base, LoRAConfig(rank=4))
     rows = [*token_rows(3), *token_rows(2, seed=5, length=7)]
-    whole = list(watching.moments(base, model.lora_layers(base), rows))
+    whole = list(watching.moments(base, lora_layers(base), rows))
     assert [names for names, _ in whole] == [
         [f"model.layers.{block}.self_attn.{key}" for key in ("q_proj", "v_proj")] for block in (0, 1)
     ]
@@ -111,7 +112,7 @@ def test_moments_are_those_of_the_inputs_and_shared_by_layers_that_share_them(ti
     inputs = np.concatenate([np.array(first(base.model.embed_tokens(mx.array(row.tokens)))) for row in rows])
     np.testing.assert_allclose(whole[0][1], inputs.T @ inputs / len(inputs), rtol=1e-3, atol=1e-4)
     monkeypatch.setattr(watching, "BUDGET_BYTES", 1)
-    apart = dict((names[0], matrix) for names, matrix in watching.moments(base, model.lora_layers(base), rows))
+    apart = dict((names[0], matrix) for names, matrix in watching.moments(base, lora_layers(base), rows))
     for names, matrix in whole:
         np.testing.assert_allclose(apart[names[0]], matrix, rtol=1e-5)
 

@@ -1,0 +1,197 @@
+"""JSON of a user's, read element by element with the place of each."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, NoReturn
+
+from mbf_mlx.data.row import EXAMPLES, BadRow
+from mbf_mlx.data.text_file import open_binary
+from mbf_mlx.errors import InputError
+
+MAX_DOCUMENT = 64_000_000  # bytes of a benchmark's JSON, which is read whole
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BadRow(f"the key {json.dumps(twice[:40])} stands twice")
+    return document
+
+
+def _no_number(name: str) -> object:
+    raise BadRow(f"broken JSON: {name} is not JSON")
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def parse_json(text: str) -> object:
+    """Return the one JSON value in `text`; BadRow says what is broken and where."""
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise BadRow("broken JSON: something follows the first value (one row a line)") from None
+        if text.strip()[:1] == "{" and "'" in text[:3]:
+            raise BadRow("broken JSON: keys and texts stand in double quotes") from None
+        if "\0" in text:
+            raise BadRow("broken JSON: holds a NUL byte (is the file UTF-16, or binary?)") from None
+        if text.startswith("\ufeff"):
+            raise BadRow("broken JSON: begins with a byte order mark (where files were joined, take it out)") from None
+        raise BadRow(f"broken JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}") from None
+    except BadRow:
+        raise
+    except ValueError:  # of int(), on thousands of digits
+        raise BadRow("broken JSON: a number is too long") from None
+    except RecursionError:
+        raise BadRow("nested too deeply") from None
+
+
+def document(file: Path, heard: Callable[[bytes], object] = len) -> str:
+    """Return the text of a JSON file that is read whole, a byte order mark included.
+
+    Raises:
+        InputError: as `open_binary`, too large, or not UTF-8.
+    """
+    with open_binary(file) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size > MAX_DOCUMENT:
+            raise InputError(
+                f"{file}: a .json file is read whole, and {size / 1e6:.0f} MB is over {MAX_DOCUMENT // 1_000_000} MB: "
+                f"write it as .jsonl, a row a line such as {EXAMPLES['completion']}"
+            )
+        raw = handle.read()
+    heard(raw)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{file}:{line}: not UTF-8: byte 0x{raw[error.start]:02x} (save the file as UTF-8)") from None
+
+
+class Element(NamedTuple):
+    """One value of a JSON document: its key in the object around it, or none in a list, its place and itself."""
+
+    key: str | None
+    offset: int  # bytes from the start of the file
+    line: int  # from 1
+    value: object
+
+
+def elements(file: Path, text: str, rows: str | None) -> Iterator[Element]:
+    """Yield the elements of a JSON list (rows None), or the members of an object with the list under `rows` opened up.
+
+    The document is never parsed as a whole: a value is gone when the next one comes.
+
+    Raises:
+        InputError: broken JSON, or another kind of document.
+    """
+    walk = _Walk(file, text)
+    walk.expect("[" if rows is None else "{")
+    if rows is None:
+        yield from walk.items(None)
+    else:
+        while walk.more("}"):
+            key = walk.value().value
+            if not isinstance(key, str):
+                walk.fail("broken JSON: keys stand in double quotes")
+            walk.expect(":")
+            if key == rows and walk.peek() == "[":
+                walk.expect("[")
+                yield from walk.items(rows)
+            else:
+                yield walk.value()._replace(key=key)
+    if walk.peek():
+        walk.fail("something follows the list or object")
+
+
+class _Walk:
+    """A cursor over the text of a JSON document, which knows its place in characters, bytes and lines."""
+
+    def __init__(self, file: Path, text: str):
+        self.file, self.text = file, text
+        self.place, self.offset, self.line = 0, 0, 1
+        self.first = True
+        self._go(1 if text.startswith("\ufeff") else 0)
+
+    def peek(self) -> str:
+        """Return the next character that is no white space, and stand on it; "" at the end."""
+        place = _SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]
+        self._go(place)
+        return self.text[place : place + 1]
+
+    def expect(self, mark: str) -> None:
+        if self.peek() != mark:
+            begin = self.text[self.place : self.place + 20]
+            self.fail(f"broken JSON: expected {mark!r}, got {repr(begin) if begin else 'the end of the file'}")
+        self._go(self.place + 1)
+        self.first = True
+
+    def more(self, end: str) -> bool:
+        """Return whether another element follows in this list or object; step over the comma or the end."""
+        mark = self.peek()
+        if mark == end:
+            self._go(self.place + 1)
+            self.first = False
+            return False
+        if not self.first:
+            self.expect(",")
+        self.first = False
+        return True
+
+    def items(self, key: str | None) -> Iterator[Element]:
+        """Yield what follows up to the end of a list."""
+        while self.more("]"):
+            yield self.value()._replace(key=key)
+
+    def value(self) -> Element:
+        self.peek()
+        offset, line = self.offset, self.line
+        try:
+            value, end = _DECODER.raw_decode(self.text, self.place)
+        except json.JSONDecodeError as error:
+            self._go(min(error.pos, len(self.text)))
+            self.fail(f"broken JSON: {error.msg.removesuffix(' at')}")
+        except BadRow as error:
+            self.fail(str(error))
+        except (ValueError, RecursionError) as error:
+            self.fail("nested too deeply" if isinstance(error, RecursionError) else "broken JSON: a number is too long")
+        self._go(end)
+        self.first = False
+        return Element(None, offset, line, value)
+
+    def fail(self, reason: str) -> NoReturn:
+        raise InputError(f"{self.file}:{self.line}: {reason}")
+
+    def _go(self, place: int) -> None:
+        passed = self.text[self.place : place]
+        self.offset += len(passed.encode())
+        self.line += passed.count("\n")
+        self.place = place
+
+
+def element_at(handle: BinaryIO, offset: int) -> object:
+    """Return the element that `elements` found at `offset` of the open file.
+
+    Raises:
+        BadRow: there is none any more: the file was changed.
+    """
+    handle.seek(offset)
+    size = 65_536
+    while True:
+        handle.seek(offset)
+        raw = handle.read(size)
+        try:
+            return _DECODER.raw_decode(raw.decode(errors="ignore"))[0]
+        except ValueError as error:
+            if len(raw) < size:
+                raise BadRow(f"the element ends early: {error}") from None
+        size *= 4

@@ -1,0 +1,43 @@
+"""JSON and TOML documents of a user's, read whole, with the file's name in every error."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from mbf_mlx.errors import InputError
+from mbf_mlx.files.storage import read_file
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        InputError: it cannot be read, or is no JSON object.
+    """
+    try:
+        document = json.loads(read_file(path))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(document).__name__}")
+    return document
+
+
+def toml(file: Path, hint: str) -> dict[str, Any]:
+    """Return what a TOML file holds.
+
+    Raises:
+        InputError: it is missing (with the hint: what such a file is), or cannot be read as TOML.
+    """
+    try:
+        return tomllib.loads(read_file(file).decode())
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file\nhint: {hint}") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not readable as TOML: {error}") from error

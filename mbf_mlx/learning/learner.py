@@ -1,0 +1,74 @@
+"""A base model with factors attached, ready to learn and to be scored."""
+
+import importlib.metadata
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mbf_mlx.base.load import Base, load_base
+from mbf_mlx.base.sources import unpacked_bytes
+from mbf_mlx.config import LearnConfig, LoRAConfig
+from mbf_mlx.device import backend
+from mbf_mlx.engine.engine import Engine, prepare
+from mbf_mlx.engine.lora_layers import attach
+from mbf_mlx.learning.team import Team
+from mbf_mlx.memory.limit import limit_of
+from mbf_mlx.methods import Layers
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A base model with factors attached, ready to learn into a stream and to be scored."""
+
+    base: Base
+    layers: Layers
+    engine: Engine
+    lora: LoRAConfig
+    packed: bool  # quantized weights stay packed
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's, as mlx-lm wraps it."""
+        return self.base.tokenizer
+
+    def described(self) -> dict[str, Any]:
+        """Return what another process needs to hold the same."""
+        base = {"path": str(self.base.path), "fingerprint": self.base.fingerprint}
+        return base | {"lora": asdict(self.lora), "packed": self.packed}
+
+    def bound(self, settings: LearnConfig) -> None:
+        """Let the engine keep to the settings' memory: what it computes again, and where it stops."""
+        checkpoint, by_hand = settings.train.grad_checkpoint, self.engine.by_hand
+        limit = limit_of(self.base.path, self.lora, by_hand, self.packed, checkpoint, settings.memory_limit)
+        self.engine.checkpoint = checkpoint
+        self.engine.before = limit or (lambda batch, training: None)
+
+
+def load_learner(folder: Path, lora: LoRAConfig, keep_quantized: bool = False) -> Learner:
+    """Load a base model in the form that trains fastest on this device, with factors attached.
+
+    Args:
+        folder: The base's, as `sources.resolve_base` gives it.
+        lora: Which layers get factors.
+        keep_quantized: Keep quantized weights packed on a CPU, too.
+    """
+    device = backend.setup()
+    packed = keep_quantized or backend.keep_quantized(unpacked_bytes(folder))
+    base = load_base(folder, dequantize=not packed, dtype=device.dtype)
+    layers = attach(base.model, lora)
+    return Learner(base, layers, prepare(base.model), lora, packed)
+
+
+def machine(team: Team | None = None) -> dict[str, Any]:
+    """Return what a bit-identical continuation depends on beside the run: device, threads, processes, versions."""
+    device = backend.setup()
+    processes = {"processes": team.size} if team else {}
+    return processes | {
+        "device": device.kind,
+        "processor": platform.machine(),
+        "threads": device.threads,
+        "dtype": device.dtype or "the model's",
+        "mlx": importlib.metadata.version("mlx"),
+        "mlx_lm": importlib.metadata.version("mlx-lm"),
+    }
