@@ -19,7 +19,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mbf_mlx.base.unpack import evaluate, evaluated, without_history
-from mbf_mlx.data.batches import IGNORED, Batch, Row, make_batch, of_few_shapes, split
+from mbf_mlx.data.batches import IGNORED, Batch, LabelledTokens, make_batch, of_few_shapes, split
 from mbf_mlx.device.blas import load_blas
 from mbf_mlx.device.budgets import LOGITS_BYTES, LOGITS_COPIES
 from mbf_mlx.engine import cpu_ops
@@ -155,7 +155,7 @@ class Engine:
 
         return compiled if self.compiled else plain
 
-    def watched_together(self, rows: Sequence[Row], start: int, batch_size: int) -> list[Batch]:
+    def watched_together(self, rows: Sequence[LabelledTokens], start: int, batch_size: int) -> list[Batch]:
         """Return the rows from `start` on that `watch` is to see at the same time, each core's in a batch.
 
         Short ones go together, for that is faster, but no more of them than train together, or one for each core;
