@@ -1,3 +1,5 @@
+"""Tasks: files, splits, names, and everything wrong with them. The file is long because of its table of bad tasks."""
+
 import gc
 import json
 import os
