@@ -2,7 +2,7 @@
 
 Letters: rows of a batch; P tokens that all of them start with (the shared prefix); L input tokens of the longest row
 after it; N supervised tokens of the batch. A row of n tokens has the inputs tokens[:-1] and the targets tokens[1:]:
-token i is predicted at input i - 1. The forward pass is left to engine/engine.py, and mlx is not imported here.
+token i is predicted at input i - 1. The forward pass is left to engine/, and mlx is not imported here.
 """
 
 from collections.abc import Sequence
