@@ -48,10 +48,6 @@ print(value, plain_loss(model, rows).item())
 """
 
 
-def rows_of(count):
-    return [{"prompt": f"{'abc'[i % 3]} {'defg'[i % 4]}", "completion": "yes" if i % 2 else "no"} for i in range(count)]
-
-
 def run(*words):
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
