@@ -13,7 +13,7 @@ import numpy as np
 from mlx import nn
 
 from mbf_mlx.base.unpack import evaluate, evaluated, with_gradient, without_history
-from mbf_mlx.data.batches import Batch, Row, make_batch, split
+from mbf_mlx.data.batches import Batch, LabelledTokens, make_batch, split
 from mbf_mlx.device.blas import load_blas
 from mbf_mlx.engine import cpu_ops
 from mbf_mlx.engine.engine import KNOWN_WELL, Engine, Note
@@ -47,7 +47,7 @@ class ByHand(Engine):
     def vocabulary(self) -> int:
         return self._head.vocabulary
 
-    def watched_together(self, rows: Sequence[Row], start: int, batch_size: int) -> list[Batch]:
+    def watched_together(self, rows: Sequence[LabelledTokens], start: int, batch_size: int) -> list[Batch]:
         """Return the next rows to watch, split into a batch for each core.
 
         Short rows go together, because that is faster: as many as train together, and at least one for each core. If

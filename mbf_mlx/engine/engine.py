@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mbf_mlx.data.batches import IGNORED, Batch, Row
+from mbf_mlx.data.batches import IGNORED, Batch, LabelledTokens
 from mbf_mlx.device.budgets import LOGITS_COPIES
 
 Arrays = dict[str, mx.array]  # by name: what is differentiated, and its gradients
@@ -81,7 +81,7 @@ class Engine(ABC):
         return mx.value_and_grad(loss)
 
     @abstractmethod
-    def watched_together(self, rows: Sequence[Row], start: int, batch_size: int) -> list[Batch]:
+    def watched_together(self, rows: Sequence[LabelledTokens], start: int, batch_size: int) -> list[Batch]:
         """Return the batches that the next call of `watch` should see: one or more rows, from `start` on.
 
         Args:

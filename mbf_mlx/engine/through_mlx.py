@@ -14,7 +14,7 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from mbf_mlx.base.unpack import with_gradient, without_history
-from mbf_mlx.data.batches import IGNORED, Batch, Row, make_batch, of_few_shapes
+from mbf_mlx.data.batches import IGNORED, Batch, LabelledTokens, make_batch, of_few_shapes
 from mbf_mlx.engine.engine import KNOWN_WELL, Arrays, Engine, LossAndGrad, Note, cross_entropy
 from mbf_mlx.engine.lora_layers import lora_layers, trained_arrays
 from mbf_mlx.engine.mlx_forward import Forward
@@ -73,7 +73,7 @@ class ThroughMlx(Engine):
 
         return compiled
 
-    def watched_together(self, rows: Sequence[Row], start: int, batch_size: int) -> list[Batch]:
+    def watched_together(self, rows: Sequence[LabelledTokens], start: int, batch_size: int) -> list[Batch]:
         """Return the row at `start` alone: `_watch` cannot tell the rows of a batch apart."""
         batch = make_batch(rows, [start], share_prefix=False)
         self.before(batch, True)
