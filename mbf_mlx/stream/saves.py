@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.files import safetensors_file
+from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Files, read_file, read_large, sha256
 
 PROGRESS, TENSORS = "progress.json", "tensors.safetensors"
@@ -62,7 +62,7 @@ class Working:
         Raises:
             InputError: it cannot be written; the previous save is kept.
         """
-        data = safetensors_file.encode(tensors)
+        data = safetensors_bytes(tensors)
         document = {
             "run": run,
             "machine": machine,

@@ -24,7 +24,8 @@ from mbf_mlx.export.gguf.vocabulary import read_vocabulary
 from mbf_mlx.export.gguf.write import quantize_line, write_gguf
 from mbf_mlx.export.weights import affine
 from mbf_mlx.export.weights.checkpoint import Checkpoint
-from mbf_mlx.export.weights.tensors import Tensor, Writer, from_float32
+from mbf_mlx.export.weights.tensors import Tensor, Writer
+from mbf_mlx.files.dtypes import from_float32
 from mbf_mlx.methods import Pair
 from tests.export.test_mlx_folder import SCALE, make_factors
 from tests.support.tiny_llama import CONFIG, write_tiny_llama, write_tokenizer
