@@ -12,21 +12,22 @@ from mbf_mlx.commands.options import Json
 def status(
     stream: Annotated[Path, typer.Argument(help="The stream's folder.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte of it.")] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Go back to the newest generation that is whole.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Go back to the newest undamaged generation.")] = False,
     json: Json = False,
 ) -> None:
     """Show a stream's tasks, its matrix of scores, its sizes and where it stands.
 
     Example: mbf status assistant
     """
+    from mbf_mlx.stream import repair as repairs
     from mbf_mlx.stream.folder import StreamFolder
     from mbf_mlx.stream.status import status_document  # not through api.py, which imports what trains
 
     if repair:
-        console.err.print(StreamFolder.repair(stream))
+        console.err.print(repairs.repair(stream))
     folder = StreamFolder.open(stream)
     if verify:
-        folder.verify_all()
+        repairs.verify_all(folder)
         console.err.print("every byte is what was committed")
     document = status_document(folder)
     if json:

@@ -7,7 +7,7 @@ it a bias), and its weights are s * code + z with codes from 0 to 2**bits - 1. P
 
 import numpy as np
 
-from mbf_mlx.export.weights.tensors import from_float32, to_float32
+from mbf_mlx.files.dtypes import from_float32, to_float32
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)

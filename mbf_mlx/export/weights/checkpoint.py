@@ -13,7 +13,8 @@ import numpy as np
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.weights.affine import BITS, GROUP_SIZES, decode, unpack
-from mbf_mlx.export.weights.tensors import FLOATS, Stored, read_headers
+from mbf_mlx.export.weights.tensors import Stored, read_headers
+from mbf_mlx.files.dtypes import FLOATS
 
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # mode -> its only bits and group size
 CHUNK_ELEMENTS = 1 << 23  # of a layer held in float32 at a time: 32 MB an array
