@@ -55,7 +55,7 @@ def test_several_original_models_are_named_and_none_is_taken(tmp_path):
     assert "base_model names several models (org/x, org/y), so none is taken" in card.notes[0]
 
 
-@pytest.mark.parametrize("path", ["/home/me/llama", "./llama", "C:\\models\\llama"])
+@pytest.mark.parametrize("path", ["/models/me/llama", "./llama", "C:\\models\\llama"])
 def test_a_path_is_no_original_model(tmp_path, path):
     card = read(tmp_path, f"---\nbase_model: '{path}'\n---\n")
     assert card.original is None
