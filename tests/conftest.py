@@ -57,7 +57,7 @@ def tolerance():
 def xp(request):
     """An array library whose functions the code under test runs on; for MLX on the named device.
 
-    QR and SVD of mlx-gpu need `backend.linalg_device()` around them, as in the package.
+    QR and SVD of mlx-gpu need `mx.stream(mx.cpu)` around them.
     """
     if request.param == "numpy":
         yield np

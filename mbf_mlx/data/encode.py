@@ -17,8 +17,8 @@ import numpy as np
 
 from mbf_mlx.config import DataConfig
 from mbf_mlx.data.chat_template import MOVED, Answer, ChatTemplate, Rendered
+from mbf_mlx.data.problems import Problems
 from mbf_mlx.data.row import BadRow, Row
-from mbf_mlx.data.scan import Problems
 from mbf_mlx.data.token_rows import Encoded as Encoded
 from mbf_mlx.data.token_rows import EncodedRows
 from mbf_mlx.data.tokenizer_pieces import Pieces
@@ -74,7 +74,7 @@ class Encoder:
         problems, encoded = Problems(), EncodedRows(rows, self._spill)
         for row, found in self.stream(rows):
             if isinstance(found, BadRow):
-                problems.add(row.file, row.line, str(found))
+                problems.add_row(row.file, row.line, str(found))
             else:
                 encoded.append(found)
         problems.raise_any(path)

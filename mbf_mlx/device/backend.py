@@ -8,8 +8,6 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,17 +139,6 @@ def _memory(mx: Any, kind: str) -> int:
     if kind == "metal":
         return int(info.get("max_recommended_working_set_size") or 0.75 * machine.total_memory())
     return int(info.get("total_memory") or info.get("memory_size") or machine.total_memory())
-
-
-@contextmanager
-def linalg_device() -> Iterator[None]:
-    """Make the CPU the default for what runs inside: MLX has QR and SVD nowhere else. Without mlx it does nothing."""
-    mx = sys.modules.get("mlx.core")
-    if mx is None:
-        yield
-        return
-    with mx.stream(mx.cpu):
-        yield
 
 
 def stay_on_cpu() -> None:

@@ -30,7 +30,7 @@ PARTS = 'expected {"type": "text", "text": …}; pictures and sound cannot be le
 BAD_LINES = {
     "an object without its end": ('{"prompt": "a"', "broken JSON: Expecting ',' delimiter at column 15", COMPLETION),
     "a text without its end": ('{"prompt": "a', "broken JSON: Unterminated string starting at column 12", COMPLETION),
-    "single quotes": ("{'prompt': 'a'}", "broken JSON: keys and texts stand in double quotes", COMPLETION),
+    "single quotes": ("{'prompt': 'a'}", "broken JSON: keys and texts need double quotes", COMPLETION),
     "two rows in a line": (
         f"{A_GOOD_LINE} {A_GOOD_LINE}",
         "broken JSON: something follows the first value (one row a line)",
@@ -362,19 +362,19 @@ BAD_TABLES = {
         ".csv",
         "prompt;completion\na;b\n",
         1,
-        f'{COLUMNS}"prompt;completion" (columns of a .csv file are parted by commas)',
+        f'{COLUMNS}"prompt;completion" (columns of a .csv file are separated by commas)',
     ),
     "tabs in a CSV": (
         ".csv",
         "prompt\tcompletion\na\tb\n",
         1,
-        f'{COLUMNS}"prompt\\tcompletion" (columns of a .csv file are parted by commas)',
+        f'{COLUMNS}"prompt\\tcompletion" (columns of a .csv file are separated by commas)',
     ),
     "commas in a TSV": (
         ".tsv",
         "prompt,completion\na,b\n",
         1,
-        f'{COLUMNS}"prompt,completion" (columns of a .tsv file are parted by tabs)',
+        f'{COLUMNS}"prompt,completion" (columns of a .tsv file are separated by tabs)',
     ),
     "a column twice": (".csv", "prompt,completion,prompt\na,b,c\n", 1, 'the column "prompt" stands twice'),
     "a field too few": (".csv", "prompt,completion\na\n", 2, "expected 2 fields as in the first line, got 1"),
@@ -521,7 +521,7 @@ def instance(**fields):
 
 NOT_SUPERNI = (
     'mail.json: an object in a .json file is read as Super-NaturalInstructions: expected a "Definition" in words; '
-    f"other rows stand one a line in a .jsonl file\n  {COLOURS}"
+    f"other rows go one a line into a .jsonl file\n  {COLOURS}"
 )
 ONE = "mail.json: 1 row does not fit:\n  mail.json:1: "
 FITS = f"\n  {COLOURS.replace('a file that', 'a row that')}"
@@ -562,7 +562,7 @@ BAD_DOCUMENTS = {
         '{\n"Definition": ["a"],\n}',
         "mail.json:3: broken JSON: Expecting value",
     ),
-    "a key without quotes": ('{"Definition": ["a"], 1: 2}', "mail.json:1: broken JSON: keys stand in double quotes"),
+    "a key without quotes": ('{"Definition": ["a"], 1: 2}', "mail.json:1: broken JSON: keys need double quotes"),
     "a key twice": ('{\n"Definition": {"a": 1, "a": 2}}', 'mail.json:2: the key "a" stands twice'),
     "NaN": ('{"Definition": NaN}', "mail.json:1: broken JSON: NaN is not JSON"),
     "100,000 lists in each other": ('{"a": ' + "[" * 100_000, "mail.json:1: nested too deeply"),
@@ -575,7 +575,7 @@ BAD_DOCUMENTS = {
     "a list of other rows": (
         f"[{A_GOOD_LINE}]",
         "mail.json: a list in a .json file is read as O-LoRA's benchmark, objects of label and sentence; other rows "
-        f"stand one a line in a .jsonl file\n  a row that fits there: {COMPLETION}",
+        f"go one a line into a .jsonl file\n  a row that fits there: {COMPLETION}",
     ),
     "an empty list": ("[]", 'mail.json: expected labels.json beside it: a list such as ["True", "False"]'),
     "a byte of Latin-1": (

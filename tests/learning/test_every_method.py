@@ -24,7 +24,7 @@ from mlx import nn  # noqa: E402
 from mbf_mlx import Stream  # noqa: E402
 from mbf_mlx.data.batches import make_batch  # noqa: E402
 from mbf_mlx.engine import cpu_ops  # noqa: E402
-from mbf_mlx.engine.engine import prepare  # noqa: E402
+from mbf_mlx.engine.choose import prepare  # noqa: E402
 from mbf_mlx.engine.lora_layers import lora_layers  # noqa: E402
 from mbf_mlx.engine.taps import called_by  # noqa: E402
 from mbf_mlx.learning.after_training import conclude, with_extra  # noqa: E402
@@ -242,7 +242,7 @@ def test_input_moments_weigh_tokens_by_the_squared_gradients_of_what_is_made_of_
 ):
     if cores > cpu_ops.CORES:
         pytest.skip("one core")
-    monkeypatch.setattr("mbf_mlx.engine.engine.WATCHED_TOKENS", together)
+    monkeypatch.setattr("mbf_mlx.engine.by_hand.WATCHED_TOKENS", together)
     model, generator = learner.base.model, np.random.default_rng(0)
     tuning = Tuning(model, make("slao"), empty_state(learner.layers, LORA.rank))
     tuning.update({n: mx.array(generator.normal(size=a.shape).astype(np.float32)) for n, a in tuning.arrays.items()})

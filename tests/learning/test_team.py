@@ -24,7 +24,7 @@ from tests.conftest import ROOT
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
 from mbf_mlx.data.batches import make_batch
-from mbf_mlx.engine.engine import prepare
+from mbf_mlx.engine.choose import prepare
 from mbf_mlx.learning.train import Sums
 from mbf_mlx.learning.tuning import Tuning
 from tests.support import bench as a_bench
