@@ -97,7 +97,8 @@ def by_chance(target: np.ndarray, grid: Grid, bits: int, seed: list[int]) -> np.
     place = (target - offsets) / _divisible(scales)
     below = np.floor(place)
     up = np.random.default_rng(seed).random(target.shape, np.float32) < place - below
-    return np.clip(below + up, 0, 2**bits - 1).astype(np.uint8)
+    codes: np.ndarray = np.clip(below + up, 0, 2**bits - 1).astype(np.uint8)
+    return codes
 
 
 def _divisible(scales: np.ndarray) -> np.ndarray:
