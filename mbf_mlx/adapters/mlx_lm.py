@@ -46,7 +46,7 @@ class Adapter:
         return {name: (pair.b.shape[0], pair.a.shape[1]) for name, pair in self.factors.items()}
 
 
-def encode(
+def adapter_files(
     factors: Factors, *, scale: float, num_layers: int, base: str, extra: dict[str, Any] | None = None
 ) -> dict[str, Data]:
     """Return an adapter's files by name; the same factors give the same bytes.
@@ -93,7 +93,7 @@ def split_layer(name: str) -> tuple[int, str]:
     return int(match["block"]), match["key"]
 
 
-def read(folder: Path) -> Adapter:
+def read_adapter(folder: Path) -> Adapter:
     """Read an adapter folder of mlx-lm's layout.
 
     Raises:

@@ -24,7 +24,7 @@ def contents(state: State, identity: Identity) -> dict[str, Data]:
     kept = {f"{layer}.{name}": tensor for name, tensors in state.kept.items() for layer, tensor in tensors.items()}
     files: dict[str, Data] = {STATE: safetensors_bytes(kept)}
     if state.t:
-        named = adapter.encode(
+        named = adapter.adapter_files(
             state.deployed,
             scale=identity.scale,
             num_layers=identity.num_layers,

@@ -324,8 +324,8 @@ def test_a_method_that_measures_inputs_absorbs_with_the_rows(name, options, open
     stream = open_stream(name, options)
     stream.learn(tasks[0], train=QUICK)
     start = peft_files(exchange.next_start(stream.folder, "peft"), tmp_path / "start")
-    tuned = tune(stream.folder.state(), peft.read(start).factors)
-    files = peft.encode(tuned, stream.folder.identity.scale, base="tiny", num_blocks=2)
+    tuned = tune(stream.folder.state(), peft.read_peft(start).factors)
+    files = peft.peft_files(tuned, stream.folder.identity.scale, base="tiny", num_blocks=2)
     done = stream.absorb(peft_files(files, tmp_path / "tuned"), "mail", task=tasks[1])
     state = stream.folder.state()
     assert done.record.t == state.t == 2 and done.record.train_rows == 8

@@ -378,7 +378,7 @@ def test_a_task_s_name_that_could_be_mistaken_for_something_else_is_refused(quic
 @pytest.mark.parametrize("name", ["two words", "é", "日本語", "a.b.c", "-x", "a" * 100, "it's", "100%", "$HOME", "*"])
 def test_streams_and_tasks_of_any_printable_name_work(quick_path, name):
     stream = new_stream(quick_path / name)
-    files = adapter.encode(tune(stream.state(), StreamTools.start(stream)), scale=2.0, num_layers=2, base="tiny")
+    files = adapter.adapter_files(tune(stream.state(), StreamTools.start(stream)), scale=2.0, num_layers=2, base="tiny")
     out = quick_path / f"{name} out"
     out.mkdir()
     for file, data in files.items():
@@ -460,4 +460,4 @@ def test_any_changed_byte_of_an_adapter_is_refused_or_read(quick_path, at, byte)
     data = bytearray(path.read_bytes())
     data[at % len(data)] = byte
     path.write_bytes(data)
-    refused_or_read(lambda: adapter.read(quick_path / "out"))
+    refused_or_read(lambda: adapter.read_adapter(quick_path / "out"))

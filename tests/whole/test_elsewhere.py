@@ -159,7 +159,7 @@ def test_three_tasks_that_peft_trained_are_merged_without_mlx_and_one_more_is_le
             before = merged[layer][1] if t > 1 else 0.0
             merged[layer] = a, before + (b - before) / np.sqrt(t)
 
-    deployed = adapter.read(stream / "adapter")
+    deployed = adapter.read_adapter(stream / "adapter")
     assert (deployed.rank, deployed.scale) == (RANK, SCALE)
     for layer, (a, b) in merged.items():
         pair = deployed.factors[layer.removeprefix("base_model.model.")]

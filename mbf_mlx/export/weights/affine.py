@@ -63,4 +63,5 @@ def nearest(weight: np.ndarray, scales: np.ndarray, offsets: np.ndarray, bits: i
     """Return the codes, (out, in) uint8, that lie nearest to the weights (out, in) on a given grid."""
     grouped = weight.reshape(*scales.shape, -1)
     codes = np.rint((grouped - offsets[..., None]) / scales[..., None])
-    return np.clip(codes, 0, 2**bits - 1).astype(np.uint8).reshape(weight.shape)
+    kept: np.ndarray = np.clip(codes, 0, 2**bits - 1).astype(np.uint8)
+    return kept.reshape(weight.shape)
