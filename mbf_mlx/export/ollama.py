@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mbf_mlx.base.sources import read_config
 from mbf_mlx.errors import MissingPackageError
-from mbf_mlx.export.gguf.names import read_config
 from mbf_mlx.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from mbf_mlx.export.gguf.write import GGUFReport, Progress, write_gguf
 from mbf_mlx.export.place import fresh_folder

@@ -14,8 +14,9 @@ from typing import BinaryIO
 import gguf
 import numpy as np
 
+from mbf_mlx.base.sources import read_config
 from mbf_mlx.errors import InputError
-from mbf_mlx.export.gguf.names import Names, read_config, read_names
+from mbf_mlx.export.gguf.names import Names, read_names
 from mbf_mlx.export.place import fresh_file
 from mbf_mlx.methods import Factors
 
