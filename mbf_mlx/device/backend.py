@@ -122,7 +122,7 @@ def _pick(wanted: str) -> tuple[str, str]:
     if gpu is None and mx.cuda.is_available():
         gpu = "cuda"
     if wanted == "cpu":
-        return "cpu", "CPU: it was asked for"
+        return "cpu", "CPU: you asked for it"
     if wanted == "auto" and gpu is None:
         if machine.has_nvidia():
             return "cpu", f"CPU: there is an NVIDIA GPU, but this mlx cannot use it; {install_hint()}"
@@ -130,7 +130,7 @@ def _pick(wanted: str) -> tuple[str, str]:
     if gpu is None or wanted not in ("auto", "gpu", gpu):
         have = f"cpu and {gpu}" if gpu else "cpu alone"
         raise InputError(f"device: expected one that mlx has on this machine ({have}), got {wanted!r}")
-    return gpu, f"{gpu}: {'mlx can use this GPU' if wanted == 'auto' else 'it was asked for'}"
+    return gpu, f"{gpu}: {'mlx can use this GPU' if wanted == 'auto' else 'you asked for it'}"
 
 
 def _memory(kind: str) -> int:

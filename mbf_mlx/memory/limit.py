@@ -61,8 +61,8 @@ class Limit:
         ways = ways_to_fit(self.shape, self.run, load, self.limit - (held - needed.held))
         hint = f"\nhint: it would fit with {'; or '.join(ways)}" if ways else "\nhint: this takes a larger machine"
         return (
-            f"a batch of {load.rows} rows and {load.tokens} tokens takes {units.size(needed.batch)} besides the"
-            f" {units.size(held)} that are held, and the limit is {units.size(self.limit)} (--memory-limit);"
+            f"a batch of {load.rows} rows and {load.tokens} tokens needs {units.size(needed.batch)} more than the"
+            f" {units.size(held)} that are in use, and the limit is {units.size(self.limit)} (--memory-limit);"
             f" what was learned before is kept{hint}"
         )
 
