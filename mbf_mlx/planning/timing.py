@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mbf_mlx.base import unpack
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.data.batches import Batch
 from mbf_mlx.device.machine import freed_memory_kept
-from mbf_mlx.engine.engine import prepare
+from mbf_mlx.engine.choose import prepare
 from mbf_mlx.engine.lora_layers import attach
 from mbf_mlx.learning.tuning import Tuning
 from mbf_mlx.memory.formula import Run

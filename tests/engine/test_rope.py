@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.learning.test_train import rows_of
+from tests.support.rows import rows_of
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
@@ -35,7 +35,7 @@ import mlx.core as mx
 from mbf_mlx.data.batches import make_batch
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.learning.learner import load_learner
-from tests.engine.test_engine import plain_loss, rows_with
+from tests.support.llamas import plain_loss, rows_with
 learner = load_learner(Path(sys.argv[1]), LoRAConfig())
 model = learner.base.model
 for name in list(learner.layers):
@@ -71,7 +71,7 @@ def test_a_fresh_process_learns_with_every_rope_and_computes_mlx_lms_loss(tmp_pa
 def test_llama_3_is_planned_learned_and_answers(tmp_path, write_jsonl):
     """Three commands, each a process of its own, as a user starts them."""
     base = base_with(tmp_path, ROPES["llama3"])
-    write_jsonl("words/test.jsonl", rows_of(3, seed=1))
+    write_jsonl("words/test.jsonl", rows_of(3))
     task = write_jsonl("words/train.jsonl", rows_of(6)).parent
     run("cli.py", "plan", tmp_path / "s", task, "--model", base)
     learned = json.loads(

@@ -19,25 +19,27 @@ from mbf_mlx.learning.team import Message, joined, share
 from mbf_mlx.learning.team_task import rows_of, state_of, task_message
 from mbf_mlx.methods import Pair, State, make
 from mbf_mlx.stream.folder import StreamFolder
+from mbf_mlx.stream.repair import verify_all
 from tests.conftest import ROOT
-from tests.learning import test_train
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
 from mbf_mlx.data.batches import make_batch
-from mbf_mlx.engine.engine import prepare
+from mbf_mlx.engine.choose import prepare
 from mbf_mlx.learning.train import Sums
 from mbf_mlx.learning.tuning import Tuning
+from tests.support import bench as a_bench
 from tests.support import ring
+from tests.support.rows import rows_of as rows_like
 from tests.support.tiny_llama import write_tiny_llama
 
-bench = test_train.bench
+bench = a_bench.bench
 
 
 @pytest.fixture
 def task(write_jsonl):
-    write_jsonl("words/test.jsonl", test_train.rows_of(4, seed=1))
-    return write_jsonl("words/train.jsonl", test_train.rows_of(22)).parent
+    write_jsonl("words/test.jsonl", rows_like(4, seed=1))
+    return write_jsonl("words/train.jsonl", rows_like(22)).parent
 
 
 def test_every_row_of_a_batch_is_in_exactly_one_share():
@@ -147,7 +149,7 @@ def said(folder, rank):
 def test_two_processes_of_a_ring_have_the_losses_of_one(pair, tmp_path, task, write_jsonl, by_hand, tiny_llama):
     # Rotary positions in the older layout are left to mlx-lm's own forward pass.
     base = tiny_llama if by_hand else write_tiny_llama(tmp_path / "other", rope_traditional=True)
-    second = write_jsonl("more/train.jsonl", test_train.rows_of(13, seed=4))
+    second = write_jsonl("more/train.jsonl", rows_like(13, seed=4))
     processes = pair("-m", "tests.support.ring", tmp_path / "losses.json", tmp_path / "two", base, task, second)
     assert [process.wait(timeout=600) for process in processes] == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
     both = json.loads((tmp_path / "losses.json").read_text())
@@ -191,7 +193,7 @@ def test_mlx_launch_starts_mbf_learn_and_one_process_writes_and_prints(tmp_path,
     document = json.loads((tmp_path / "out").read_text())  # one document, not two
     assert document["tasks"][0]["steps"] == 3 and document["tasks"][0]["machine"]["processes"] == 2
     assert (tmp_path / "err").read_text().count("learned words in") == 1
-    StreamFolder.open(tmp_path / "stream").verify_all()
+    verify_all(StreamFolder.open(tmp_path / "stream"))
 
 
 @pytest.mark.slow
@@ -201,7 +203,7 @@ def test_a_dead_process_ends_the_run_and_the_stream_is_whole(pair, tmp_path, tas
     lose_one(pair(ROOT / "cli.py", *words), dead, tmp_path / "stream", tmp_path)
     assert f"error: process {1 - dead} of 2: another process of this run is gone" in said(tmp_path, 1 - dead)[1][-2]
     folder = StreamFolder.open(tmp_path / "stream")
-    folder.verify_all()
+    verify_all(folder)
     assert folder.history() == [] and folder.interrupted()
 
 
@@ -216,7 +218,7 @@ def test_a_run_that_lost_a_process_goes_on_to_the_same_bits_when_started_again(p
         processes = pair(ROOT / "cli.py", *words)
         assert [process.wait(timeout=600) for process in processes] == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
         folder = StreamFolder.open(tmp_path / name)
-        folder.verify_all()
+        verify_all(folder)
         assert [record.steps for record in folder.history()] == [100] and not folder.interrupted()
         current = tmp_path / name / "current"
         found[name] = [(current / file).read_bytes() for file in ("state.safetensors", "adapter/adapters.safetensors")]
