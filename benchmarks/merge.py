@@ -68,7 +68,9 @@ def tuned_adapter(stream: Any, folder: Path) -> Path:
     }
     folder.mkdir()
     own = stream.identity
-    for name, data in adapter.encode(tuned, scale=own.scale, num_layers=own.num_layers, base="synthetic").items():
+    for name, data in adapter.adapter_files(
+        tuned, scale=own.scale, num_layers=own.num_layers, base="synthetic"
+    ).items():
         (folder / name).write_bytes(data)
     return folder
 

@@ -55,7 +55,7 @@ def ours(model: Path, keys: list[str]) -> Any:
     from mbf_mlx.base.load import load_base
     from mbf_mlx.config import LoRAConfig
     from mbf_mlx.data.batches import make_batch
-    from mbf_mlx.engine.engine import prepare
+    from mbf_mlx.engine.choose import prepare
     from mbf_mlx.engine.lora_layers import attach
 
     base = load_base(model, dequantize=device.kind == "cpu", dtype=device.dtype)

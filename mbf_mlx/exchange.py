@@ -89,9 +89,9 @@ def next_start(stream: StreamFolder, kind: str) -> dict[str, Data]:
     state, identity = stream.state(), stream.identity
     start = _method(stream).start(state)
     if kind == "peft":
-        return peft.encode(start, identity.scale, base=identity.base.name, num_blocks=identity.base.num_layers)
+        return peft.peft_files(start, identity.scale, base=identity.base.name, num_blocks=identity.base.num_layers)
     extra = {"stream": identity.id, "start_of_task": state.t + 1}
-    return adapter.encode(
+    return adapter.adapter_files(
         start, scale=identity.scale, num_layers=identity.num_layers, base=identity.base.name, extra=extra
     )
 
@@ -163,10 +163,10 @@ def read_tuned(stream: StreamFolder, folder: Path, *, force: bool = False) -> Tu
     if not (folder / peft.WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise InputError(f"{folder}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
     if (folder / peft.WEIGHTS).exists():
-        theirs = peft.read(folder)
+        theirs = peft.read_peft(folder)
         factors, scale, digest, notes, base = theirs.factors, theirs.scale, theirs.sha256, theirs.notes, theirs.base
     else:
-        own = adapter.read(folder)
+        own = adapter.read_adapter(folder)
         factors, scale, digest, notes, base = own.factors, own.scale, own.sha256, (), own.config.get("model")
     identity = stream.identity
     problems = [] if force else _other_architecture(base, identity.base.architecture)

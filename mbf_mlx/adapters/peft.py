@@ -17,8 +17,8 @@ import numpy as np
 
 from mbf_mlx.adapters.mlx_lm import decode_tensors, is_number, read_weights, split_layer
 from mbf_mlx.errors import InputError
-from mbf_mlx.files import safetensors_file
 from mbf_mlx.files.documents import read_object
+from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Data, sha256
 from mbf_mlx.methods import Factors, Pair
 
@@ -59,7 +59,7 @@ class PeftAdapter:
     notes: tuple[str, ...] = ()  # what had to be folded or padded
 
 
-def encode(factors: Factors, scale: float, *, base: str | None, num_blocks: int) -> dict[str, Data]:
+def peft_files(factors: Factors, scale: float, *, base: str | None, num_blocks: int) -> dict[str, Data]:
     """Return a PEFT adapter's files by name; the same factors give the same bytes.
 
     Where scale * rank is a whole number, it becomes lora_alpha and the factors stay as they are. Otherwise lora_alpha
@@ -102,7 +102,7 @@ def encode(factors: Factors, scale: float, *, base: str | None, num_blocks: int)
         "use_rslora": False,
     }
     return {
-        WEIGHTS: safetensors_file.encode(tensors, "pt"),
+        WEIGHTS: safetensors_bytes(tensors, "pt"),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
 
@@ -121,7 +121,7 @@ def _targets(layers: list[str], num_blocks: int) -> tuple[list[str], list[int] |
     return modules, None if blocks == list(range(num_blocks)) else blocks
 
 
-def read(folder: Path) -> PeftAdapter:
+def read_peft(folder: Path) -> PeftAdapter:
     """Read a PEFT LoRA folder of any float type as plain factors.
 
     rsLoRA, alpha and rank patterns are folded in: one scale, B multiplied where a layer has another, and both factors

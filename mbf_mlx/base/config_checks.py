@@ -1,7 +1,7 @@
 """What the JSON files of a model folder may hold, checked before a library builds a model or a tokenizer from it.
 
 What the fields mean is the business of mlx-lm and transformers. Checked is what they stumble over without saying where,
-or misread: `check` takes a document and the rows of a table here. null fits everywhere.
+or misread: `check_fields` takes a document and the rows of a table here. null fits everywhere.
 """
 
 import math
@@ -77,7 +77,7 @@ OTHERS: dict[str, Fields] = {
 }
 
 
-def check(document: dict[str, Any], where: Path, fields: Fields) -> None:
+def check_fields(document: dict[str, Any], where: Path, fields: Fields) -> None:
     """Check the fields of a document.
 
     Raises:
@@ -89,7 +89,7 @@ def check(document: dict[str, Any], where: Path, fields: Fields) -> None:
                 raise InputError(f"{where}: {name}: expected {expected}, got {repr(value)[:80]}")
 
 
-def check_others(folder: Path) -> None:
+def check_other_files(folder: Path) -> None:
     """Check the files beside a folder's config.json.
 
     Raises:
@@ -99,7 +99,7 @@ def check_others(folder: Path) -> None:
         path = folder / name
         if path.is_file():
             try:
-                check(read_object(path), path, fields)
+                check_fields(read_object(path), path, fields)
             except InputError as error:
                 hint = "take the file again from where the model came from, or put right what is named"
                 raise InputError(f"{error}\nhint: {hint}") from error

@@ -83,14 +83,9 @@ def fetch_hub_model(repository: str, revision: str | None = None, *, offline: bo
 
     Raises:
         InputError: the model is gated, does not exist, has no such revision, or is neither reachable nor cached.
-        MissingPackageError: huggingface_hub is not installed.
     """
-    try:
-        from huggingface_hub import constants, errors, snapshot_download
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{repository}: the hub needs huggingface_hub; pip install huggingface_hub"
-        ) from error
+    from huggingface_hub import constants, errors, snapshot_download
+
     page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repository}"
     try:
         try:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mbf_mlx import units
-from mbf_mlx.base import config_checks as model_config
+from mbf_mlx.base.card import CARD, front_matter
+from mbf_mlx.base.config_checks import CONFIG, check_fields, check_other_files
 from mbf_mlx.base.download import fetch_hub_model, fetch_packaged_file
 from mbf_mlx.base.recipe import HubSource, Recipe, TriedLoRA, models_folder, recipes
 from mbf_mlx.errors import InputError
@@ -104,7 +105,7 @@ def check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: config.json: model_file: this model runs its own Python code, which is never done")
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{folder}/config.json: model_type: expected a name, got {config.get('model_type')!r}")
-    model_config.check_others(folder)
+    check_other_files(folder)
     weights = weight_files(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
         raise InputError(f"{folder}: no tokenizer: expected tokenizer.json or tokenizer.model")
@@ -148,7 +149,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = read_object(where)
     except FileNotFoundError:
         raise InputError(f"{folder}: not a model folder: expected a config.json in it") from None
-    model_config.check(config, where, model_config.CONFIG)
+    check_fields(config, where, CONFIG)
     return config
 
 
@@ -259,10 +260,10 @@ def _copy_snapshot(snapshot: Path, folder: Path) -> None:
 def _describe(folder: Path, origin: dict[str, Any], recipe: Recipe | None) -> None:
     """Write what the folder was made from, and a model card with the licence where a recipe knows it."""
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if recipe and not (folder / "README.md").exists():
-        card = f"---\nlicense: {recipe.licence.lower()}\nbase_model: {recipe.original}\nlibrary_name: mlx\n---\n\n"
-        card += f"# {recipe.name}\n\n{recipe.summary}. {recipe.quantization}. Licence: {recipe.licence}.\n"
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    if recipe and not (folder / CARD).exists():
+        head = front_matter(license=recipe.licence.lower(), base_model=recipe.original, library_name="mlx")
+        body = f"# {recipe.name}\n\n{recipe.summary}. {recipe.quantization}. Licence: {recipe.licence}.\n"
+        (folder / CARD).write_text(f"{head}\n{body}", encoding="utf-8")
 
 
 def _read_origin(folder: Path) -> dict[str, Any]:

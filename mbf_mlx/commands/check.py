@@ -133,7 +133,7 @@ class _Seen:
     """What was seen of a task's rows, one after another."""
 
     def __init__(self, task: "Task", encoder: "Encoder | None"):
-        from mbf_mlx.data.scan import Problems
+        from mbf_mlx.data.problems import Problems
 
         self.task, self.encoder, self.problems = task, encoder, Problems()
         self.lengths: dict[str, array[int]] = {}
@@ -144,7 +144,7 @@ class _Seen:
     def note(self, split: str, row: "Row", encoded: "Encoded | BadRow | None") -> None:
         """Count a row; `encoded` is None where there is no model to make tokens for."""
         if isinstance(encoded, Exception):
-            self.problems.add(row.file, row.line, str(encoded))
+            self.problems.add_row(row.file, row.line, str(encoded))
             return
         length = row.letters if encoded is None else len(encoded.tokens) + encoded.cut
         self.lengths.setdefault(split, array("I")).append(length)

@@ -21,14 +21,15 @@ def status(
 
     Example: mbf status assistant
     """
+    from mbf_mlx.stream import repair as repairs
     from mbf_mlx.stream.folder import StreamFolder
     from mbf_mlx.stream.status import status_document  # not through api.py, which would load NumPy
 
     if repair:
-        console.err.print(StreamFolder.repair(stream))
+        console.err.print(repairs.repair(stream))
     folder = StreamFolder.open(stream)
     if verify:
-        folder.verify_all()
+        repairs.verify_all(folder)
         console.err.print("every byte is what was committed")
     document = status_document(folder)
     if json:

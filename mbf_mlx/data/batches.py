@@ -1,8 +1,8 @@
-"""Batches: which rows go together, what the model reads of them, and where it is asked for a token.
+"""Batches: which rows go together, what the model reads of them, and where it must predict a token.
 
 Letters: rows of a batch; P tokens that all of them start with (the shared prefix); L input tokens of the longest row
-after it; N supervised tokens of the batch. A row of n tokens has the inputs tokens[:-1] and the targets tokens[1:]:
-token i is predicted at input i - 1. The forward pass is left to engine/engine.py, and mlx is not imported here.
+after the prefix; N supervised tokens of the batch. A row of n tokens has the inputs tokens[:-1] and the targets
+tokens[1:]: token i is predicted at input i - 1. The forward pass is left to engine/, and mlx is not imported here.
 """
 
 from collections.abc import Sequence
@@ -12,58 +12,62 @@ from typing import Protocol, overload
 
 import numpy as np
 
+from mbf_mlx.data.token_rows import EncodedRows
+
 BUCKETS_PER_DOUBLING = 8  # rows of one bucket differ by at most 9 % in length; they mix freely from epoch to epoch
-WORTH_PARTS = 0.65  # of the cores have to be busy if a batch is computed in parts; undivided, it is about as fast then
-IGNORED = -1  # a target that stands for none: its loss is 0
-PAD = 0  # any token does: padding stands behind a row's last input, where a causal model never sees it
+WORTH_PARTS = 0.65  # share of the cores that parts must keep busy; below it, the undivided batch is as fast
+IGNORED = -1  # a target that is no target: its loss is 0
+PAD = 0  # any token would do: padding comes after a row's last input, where a causal model never looks
 
 
-class Row(Protocol):
-    """What a batch needs of an encoded row; `tasks.Encoded` is one."""
+class LabelledTokens(Protocol):
+    """What a batch needs of a row: token_rows.Encoded has it, and so do the rows that a method keeps."""
 
     @property
     def tokens(self) -> np.ndarray: ...  # int32[n]
 
     @property
-    def supervised(self) -> np.ndarray: ...  # bool[n]; [i] says that token i is a label
+    def supervised(self) -> np.ndarray: ...  # bool[n]; supervised[i] says that token i is a label
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
     """Rows that go through the model together."""
 
-    prefix: np.ndarray  # int32[P]; P is 0 where nothing is shared
+    prefix: np.ndarray  # int32[P]; P is 0 if nothing is shared
     tokens: np.ndarray  # int32[rows, L], each row's inputs after the prefix, padded on the right
     lengths: np.ndarray  # int32[rows], how many of the L are real
     positions: np.ndarray  # int32[N], where logits are needed: flat indices into rows * L, ascending
     targets: np.ndarray  # int32[N], the token that is right there
-    row_of: np.ndarray  # int32[N], the row (0 to rows - 1) that each of them belongs to
+    row_of: np.ndarray  # int32[N], the row (0 to rows - 1) that each target belongs to
     indices: tuple[int, ...]  # the rows' places in the task
-    real_tokens: int  # prompt and completion tokens of the rows, the prefix counted for each
-    part: int = 0  # of a batch that is computed in parts, from 0; the first computes the prefix for all
+    real_tokens: int  # prompt and completion tokens of the rows; the prefix counts once for each row
+    part: int = 0  # number of the part, from 0, if the batch was split; part 0 computes the prefix for all parts
 
     @property
     def computed_tokens(self) -> int:
-        """Tokens that a plain forward pass computes: the prefix once, and the rows with their padding."""
+        """Tokens that a forward pass computes: the prefix once, and the rows with their padding."""
         return len(self.prefix) + self.tokens.size
 
 
-def lengths_of(rows: Sequence[Row]) -> Sequence[int] | np.ndarray:
-    """Return the tokens of each row; rows that know them are not read for that."""
-    known: np.ndarray | None = getattr(rows, "lengths", None)
-    return [len(row.tokens) for row in rows] if known is None else known
+def lengths_of(rows: Sequence[LabelledTokens]) -> Sequence[int] | np.ndarray:
+    """Return the number of tokens of each row; `EncodedRows` need not be loaded for it."""
+    return rows.lengths if isinstance(rows, EncodedRows) else [len(row.tokens) for row in rows]
 
 
-class Plan(Sequence[list[int]]):
+class EpochBatches(Sequence[list[int]]):
     """The batches of an epoch, each a list of row indices that is made when it is asked for.
 
-    Ten million rows as lists of Python's own numbers would be half a gigabyte.
+    Ten million rows as Python lists would need half a gigabyte.
+
+    Args:
+        rows: Row indices of one batch after the other, uint32 (rows,).
+        ends: Where each batch ends in `rows`, int64 (batches,).
+        order: The order in which the batches come, int64 (batches,).
     """
 
     def __init__(self, rows: np.ndarray, ends: np.ndarray, order: np.ndarray):
-        self._rows = rows  # uint32, of one batch after the other
-        self._ends = ends  # of each batch among them
-        self._order = order  # in which the batches come
+        self._rows, self._ends, self._order = rows, ends, order
 
     def __len__(self) -> int:
         return len(self._order)
@@ -76,19 +80,23 @@ class Plan(Sequence[list[int]]):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         batch = self._order[place]
-        return self._rows[self._ends[batch - 1] if batch else 0 : self._ends[batch]].tolist()
+        rows: list[int] = self._rows[self._ends[batch - 1] if batch else 0 : self._ends[batch]].tolist()
+        return rows
 
 
-def plan_batches(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, epoch: int) -> Plan:
-    """Return the batches of one epoch as lists of row indices; every row stands in exactly one.
+def plan_batches(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int, epoch: int) -> EpochBatches:
+    """Return the batches of one epoch as lists of row indices; every row is in exactly one batch.
 
-    Rows of similar length (a bucket) go together; which of them, and the order of the batches, is drawn from `seed` and
-    `epoch`. Where the rows do not divide evenly, one batch, at a place that is drawn too, is smaller.
+    Rows of similar length (a bucket) go together. Which of them share a batch, and the order of the batches, is random.
+    If the rows do not divide evenly, one batch at a random place is smaller.
 
     Args:
         lengths: Tokens of each row.
         batch_size: Rows of a batch.
-        seed, epoch: What the draw depends on, besides the lengths.
+        seed, epoch: Seed the draw, which depends on nothing else but the lengths.
+
+    Raises:
+        ValueError: batch_size < 1.
     """
     if batch_size < 1:
         raise ValueError(f"plan_batches: expected at least 1 row in a batch, got {batch_size}")
@@ -100,22 +108,25 @@ def plan_batches(lengths: Sequence[int] | np.ndarray, batch_size: int, seed: int
     ordered = shuffled[np.argsort(buckets[shuffled], kind="stable")]
     sizes = [batch_size] * (len(ordered) // batch_size)
     if rest := len(ordered) % batch_size:
-        # Always at the end, it would always hold the longest rows, and an optimizer step would weigh them more.
+        # At the end it would always hold the longest rows, and the optimizer would give them more weight.
         sizes.insert(int(rng.integers(len(sizes) + 1)), rest)
-    return Plan(ordered, np.cumsum(sizes, dtype=np.int64), rng.permutation(len(sizes)))
+    return EpochBatches(ordered, np.cumsum(sizes, dtype=np.int64), rng.permutation(len(sizes)))
 
 
-def make_batch(encoded: Sequence[Row], indices: Sequence[int], *, share_prefix: bool = True) -> Batch:
+def make_batch(encoded: Sequence[LabelledTokens], indices: Sequence[int], *, share_prefix: bool = True) -> Batch:
     """Return the rows `encoded[i]` for i in `indices` as one batch.
 
-    What no target depends on is left out: a row is read up to its last supervised token. A row's first token has no
+    A row is used up to its last supervised token: no target depends on what comes after it. A row's first token has no
     input before it and is never a target.
 
     Args:
         encoded: The task's rows.
-        indices: Those of this batch, at least one.
-        share_prefix: Whether the tokens that all rows start with are kept apart, to be computed once. They end
-            before the first input that predicts a target, so that every target keeps its input in `tokens`.
+        indices: The rows of this batch, at least one.
+        share_prefix: Whether to keep the tokens that all rows start with apart, so that they are computed once. The
+            prefix ends before the first input that predicts a target: every target keeps its input in `tokens`.
+
+    Raises:
+        ValueError: no indices.
     """
     if not len(indices):
         raise ValueError("make_batch: expected at least one row")
@@ -142,26 +153,26 @@ def make_batch(encoded: Sequence[Row], indices: Sequence[int], *, share_prefix: 
 
 
 def parts_of(rows: int, prefix: int, own: int, cores: int) -> int:
-    """Return into how many parts a batch is split so that each core computes one: `cores`, or 1.
+    """Return into how many parts a batch is split: `cores`, one part for each core, or 1.
 
-    The first part computes the prefix for all, so a long one leaves the others waiting; undivided, each product runs on
-    all cores.
+    The first part computes the prefix for all parts, so a long prefix leaves the other cores waiting. In an undivided
+    batch, each matrix product uses all cores.
 
     Args:
-        rows: Of the batch.
-        prefix: Tokens that they share, P.
-        own: Tokens of the rows after it.
-        cores: What can compute at the same time.
+        rows: Rows of the batch.
+        prefix: Tokens that all rows share, P.
+        own: Tokens of the rows after the prefix, of all rows together.
+        cores: CPU cores that compute at the same time.
     """
     largest = max(prefix + own / rows, (prefix + own) / cores)
     return cores if rows >= cores > 1 and prefix + own >= WORTH_PARTS * cores * largest else 1
 
 
 def split(batch: Batch, cores: int) -> list[Batch]:
-    """Return a batch as parts of neighbouring rows with about as many tokens each, one for each core, or as it is.
+    """Split a batch into parts of neighbouring rows with about equally many tokens, one part for each core.
 
-    The prefix counts as the first part's. Tokens keep their order from part to part. `real_tokens` is left at 0: nobody
-    asks a part for it.
+    The prefix counts as tokens of the first part. Tokens keep their order from part to part. A part's `real_tokens` is
+    0: only whole batches are counted. A batch that is not worth splitting is returned as the only part.
     """
     rows, shared = len(batch.lengths), len(batch.prefix)
     ends = np.cumsum(batch.lengths)
@@ -172,14 +183,15 @@ def split(batch: Batch, cores: int) -> list[Batch]:
     def cut(tokens: float) -> int:
         return int(np.abs(ends - tokens).argmin()) + 1
 
-    own = max(int(ends[0]), (shared + int(ends[-1])) / count - shared)  # the first part's, behind the prefix
+    own = max(int(ends[0]), (shared + int(ends[-1])) / count - shared)  # tokens of the first part after the prefix
     rest = (int(ends[-1]) - own) / (count - 1)
     cuts = [0, *(cut(own + rest * part) for part in range(count - 1)), rows]
-    parts = [_rows_of(batch, number, first, last) for number, (first, last) in enumerate(pairwise(cuts))]
+    parts = [_part_of(batch, number, first, last) for number, (first, last) in enumerate(pairwise(cuts))]
     return parts if all(len(part.targets) for part in parts) else [batch]
 
 
-def _rows_of(batch: Batch, part: int, first: int, last: int) -> Batch:
+def _part_of(batch: Batch, part: int, first: int, last: int) -> Batch:
+    """Return the rows `first` to `last` - 1 as a batch of their own."""
     here = (batch.row_of >= first) & (batch.row_of < last)
     lengths, row_of = batch.lengths[first:last], batch.row_of[here] - first
     width = max(int(lengths.max(initial=0)), 1)
@@ -197,7 +209,7 @@ def _rows_of(batch: Batch, part: int, first: int, last: int) -> Batch:
 
 
 def without_prefix(batch: Batch, keep: int = 0) -> Batch:
-    """Return the same batch with all but the first `keep` tokens of its prefix written out in front of every row."""
+    """Return the same batch with all but the first `keep` tokens of its prefix copied in front of every row."""
     moved = len(batch.prefix) - keep
     if moved <= 0:
         return batch
@@ -212,10 +224,10 @@ def without_prefix(batch: Batch, keep: int = 0) -> Batch:
 
 
 def of_few_shapes(batch: Batch) -> Batch:
-    """Return a batch with the same loss whose P, L and N have at most 8 values per doubling.
+    """Return a batch with the same loss whose P, L and N take at most 8 values per doubling.
 
-    What is compiled once for each shape then serves many batches. The prefix is cut, the rest is written in front of
-    the rows; L is padded; N is filled up with IGNORED targets, whose row is the last.
+    Code that is compiled once for each shape then serves many batches. The prefix is shortened and its rest copied in
+    front of the rows; L is padded; N is filled up with IGNORED targets of the last row.
     """
     batch = without_prefix(batch, _round_down(len(batch.prefix)))
     (rows, width), count = batch.tokens.shape, len(batch.targets)
@@ -241,8 +253,8 @@ def _round_up(count: int) -> int:
 
 
 def _shared_prefix(inputs: list[np.ndarray], labels: list[np.ndarray]) -> int:
-    """Return P: how many inputs all rows with targets start with, and no target is predicted at."""
-    inputs = [each for each in inputs if len(each)]  # a row without targets is not read at all
+    """Return P: how many inputs all rows share at their start, none of them one that predicts a target."""
+    inputs = [each for each in inputs if len(each)]  # rows without targets are not used at all
     if len(inputs) < 2:
         return 0
     first = inputs[0]

@@ -1,4 +1,4 @@
-"""The JSON of two published benchmarks: Super-NaturalInstructions, and O-LoRA's labels and sentences.
+"""Readers for the JSON of two published benchmarks: Super-NaturalInstructions and O-LoRA's.
 
 Both become prompt/completion rows, with the prompts that the paper's experiments use.
 """
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from mbf_mlx.data.formats import Found, Reader, attempt
-from mbf_mlx.data.json_stream import Element, document, element_at, elements
+from mbf_mlx.data.formats import Found, Reader, row_or_reason
+from mbf_mlx.data.json_stream import Element, element_at, elements, read_document
 from mbf_mlx.data.row import EXAMPLES, BadRow, Row, Skipped, check_text
 from mbf_mlx.errors import InputError
 
 
 class SuperNaturalInstructions(Reader):
-    """A task of Super-NaturalInstructions: a Definition and Instances of an input and its outputs.
+    """A task of Super-NaturalInstructions: a Definition, and Instances, each an input with its outputs.
 
-    The prompt is the one of the paper's SuperNI benchmark. The space after "Output:" begins the completion, so that
-    the two are tokenized as the model would go on. The first output is learned; every output counts as right.
+    The prompt is that of the paper's SuperNI benchmark. The space after "Output:" belongs to the completion, so that it
+    is tokenized as the model would generate it. The first output is learned; every output counts as right.
     """
 
     example = '{"Definition": ["Name the colour."], "Instances": [{"id": "1", "input": "Grass", "output": ["green"]}]}'
@@ -28,13 +28,13 @@ class SuperNaturalInstructions(Reader):
         self.definition = ""
 
     def scan(self) -> Iterator[Found]:
-        """Yield the row of every instance, once the definition is known."""
-        text = document(self.file, self.sha256.update)
+        """Read the definition, then yield the row of every instance."""
+        text = read_document(self.file, self.sha256.update)
         members = {item.key: item for item in elements(self.file, text, "Instances") if item.key != "Instances"}
         self.definition = self._read_definition(members.get("Definition"))
         for key, offset, line, instance in elements(self.file, text, "Instances"):
             if key == "Instances":
-                yield Found(offset, line, attempt(self._row, instance, line))
+                yield Found(offset, line, row_or_reason(self._row, instance, line))
 
     def read(self, handle: BinaryIO, offset: int, line: int) -> Row:
         """Return the row of the element at `offset`."""
@@ -46,7 +46,7 @@ class SuperNaturalInstructions(Reader):
         if not words or len(words) < len(parts):
             raise InputError(
                 f'{self.file}: an object in a .json file is read as Super-NaturalInstructions: expected a "Definition" '
-                f"in words; other rows stand one a line in a .jsonl file\n  a file that fits: {self.example}"
+                f"in words; other rows go one a line into a .jsonl file\n  a file that fits: {self.example}"
             )
         try:
             return check_text("\n".join(words), '"Definition"').strip()
@@ -65,7 +65,7 @@ class SuperNaturalInstructions(Reader):
         return Row("completion", self.file, line, prompt, answers[0], answers)
 
 
-# The instruction of each group of data sets in O-LoRA's benchmark; COPA's sentences hold their own.
+# The instruction for each group of data sets in O-LoRA's benchmark; COPA's sentences bring their own.
 _INSTRUCTIONS = {
     "NLI": 'What is the logical relationship between the "sentence 1" and the "sentence 2"? '
     "Choose one from the option.",
@@ -88,9 +88,9 @@ _GROUPS = {
 
 
 class OLora(Reader):
-    """A data set of O-LoRA's benchmark: a list of labels and sentences, `labels.json` beside it.
+    """A data set of O-LoRA's benchmark: a list of labels and sentences, with `labels.json` beside it.
 
-    The instruction is that of the group of data sets, told by the folder (`TC/agnews/train.json`).
+    The instruction is that of the data set's group, which the folder names (`TC/agnews/train.json`).
     """
 
     example = '[{"label": "Sports", "sentence": "Title: The final\\nText: They won."}], in a folder like TC/agnews/'
@@ -101,19 +101,19 @@ class OLora(Reader):
         self.instruction = ""
 
     def scan(self) -> Iterator[Found]:
-        """Yield the row of every element, once labels and instruction are known."""
-        text = document(self.file, self.sha256.update)
+        """Read labels and instruction, then yield the row of every element."""
+        text = read_document(self.file, self.sha256.update)
         first = next(elements(self.file, text, None), None)
         if first and not (isinstance(first.value, dict) and {"label", "sentence"} <= first.value.keys()):
             raise InputError(
                 f"{self.file}: a list in a .json file is read as O-LoRA's benchmark, objects of label and sentence; "
-                f"other rows stand one a line in a .jsonl file\n  a row that fits there: {EXAMPLES['completion']}"
+                f"other rows go one a line into a .jsonl file\n  a row that fits there: {EXAMPLES['completion']}"
             )
         self.labels = self._read_labels()
         self.instruction = self._find_instruction()
         self.sha256.update(json.dumps([self.labels, self.instruction]).encode())
         for _, offset, line, item in elements(self.file, text, None):
-            yield Found(offset, line, attempt(self._row, item, line))
+            yield Found(offset, line, row_or_reason(self._row, item, line))
 
     def read(self, handle: BinaryIO, offset: int, line: int) -> Row:
         """Return the row of the element at `offset`."""
@@ -124,7 +124,7 @@ class OLora(Reader):
         if not file.exists():
             raise InputError(f'{self.file}: expected labels.json beside it: a list such as ["True", "False"]')
         try:
-            labels = [check_text(item.value, "a label") for item in elements(file, document(file), None)]
+            labels = [check_text(item.value, "a label") for item in elements(file, read_document(file), None)]
         except BadRow as error:
             raise InputError(f"{file}: {error}") from error
         if not labels:

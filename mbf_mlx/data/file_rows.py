@@ -1,7 +1,7 @@
-"""One split of a task: a file gone through once, its rows remembered by their places, read again when asked for.
+"""The rows of one file: only their places stay in memory, each row is read from the file when it is asked for.
 
-A row costs 16 bytes of memory, whatever its length: where it stands, the first half of its digest, by which rows that
-say the same are found, and its number. Of ten million different rows two meet by chance in one file of 400,000.
+A row costs 16 bytes of memory, whatever its length: its place, its number, and the first half of its digest, which
+finds rows that say the same. Among ten million different rows, two share that half by chance in one file of 400,000.
 """
 
 from array import array
@@ -17,60 +17,66 @@ from mbf_mlx.data.row import BadRow, Row
 from mbf_mlx.data.text_file import open_binary
 from mbf_mlx.errors import InputError
 
-_PART = 1 << 20  # rows that are compared at a time: what is made of them on the way stays small
-MAX_LABELS = 64  # distinct completions that are remembered one by one
+BLOCK = 1 << 20  # rows compared at a time, so that temporary arrays stay small
 
 
-class Rows(Sequence[Row]):
-    """Some rows of one file, in the file's order, read when they are asked for.
+class FileRows(Sequence[Row]):
+    """Some rows of one file, in the file's order, each read when it is asked for.
+
+    Args:
+        reader: Reads single rows of the file again.
+        numbers: Which of the file's rows these are, uint32 (rows,).
+        places: The place of each of the file's rows.
+        digests: The short digest of each of the file's rows, uint64 (all rows,).
 
     Raises:
-        InputError: on reading, a row no longer says what it said when the task was checked.
+        InputError: on reading, if a row no longer says what it said when the task was checked.
     """
 
-    def __init__(self, reader: Reader, places: np.ndarray, stand: "Places", digests: np.ndarray):
-        self.reader = reader
-        self.places = places  # uint32 (rows,): which of the file's rows these are
-        self._stand, self._digests = stand, digests  # of all the file's rows; uint64 (all rows,)
+    def __init__(self, reader: Reader, numbers: np.ndarray, places: "Places", digests: np.ndarray):
+        self._reader = reader
+        self._numbers = numbers
+        self._places, self._digests = places, digests
 
     @property
     def file(self) -> Path:
         """The file that the rows stand in."""
-        return self.reader.file
+        return self._reader.file
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self._numbers)
 
     @overload
-    def __getitem__(self, place: int) -> Row: ...
+    def __getitem__(self, index: int) -> Row: ...
     @overload
-    def __getitem__(self, place: slice) -> "Rows": ...
-    def __getitem__(self, place: int | slice) -> "Row | Rows":
-        if isinstance(place, slice):
-            return self.take(place)
+    def __getitem__(self, index: slice) -> "FileRows": ...
+    def __getitem__(self, index: int | slice) -> "Row | FileRows":
+        if isinstance(index, slice):
+            return self.take(index)
         with open_binary(self.file) as handle:
-            return self._read(handle, int(self.places[place]))
+            return self._read(handle, int(self._numbers[index]))
 
     def __iter__(self) -> Iterator[Row]:
         with open_binary(self.file) as handle:
-            for place in self.places:
-                yield self._read(handle, int(place))
+            for number in self._numbers:
+                yield self._read(handle, int(number))
 
     @property
     def digests(self) -> np.ndarray:
-        """Half the digest of each row, uint64 (rows,)."""
-        ascending = len(self.places) == len(self._digests) and bool((self.places[1:] > self.places[:-1]).all())
-        return self._digests if ascending else self._digests[self.places]
+        """The short digest of each row, uint64 (rows,)."""
+        everything = len(self._numbers) == len(self._digests)
+        ascending = everything and bool((self._numbers[1:] > self._numbers[:-1]).all())
+        return self._digests if ascending else self._digests[self._numbers]
 
-    def take(self, which: np.ndarray | slice) -> "Rows":
-        """Return the rows that indices, a mask or a slice name, and no others."""
-        return Rows(self.reader, self.places[which], self._stand, self._digests)
+    def take(self, which: np.ndarray | slice) -> "FileRows":
+        """Return only the rows that indices, a mask or a slice choose."""
+        return FileRows(self._reader, self._numbers[which], self._places, self._digests)
 
-    def _read(self, handle: BinaryIO, place: int) -> Row:
-        offset, line = self._stand[place]
+    def _read(self, handle: BinaryIO, number: int) -> Row:
+        offset, line = self._places[number]
         try:
-            row = self.reader.read(handle, offset, line)
-            if _half(row.digest) == self._digests[place]:
+            row = self._reader.read(handle, offset, line)
+            if row.short_digest == self._digests[number]:
                 return row
         except BadRow:
             pass
@@ -78,9 +84,9 @@ class Rows(Sequence[Row]):
 
 
 class Places:
-    """The offset and line of each row of a file, in 4 bytes a row where every line holds one.
+    """The offset and line of each row of a file, in 4 bytes a row where every line holds one row.
 
-    A run is rows whose lines follow each other. What is kept of a row is its distance in bytes from the run's first.
+    A run is a series of rows on consecutive lines. Each row is kept as its distance in bytes from the run's first.
     """
 
     def __init__(self) -> None:
@@ -88,7 +94,7 @@ class Places:
         self._distances = array("I")
 
     def append(self, offset: int, line: int) -> None:
-        """Note the next row."""
+        """Add the place of the next row."""
         firsts, offsets, lines = self._runs
         number = len(self._distances)
         if not firsts or line - lines[-1] != number - firsts[-1] or offset - offsets[-1] >= 1 << 32:
@@ -106,39 +112,50 @@ class Places:
         return offsets[run] + self._distances[number], lines[run] + number - firsts[run]
 
 
-def _half(digest: bytes) -> int:
-    return int.from_bytes(digest[:8])
-
-
-def repeated(rows: Rows) -> int:
-    """Return how many rows say what an earlier one says."""
+def count_repeated(rows: FileRows) -> int:
+    """Return how many rows say what an earlier row says."""
     digests = np.sort(rows.digests)
     return int(np.count_nonzero(digests[1:] == digests[:-1]))
 
 
-def lowest(rows: Rows, share: int) -> np.ndarray:
-    """Return a mask of one in `share` of the rows that differ, at least one, whatever their order.
+def pick_share(rows: FileRows, share: int) -> np.ndarray:
+    """Pick one in `share` of the distinct rows, at least one: those with the lowest digests.
 
-    Rows that say the same are all in it, or none.
+    The choice depends on what the rows say, not on their order. Rows that say the same are all picked, or none.
+
+    Returns:
+        A mask, bool (rows,).
     """
     digests = np.sort(rows.digests)
-    differ = digests[1:] != digests[:-1]  # from the one before
-    wanted = max(1, (1 + int(np.count_nonzero(differ))) // share) - 1  # how many of these come before the last one held
-    for start in range(0, len(differ), _PART):
-        count = int(np.count_nonzero(differ[start : start + _PART]))
-        if wanted <= count:
-            place = start + 1 + int(np.flatnonzero(differ[start : start + _PART])[wanted - 1]) if wanted else 0
-            return rows.digests <= digests[place]
-        wanted -= count
-    return rows.digests <= digests[0]
+    is_new = digests[1:] != digests[:-1]
+    picked = max(1, (1 + int(np.count_nonzero(is_new))) // share)  # distinct digests
+    mask: np.ndarray = rows.digests <= digests[_index_of_new(is_new, picked - 1)]
+    return mask
 
 
-def standing_in(rows: Rows, others: Rows) -> np.ndarray:
-    """Return for each row whether it is also among the others, bool (rows,)."""
+def _index_of_new(is_new: np.ndarray, count: int) -> int:
+    """Return where, in a sorted array, its value has changed `count` times.
+
+    Args:
+        is_new: is_new[i] says that element i + 1 differs from element i; at least `count` are true.
+        count: Changes, from 0.
+    """
+    if not count:
+        return 0
+    start, here = 0, np.flatnonzero(is_new[:BLOCK])
+    while count > len(here):
+        count -= len(here)
+        start += BLOCK
+        here = np.flatnonzero(is_new[start : start + BLOCK])
+    return start + 1 + int(here[count - 1])
+
+
+def is_in(rows: FileRows, others: FileRows) -> np.ndarray:
+    """Return for each row whether one of `others` says the same, bool (rows,)."""
     found = np.zeros(len(rows), bool)
     digests, known = rows.digests, np.sort(others.digests)
-    for start in range(0, len(rows), _PART):
-        part = digests[start : start + _PART]
-        places = np.minimum(np.searchsorted(known, part), len(known) - 1)
-        found[start : start + len(part)] = known[places] == part
+    for start in range(0, len(rows), BLOCK):
+        block = digests[start : start + BLOCK]
+        places = np.minimum(np.searchsorted(known, block), len(known) - 1)
+        found[start : start + len(block)] = known[places] == block
     return found

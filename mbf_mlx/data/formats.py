@@ -1,8 +1,8 @@
 """The file formats of a task, one reader each: here JSON lines and tables, the benchmarks' in benchmark_formats.py.
 
-A reader goes through its file once (`scan`), says for every row where it stands and what it holds or why it does
-not fit, and afterwards reads single rows again by their place (`read`): the rows of a large file never stand in
-memory together. Which files make up a task is left to task.py.
+A reader goes through its file once (`scan`) and gives every row's place, with the row or the reason why it does not
+fit. Later it reads single rows again by their place (`read`), so the rows of a large file are never in memory together.
+Which files make up a task is left to task_files.py.
 """
 
 import csv
@@ -19,7 +19,7 @@ from mbf_mlx.data.text_file import MAX_LINE, decode, lines, open_binary
 
 
 class Found(NamedTuple):
-    """A row's place, and the row or the reason why there is none."""
+    """A row's place, with the row or the reason why it does not fit."""
 
     offset: int  # bytes from the start of the file
     line: int  # from 1
@@ -27,7 +27,7 @@ class Found(NamedTuple):
 
 
 class Reader(ABC):
-    """What the formats share: `file`, what a row that fits looks like, and a hash over everything that was read."""
+    """What the formats share: the file, an example of a row that fits, and a hash over everything that was read."""
 
     example = EXAMPLES["completion"]
 
@@ -40,7 +40,7 @@ class Reader(ABC):
         """Yield every row of the file in order.
 
         Raises:
-            InputError: the file as a whole does not fit: it cannot be read, is empty, or no text in UTF-8.
+            InputError: the file as a whole does not fit: it cannot be read, is empty, or is not text in UTF-8.
         """
 
     @abstractmethod
@@ -48,7 +48,7 @@ class Reader(ABC):
         """Return the row that `scan` found at `offset` and `line` of the open file.
 
         Raises:
-            BadRow: there is no row any more: the file was changed.
+            BadRow: the row is no longer there: the file was changed.
         """
 
 
@@ -60,7 +60,7 @@ class JsonLines(Reader):
         with open_binary(self.file) as handle:
             for offset, line, raw in lines(handle, self.sha256.update):
                 if raw is None or raw.strip():
-                    yield Found(offset, line, attempt(self._row, raw, line))
+                    yield Found(offset, line, row_or_reason(self._row, raw, line))
 
     def read(self, handle: BinaryIO, offset: int, line: int) -> Row:
         """Return the row of the line at `offset`."""
@@ -71,7 +71,7 @@ class JsonLines(Reader):
         return row_from(parse_json(decode(raw).rstrip(" \t\r\n")), self.file, line)
 
 
-_COLUMNS = ("prompt", "completion", "text")  # any others are ignored
+_COLUMNS = ("prompt", "completion", "text")  # all others are ignored
 
 
 class Table(Reader):
@@ -85,12 +85,12 @@ class Table(Reader):
         self.columns: list[str] = []
 
     def scan(self) -> Iterator[Found]:
-        """Yield the row of every record below the names of the columns; of wrong names just that."""
+        """Yield the row of every record below the header; if the header does not fit, yield only its error."""
         csv.field_size_limit(MAX_LINE)
         with open_binary(self.file) as handle:
             for offset, line, cells in self._records(lines(handle, self.sha256.update)):
                 if self.columns:
-                    yield Found(offset, line, attempt(self._row, cells, line))
+                    yield Found(offset, line, row_or_reason(self._row, cells, line))
                     continue
                 try:
                     self.columns = self._header(cells)
@@ -106,7 +106,7 @@ class Table(Reader):
         raise BadRow("the file ends here")
 
     def _records(self, lines: Iterator[tuple[int, int, bytes | None]]) -> Iterator[tuple[int, int, list[str] | BadRow]]:
-        """Yield offset, line and cells of each record; one may go over several lines, in quotes."""
+        """Yield offset, line and cells of each record; one in quotes may span several lines."""
         start: list[tuple[int, int]] = []
         problem: list[BadRow] = []
 
@@ -146,7 +146,7 @@ class Table(Reader):
             shown = ", ".join(json.dumps(cell[:40]) for cell in cells[:6])
             hint = ""
             if len(cells) == 1 and any(mark in cells[0] for mark in ";\t,"):
-                hint = f" (columns of a {self.file.suffix} file are parted by {'tabs' if self.tabs else 'commas'})"
+                hint = f" (columns of a {self.file.suffix} file are separated by {'tabs' if self.tabs else 'commas'})"
             raise BadRow(f'expected columns named "prompt" and "completion", or "text", got {shown}{hint}')
         for name in _COLUMNS:
             if names.count(name) > 1:
@@ -166,8 +166,8 @@ class Table(Reader):
         return row_from(named, self.file, line)
 
 
-def attempt(make: Callable[..., Row], what: object, line: int) -> Row | BadRow:
-    """Return `make(what, line)`, or the reason why it is no row."""
+def row_or_reason(make: Callable[..., Row], what: object, line: int) -> Row | BadRow:
+    """Return the row `make(what, line)`, or the reason why there is none."""
     try:
         return make(what, line)
     except BadRow as error:

@@ -1,4 +1,8 @@
-"""JSON of a user's, read element by element with the place of each."""
+"""A user's JSON: one value at a time, each with its place, and errors that say what is broken and where.
+
+`parse_json` takes the text of one value. `read_document` and `elements` take a whole .json file and go through its list
+without ever holding all values; `element_at` reads one of them again.
+"""
 
 import json
 import os
@@ -11,10 +15,11 @@ from mbf_mlx.data.row import EXAMPLES, BadRow
 from mbf_mlx.data.text_file import open_binary
 from mbf_mlx.errors import InputError
 
-MAX_DOCUMENT = 64_000_000  # bytes of a benchmark's JSON, which is read whole
+MAX_DOCUMENT = 64_000_000  # bytes of a .json file, which is read whole
+FIRST_READ = 65_536  # bytes read for one element; four times as many where it is longer
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     document = dict(pairs)
     if len(document) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -23,43 +28,50 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return document
 
 
-def _no_number(name: str) -> object:
+def _refuse_constant(name: str) -> object:
     raise BadRow(f"broken JSON: {name} is not JSON")
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
+_DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys, parse_constant=_refuse_constant)
 
 
 def parse_json(text: str) -> object:
-    """Return the one JSON value in `text`; BadRow says what is broken and where."""
+    """Return the one JSON value in `text`.
+
+    Raises:
+        BadRow: what is broken, and at which column.
+    """
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            raise BadRow("broken JSON: something follows the first value (one row a line)") from None
-        if text.strip()[:1] == "{" and "'" in text[:3]:
-            raise BadRow("broken JSON: keys and texts stand in double quotes") from None
-        if "\0" in text:
-            raise BadRow("broken JSON: holds a NUL byte (is the file UTF-16, or binary?)") from None
-        if text.startswith("\ufeff"):
-            raise BadRow("broken JSON: begins with a byte order mark (where files were joined, take it out)") from None
-        raise BadRow(f"broken JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}") from None
+        raise _explained(text, error) from None
     except BadRow:
         raise
-    except ValueError:  # of int(), on thousands of digits
+    except ValueError:  # int() refuses thousands of digits
         raise BadRow("broken JSON: a number is too long") from None
     except RecursionError:
         raise BadRow("nested too deeply") from None
 
 
-def document(file: Path, heard: Callable[[bytes], object] = len) -> str:
-    """Return the text of a JSON file that is read whole, a byte order mark included.
+def _explained(text: str, error: json.JSONDecodeError) -> BadRow:
+    """Return what is wrong with a row's JSON in the words of its most likely cause."""
+    if error.msg == "Extra data":
+        return BadRow("broken JSON: something follows the first value (one row a line)")
+    if text.strip()[:1] == "{" and "'" in text[:3]:
+        return BadRow("broken JSON: keys and texts need double quotes")
+    if "\0" in text:
+        return BadRow("broken JSON: holds a NUL byte (is the file UTF-16, or binary?)")
+    if text.startswith("\ufeff"):
+        return BadRow("broken JSON: begins with a byte order mark (where files were joined, take it out)")
+    return BadRow(f"broken JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}")
+
+
+def read_document(file: Path, on_read: Callable[[bytes], object] = len) -> str:
+    """Return the text of a whole JSON file, its byte order mark included; `on_read` is called with its bytes.
 
     Raises:
-        InputError: as `open_binary`, too large, or not UTF-8.
+        InputError: as `open_binary`, and for a file that is too large or not UTF-8.
     """
     with open_binary(file) as handle:
         size = os.fstat(handle.fileno()).st_size
@@ -69,7 +81,7 @@ def document(file: Path, heard: Callable[[bytes], object] = len) -> str:
                 f"write it as .jsonl, a row a line such as {EXAMPLES['completion']}"
             )
         raw = handle.read()
-    heard(raw)
+    on_read(raw)
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
@@ -78,18 +90,23 @@ def document(file: Path, heard: Callable[[bytes], object] = len) -> str:
 
 
 class Element(NamedTuple):
-    """One value of a JSON document: its key in the object around it, or none in a list, its place and itself."""
+    """One value of a JSON document and its place."""
 
-    key: str | None
+    key: str | None  # its key in the object around it; None in a list
     offset: int  # bytes from the start of the file
     line: int  # from 1
     value: object
 
 
 def elements(file: Path, text: str, rows: str | None) -> Iterator[Element]:
-    """Yield the elements of a JSON list (rows None), or the members of an object with the list under `rows` opened up.
+    """Yield the elements of a JSON list, or the members of an object with one of its lists opened.
 
-    The document is never parsed as a whole: a value is gone when the next one comes.
+    The document is never parsed as a whole: each value may be freed before the next one is read.
+
+    Args:
+        file: What errors name.
+        text: The document.
+        rows: The key whose list is yielded element by element; None where the document is a list itself.
 
     Raises:
         InputError: broken JSON, or another kind of document.
@@ -102,7 +119,7 @@ def elements(file: Path, text: str, rows: str | None) -> Iterator[Element]:
         while walk.more("}"):
             key = walk.value().value
             if not isinstance(key, str):
-                walk.fail("broken JSON: keys stand in double quotes")
+                walk.fail("broken JSON: keys need double quotes")
             walk.expect(":")
             if key == rows and walk.peek() == "[":
                 walk.expect("[")
@@ -113,20 +130,38 @@ def elements(file: Path, text: str, rows: str | None) -> Iterator[Element]:
         walk.fail("something follows the list or object")
 
 
+def element_at(handle: BinaryIO, offset: int) -> object:
+    """Return the element that `elements` found at `offset` of the open file.
+
+    Raises:
+        BadRow: it is no longer there: the file was changed.
+    """
+    size = FIRST_READ
+    while True:
+        handle.seek(offset)
+        raw = handle.read(size)
+        try:
+            return _DECODER.raw_decode(raw.decode(errors="ignore"))[0]
+        except ValueError as error:
+            if len(raw) < size:
+                raise BadRow(f"the element ends early: {error}") from None
+        size *= 4
+
+
 class _Walk:
     """A cursor over the text of a JSON document, which knows its place in characters, bytes and lines."""
 
     def __init__(self, file: Path, text: str):
         self.file, self.text = file, text
         self.place, self.offset, self.line = 0, 0, 1
-        self.first = True
+        self.first = True  # nothing was read yet of the list or object that the cursor is in
         self._go(1 if text.startswith("\ufeff") else 0)
 
     def peek(self) -> str:
-        """Return the next character that is no white space, and stand on it; "" at the end."""
-        place = _SPACE.match(self.text, self.place).end()  # type: ignore[union-attr]
-        self._go(place)
-        return self.text[place : place + 1]
+        """Go to the next character that is not white space and return it; "" at the end."""
+        if space := _SPACE.match(self.text, self.place):
+            self._go(space.end())
+        return self.text[self.place : self.place + 1]
 
     def expect(self, mark: str) -> None:
         if self.peek() != mark:
@@ -148,7 +183,7 @@ class _Walk:
         return True
 
     def items(self, key: str | None) -> Iterator[Element]:
-        """Yield what follows up to the end of a list."""
+        """Yield the elements up to the end of a list."""
         while self.more("]"):
             yield self.value()._replace(key=key)
 
@@ -176,22 +211,3 @@ class _Walk:
         self.offset += len(passed.encode())
         self.line += passed.count("\n")
         self.place = place
-
-
-def element_at(handle: BinaryIO, offset: int) -> object:
-    """Return the element that `elements` found at `offset` of the open file.
-
-    Raises:
-        BadRow: there is none any more: the file was changed.
-    """
-    handle.seek(offset)
-    size = 65_536
-    while True:
-        handle.seek(offset)
-        raw = handle.read(size)
-        try:
-            return _DECODER.raw_decode(raw.decode(errors="ignore"))[0]
-        except ValueError as error:
-            if len(raw) < size:
-                raise BadRow(f"the element ends early: {error}") from None
-        size *= 4

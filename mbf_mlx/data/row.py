@@ -1,4 +1,4 @@
-"""One training row, whatever file it came from: what it holds, and the rules that it must meet.
+"""One row of a task file, whatever its format: what it holds, and the rules that it must meet.
 
 A row is one of three kinds, as in mlx-lm's data sets: "completion" (a prompt and its answer), "messages" (a
 conversation, perhaps with tools) and "text". Reading files is left to formats.py, tokens to encode.py.
@@ -21,38 +21,37 @@ EXAMPLES = {
     "text": '{"text": "Ferns are plants without flowers."}',
 }
 
-
 _ENCODER = json.JSONEncoder(sort_keys=True)  # made once: a large file has ten million rows
 
 
 class BadRow(ValueError):
-    """A row that cannot be learned: the reason in one line and, where it can be told, the row put right."""
+    """A row that cannot be learned: the reason in one line and, where the fix is clear, the row put right."""
 
     def __init__(self, reason: str, fixed: str = ""):
         super().__init__(reason)
         self.fixed = fixed
-        self.example = ""  # of a row of the kind that this one was meant to be
+        self.example = ""  # a good row of the kind that this one was meant to be
 
 
 class Skipped(BadRow):
-    """A row that a published benchmark is known to have and that says nothing to learn: a warning, no error."""
+    """A row without anything to learn, known in a published benchmark: it gets a warning, not an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row and the place that it came from."""
+    """One row and the place it came from."""
 
     kind: str  # "completion", "messages" or "text"
     file: Path
     line: int  # from 1
     prompt: str = ""
     completion: str = ""
-    answers: tuple[str, ...] = ()  # all that count as right; the first is the completion
+    answers: tuple[str, ...] = ()  # every answer that counts as right; the first is the completion
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     text: str = ""
     unread: str = field(default="", compare=False)  # a key beside "text" that looks like an answer to learn
-    digest: bytes = field(default=b"", compare=False)  # 16 bytes over what the row says, not over where it stands
+    digest: bytes = field(default=b"", compare=False)  # 16 bytes over what the row says; its place does not count
 
     def __post_init__(self) -> None:
         said = (self.kind, self.prompt, self.completion, self.answers, self.messages, self.tools, self.text)
@@ -61,28 +60,33 @@ class Row:
 
     @property
     def where(self) -> str:
-        """The place as an error names it: `file:line`."""
+        """The row's place as errors name it: `file:line`."""
         return f"{self.file}:{self.line}"
 
     @property
+    def short_digest(self) -> int:
+        """The first 8 bytes of the digest as a number: enough to find rows that say the same."""
+        return int.from_bytes(self.digest[:8])
+
+    @property
     def texts(self) -> list[str]:
-        """All that it says, without the names of the speakers."""
+        """All texts of the row, without the names of the speakers."""
         return [self.prompt, self.completion, self.text, *(message["content"] for message in self.messages)]
 
     @property
     def letters(self) -> int:
-        """How long all its texts are together, in characters."""
+        """The length of all texts together, in characters."""
         return sum(map(len, self.texts))
 
 
 def row_from(document: object, file: Path, line: int) -> Row:
-    """Return the row that one JSON value says.
+    """Return the row that a JSON value describes.
 
-    A row that has the keys of several kinds is read as mlx-lm reads it: prompt and completion before messages
-    before text. Other keys are ignored.
+    A row with the keys of several kinds is read as mlx-lm reads it: prompt and completion before messages before text.
+    Other keys are ignored.
 
     Raises:
-        BadRow: it is no object, or its keys, types or texts do not fit.
+        BadRow: the value is no object, or its keys, types or texts do not fit.
     """
     if not isinstance(document, dict):
         raise BadRow(f'expected an object {{"prompt": …, "completion": …}}, got {_type(document)}')
@@ -115,17 +119,17 @@ def _row(kind: str, document: dict[str, Any], file: Path, line: int) -> Row:
 
 
 def reference_text(row: Row) -> str:
-    """Return the answer that a row expects, without white space around it: "" for text rows."""
+    """Return the answer that a row expects, without white space around it; "" for text rows."""
     if row.kind == "messages":
         return str(row.messages[-1]["content"]).strip()
     return row.completion.strip()
 
 
 def check_text(text: object, name: str, *, may_be_empty: bool = False) -> str:
-    """Return `text` where it is text that a tokenizer takes and that says something.
+    """Return `text` if it says something and a tokenizer can take it; `name` is what errors call it.
 
     Raises:
-        BadRow: another type, nothing but white space, half a surrogate pair, a NUL byte.
+        BadRow: another type, only white space, half a surrogate pair, or a NUL byte.
     """
     if not isinstance(text, str):
         raise BadRow(f"{name}: expected text, got {_type(text)}")
@@ -160,7 +164,7 @@ def _tools(document: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def _messages(messages: object) -> tuple[dict[str, Any], ...]:
-    """Return the messages checked, their contents as text."""
+    """Return the messages if they fit, each content as one text."""
     if not isinstance(messages, list):
         raise BadRow(f'"messages": expected a list, got {_type(messages)}')
     if not messages:
@@ -182,7 +186,7 @@ def _message(message: object, name: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise BadRow(f'{name}: expected an object {{"role": …, "content": …}}, got {_type(message)}')
     if "role" not in message:
-        keys = hints.names(message) + hints.rename(message, "role", "content")
+        keys = hints.list_keys(message) + hints.suggest_names(message, "role", "content")
         raise BadRow(f'{name}: expected "role" and "content", got {keys}')
     role = message["role"]
     if role not in ROLES:
@@ -202,10 +206,12 @@ def _message(message: object, name: str) -> dict[str, Any]:
 
 
 def _content(message: dict[str, Any], name: str) -> str:
-    """Return what a message says; calls of tools may take its place."""
+    """Return the text of a message; only a message with tool calls may have none."""
     calls = message.get("tool_calls")
     if "content" not in message and not calls:
-        raise BadRow(f'{name}: expected "content", got {hints.names(message)}{hints.rename(message, "content")}')
+        raise BadRow(
+            f'{name}: expected "content", got {hints.list_keys(message)}{hints.suggest_names(message, "content")}'
+        )
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(_part(part, f"{name}.content[{place}]") for place, part in enumerate(content))
@@ -216,14 +222,14 @@ def _content(message: dict[str, Any], name: str) -> str:
 
 
 def _part(part: object, name: str) -> str:
-    """Return the text of one part of a content given as a list, as chat interfaces write it."""
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+    """Return the text of one part, where a content is a list of parts as chat interfaces write it."""
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(text := part.get("text"), str):
+        return text
     raise BadRow(f'{name}: expected {{"type": "text", "text": …}}; pictures and sound cannot be learned')
 
 
 def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool call with its arguments as an object: chat templates write them as JSON themselves."""
+    """Return a tool call with its arguments as an object: chat templates turn them into JSON themselves."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
@@ -235,22 +241,22 @@ def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wrong_keys(document: dict[str, Any]) -> BadRow:
-    """Return the error for a row of no known kind, with the keys to rename where they can be guessed."""
-    wrong = f'expected "prompt" and "completion", or "messages", or "text", got {hints.names(document)}'
+    """Return the error for a row of no known kind, with the keys to rename where the meaning can be guessed."""
+    wrong = f'expected "prompt" and "completion", or "messages", or "text", got {hints.list_keys(document)}'
     if {"instruction", "input", "output"} <= document.keys():
         prompt = "\n".join(str(document[key]) for key in ("instruction", "input") if document[key])
         hint = ' (write "instruction" and "input" together as "prompt", and "output" as "completion")'
         return BadRow(wrong + hint, _shown({"prompt": prompt, "completion": document["output"]}))
     for keys in (("prompt", "completion"), ("messages",), ("text",)):
-        renamed = {old: key for key in keys if (old := hints.meant(document, key))}
+        renamed = {old: key for key in keys if (old := hints.find_meant(document, key))}
         if len(renamed) == len(keys):
             right = hints.put_right({renamed.get(key, key): value for key, value in document.items()})
-            return BadRow(wrong + hints.rename(document, *keys), _shown(right))
+            return BadRow(wrong + hints.suggest_names(document, *keys), _shown(right))
     return BadRow(wrong)
 
 
 def _shown(document: dict[str, Any]) -> str:
-    """Return a row as a line to print, its texts shortened; nothing where it still does not fit, or is too long."""
+    """Return a row as a line to print, with shortened texts; "" if it still does not fit or is too long."""
     kind = _kind(document)
     if kind is None:
         return ""

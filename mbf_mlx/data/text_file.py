@@ -1,7 +1,7 @@
-"""Reading a user's text file: opened with care, line by line or as one JSON document, and never trusted.
+"""Opening and splitting a user's text file, which is never trusted.
 
-Lines and elements are handed on one at a time with their places, so that a caller can read each again alone. What
-they must hold is left to the formats.
+Lines are handed on one at a time with their places, so that a caller can read each again alone. What a line must hold
+is left to the formats.
 """
 
 import os
@@ -13,7 +13,8 @@ from typing import BinaryIO
 from mbf_mlx.data.row import BadRow
 from mbf_mlx.errors import InputError
 
-MAX_LINE = 8_000_000  # bytes of one row; a longer one is a file without line ends, or one that cannot be learned
+MAX_LINE = 8_000_000  # bytes of one row; a longer one is a file without line ends, or a row that cannot be learned
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _MAGIC = {
     b"\xff\xfe": "UTF-16 text",
@@ -31,7 +32,7 @@ def open_binary(file: Path) -> BinaryIO:
     """Return a regular file opened for reading.
 
     Raises:
-        InputError: it is missing, no file, not ours to read, empty, or plainly no text in UTF-8.
+        InputError: the file is missing, no regular file, not readable for us, empty, or plainly not text in UTF-8.
     """
     try:
         handle = open(file, "rb", opener=_open_regular)
@@ -50,33 +51,33 @@ def open_binary(file: Path) -> BinaryIO:
 
 
 def _open_regular(name: str, flags: int) -> int:
-    # Without O_NONBLOCK the opening of a named pipe would wait for a writer for ever.
-    descriptor = os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+    # Without O_NONBLOCK, opening a named pipe would wait for ever for a writer.
+    descriptor = os.open(name, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(0, "expected a file")
     return descriptor
 
 
-def lines(handle: BinaryIO, heard: Callable[[bytes], object] = len) -> Iterator[tuple[int, int, bytes | None]]:
-    """Yield offset, number and bytes of each line from where `handle` stands; None for one over MAX_LINE.
+def lines(handle: BinaryIO, on_read: Callable[[bytes], object] = len) -> Iterator[tuple[int, int, bytes | None]]:
+    """Yield offset, number and bytes of each line from where `handle` stands; None for a line over MAX_LINE.
 
-    A byte order mark at the start of the file is skipped. `heard` is called with every byte of the file.
+    A byte order mark at the start of the file is skipped. `on_read` is called with every byte of the file, in order.
     """
     offset, number = handle.tell(), 0
     while raw := handle.readline(MAX_LINE + 1):
-        heard(raw)
+        on_read(raw)
         start, number, length = offset, number + 1, len(raw)
         if length > MAX_LINE:
             more = raw
             while more and not more.endswith(b"\n"):
                 more = handle.readline(MAX_LINE)
-                heard(more)
+                on_read(more)
                 length += len(more)
             yield start, number, None
         else:
-            bom = 3 if start == 0 and raw.startswith(b"\xef\xbb\xbf") else 0
-            yield start + bom, number, raw[bom:]
+            skipped = len(BYTE_ORDER_MARK) if start == 0 and raw.startswith(BYTE_ORDER_MARK) else 0
+            yield start + skipped, number, raw[skipped:]
         offset += length
 
 
@@ -84,7 +85,7 @@ def decode(raw: bytes | None) -> str:
     """Return a line as text.
 
     Raises:
-        BadRow: too long (None), or not UTF-8.
+        BadRow: the line was too long (None), or is not UTF-8.
     """
     if raw is None:
         raise BadRow(f"the line is longer than {MAX_LINE // 1_000_000} MB (one row a line; split the text)")

@@ -1,14 +1,14 @@
-"""A task's rows as tokens, in few bytes each: the tokens in a file beside memory, the rows where they came from.
+"""A task's rows as tokens, in little memory: large tasks keep their tokens in a temporary file.
 
-Of a row 12 bytes stay in memory: where its record ends, and how many tokens it has. Small tasks are not written to a
-file at all. A record is the length of the prompt and what was cut, then the tokens, all in int32, then a byte for each
-token that says whether it is a label.
+12 bytes of each row stay in memory: where its record ends, and how many tokens it has. The text of a row is read again
+from the task's file when somebody asks for it. A record is the length of the prompt and the number of cut tokens, then
+the tokens, all as int32, then one byte for each token that says whether it is a label.
 """
 
 import weakref
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import SpooledTemporaryFile, gettempdir
 from typing import overload
@@ -18,27 +18,49 @@ import numpy as np
 from mbf_mlx.data.row import Row
 from mbf_mlx.files.storage import refusal
 
-IN_MEMORY = 16 * 2**20  # bytes of records up to which there is no file
+IN_MEMORY = 16 * 2**20  # bytes of records that are kept in memory; more go to a file
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """A row's tokens; `supervised[i]` says that token i is a label, to be predicted from the tokens before it."""
+    """A row's tokens, with those marked that are labels.
 
-    tokens: np.ndarray  # int32 (n,)
-    supervised: np.ndarray  # bool (n,); never the first, which nothing predicts
-    prompt_length: int  # tokens before the last answer: what a generation starts from
-    cut: int  # tokens that were cut because the row was too long
-    row: Row
+    Attributes:
+        tokens: int32 (n,).
+        supervised: bool (n,); supervised[i] says that token i is a label, to be predicted from the tokens before it.
+            The first token never is one.
+        prompt_length: Tokens before the last answer, from which that answer is generated.
+        cut: Tokens that were cut because the row was too long.
+    """
+
+    __slots__ = ("_row", "cut", "prompt_length", "supervised", "tokens")
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        supervised: np.ndarray,
+        prompt_length: int,
+        cut: int,
+        row: Row | Callable[[], Row],
+    ):
+        self.tokens = tokens
+        self.supervised = supervised
+        self.prompt_length = prompt_length
+        self.cut = cut
+        self._row = row
+
+    @property
+    def row(self) -> Row:
+        """The row that the tokens were made of; it may be read from its file now."""
+        return self._row if isinstance(self._row, Row) else self._row()
 
 
 class EncodedRows(Sequence[Encoded]):
-    """Encoded rows, of which one is in memory when it is asked for.
+    """Encoded rows, each loaded when it is asked for.
 
     Args:
-        source: The rows they are made of, in the same order; read again for an encoded row's `row`.
-        spill: A folder for the file; None is the system's own for such files. Nobody else sees the file, and it is gone
-            with the process.
+        source: The rows that they are made of, in the same order.
+        spill: The folder for the temporary file; None is the system's own. The file has no name, and it is gone when
+            the process ends.
     """
 
     def __init__(self, source: Sequence[Row], spill: Path | None = None):
@@ -76,41 +98,16 @@ class EncodedRows(Sequence[Encoded]):
         return len(self._lengths)
 
     @overload
-    def __getitem__(self, place: int) -> Encoded: ...
+    def __getitem__(self, index: int) -> Encoded: ...
     @overload
-    def __getitem__(self, place: slice) -> list[Encoded]: ...
-    def __getitem__(self, place: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        place = range(len(self))[place]  # as lists have it: negative from the end, IndexError behind it
-        start, count = self._ends[place - 1] if place else 0, self._lengths[place]
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # as in a list: negative from the end, IndexError beyond it
+        start, count = self._ends[index - 1] if index else 0, self._lengths[index]
         self._file.seek(start)
-        data = self._file.read(self._ends[place] - start)
+        data = self._file.read(self._ends[index] - start)
         prompt_length, cut = np.frombuffer(data, np.int32, 2).tolist()
         tokens, supervised = np.frombuffer(data, np.int32, count, 8), np.frombuffer(data, bool, count, 8 + 4 * count)
-        return _Stored(tokens, supervised, prompt_length, cut, self._source, place)
-
-
-class _Stored(Encoded):
-    """An encoded row whose `row` is read when somebody wants it."""
-
-    _source: Sequence[Row]
-    _place: int
-    __slots__ = ("_place", "_source")
-
-    def __init__(
-        self,
-        tokens: np.ndarray,
-        supervised: np.ndarray,
-        prompt_length: int,
-        cut: int,
-        source: Sequence[Row],
-        place: int,
-    ):
-        values = {"tokens": tokens, "supervised": supervised, "prompt_length": prompt_length, "cut": cut}
-        for name, value in (values | {"_source": source, "_place": place}).items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def row(self) -> Row:  # type: ignore[override]
-        return self._source[self._place]
+        return Encoded(tokens, supervised, prompt_length, cut, partial(self._source.__getitem__, index))

@@ -10,7 +10,8 @@ from mbf_mlx.base.load import Base, load_base
 from mbf_mlx.base.sources import unpacked_bytes
 from mbf_mlx.config import LearnConfig, LoRAConfig
 from mbf_mlx.device import backend
-from mbf_mlx.engine.engine import Engine, prepare
+from mbf_mlx.engine.choose import prepare
+from mbf_mlx.engine.engine import Engine
 from mbf_mlx.engine.lora_layers import attach
 from mbf_mlx.learning.team import Team
 from mbf_mlx.memory.limit import limit_of

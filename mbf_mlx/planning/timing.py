@@ -15,7 +15,7 @@ from mbf_mlx.base import unpack
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.data.batches import Batch
 from mbf_mlx.device.machine import freed_memory_kept
-from mbf_mlx.engine.engine import prepare
+from mbf_mlx.engine.choose import prepare
 from mbf_mlx.engine.lora_layers import attach
 from mbf_mlx.learning.tuning import Tuning
 from mbf_mlx.memory.formula import Run

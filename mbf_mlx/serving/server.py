@@ -64,7 +64,7 @@ def serving(
             if provider.failure is not None:
                 raise provider.failure
             limit = config.max_request_bytes
-            server.RequestHandlerClass = partial(Handler, generator, limit)  # type: ignore[assignment]
+            server.RequestHandlerClass = partial(Handler, generator, limit)
             server.model = provider.name
             server.server_activate()
             yield server

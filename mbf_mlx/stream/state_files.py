@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mbf_mlx.adapters import mlx_lm as adapter
-from mbf_mlx.files import safetensors_file
+from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Data
 from mbf_mlx.methods import State, empty_state
 from mbf_mlx.stream.records import STATE, Identity
@@ -22,9 +22,9 @@ def empty(identity: Identity, seed: int) -> State:
 def contents(state: State, identity: Identity) -> dict[str, Data]:
     """Return the files that hold a state, by their place in a generation; the same state gives the same bytes."""
     kept = {f"{layer}.{name}": tensor for name, tensors in state.kept.items() for layer, tensor in tensors.items()}
-    files: dict[str, Data] = {STATE: safetensors_file.encode(kept)}
+    files: dict[str, Data] = {STATE: safetensors_bytes(kept)}
     if state.t:
-        named = adapter.encode(
+        named = adapter.adapter_files(
             state.deployed,
             scale=identity.scale,
             num_layers=identity.num_layers,

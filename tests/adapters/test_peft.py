@@ -40,7 +40,7 @@ def write(folder, files):
 
 def export(folder, factors, scale=2.0, **changes):
     """A PEFT folder, `changes` made to its config afterwards."""
-    files = peft.encode(factors, scale, base="org/base", num_blocks=2)
+    files = peft.peft_files(factors, scale, base="org/base", num_blocks=2)
     config = json.loads(files[peft.CONFIG]) | changes
     return write(folder, {**files, peft.CONFIG: json.dumps(config).encode()})
 
@@ -59,16 +59,18 @@ def deltas(factors, scale):
 @pytest.mark.parametrize("scale", [0.25, 1.0, 1.5, 2.0, 20.0])
 def test_mlx_to_peft_to_mlx_gives_the_same_bytes(tmp_path, scale):
     factors = make_factors()
-    files = adapter.encode(factors, scale=scale, num_layers=2, base="base")
-    start = adapter.read(write(tmp_path / "mlx", files))
-    back = peft.read(write(tmp_path / "peft", peft.encode(start.factors, start.scale, base="base", num_blocks=2)))
-    assert adapter.encode(back.factors, scale=back.scale, num_layers=2, base="base") == files
+    files = adapter.adapter_files(factors, scale=scale, num_layers=2, base="base")
+    start = adapter.read_adapter(write(tmp_path / "mlx", files))
+    back = peft.read_peft(
+        write(tmp_path / "peft", peft.peft_files(start.factors, start.scale, base="base", num_blocks=2))
+    )
+    assert adapter.adapter_files(back.factors, scale=back.scale, num_layers=2, base="base") == files
 
 
 @given(st.floats(1e-3, 1e3), st.integers(1, 16))
 def test_the_update_survives_and_alpha_is_whole_for_any_scale_and_rank(scale, rank):
     factors = make_factors(rank=rank)
-    files = peft.encode(factors, scale, base="base", num_blocks=2)
+    files = peft.peft_files(factors, scale, base="base", num_blocks=2)
     config = json.loads(files[peft.CONFIG])
     assert type(config["lora_alpha"]) is int and config["lora_alpha"] >= 1
     tensors = safetensors.numpy.load(bytes(files[peft.WEIGHTS]))
@@ -80,7 +82,7 @@ def test_the_update_survives_and_alpha_is_whole_for_any_scale_and_rank(scale, ra
 
 def test_the_config_says_which_layers(tmp_path):
     def targets(layers):
-        config = json.loads(peft.encode(make_factors(layers), 2.0, base="b", num_blocks=2)[peft.CONFIG])
+        config = json.loads(peft.peft_files(make_factors(layers), 2.0, base="b", num_blocks=2)[peft.CONFIG])
         return config["target_modules"], config["layers_to_transform"], config["layers_pattern"]
 
     assert targets(LAYERS) == (["q_proj", "v_proj"], None, None)
@@ -94,7 +96,7 @@ def test_other_float_types_are_read(tmp_path, dtype):
     factors = make_factors()
     folder = export(tmp_path / "peft", factors)
     retype(folder, dtype)
-    back = peft.read(folder).factors
+    back = peft.read_peft(folder).factors
     for name, pair in factors.items():
         assert back[name].a.dtype == np.float32
         np.testing.assert_allclose(back[name].b, pair.b, rtol=1e-3)
@@ -105,19 +107,19 @@ def test_bfloat16_is_read(tmp_path, mx):
     folder = export(tmp_path / "peft", factors)
     tensors = {name: array.astype(mx.bfloat16) for name, array in mx.load(str(folder / peft.WEIGHTS)).items()}
     mx.save_safetensors(str(folder / peft.WEIGHTS), tensors)
-    for name, pair in peft.read(folder).factors.items():
+    for name, pair in peft.read_peft(folder).factors.items():
         np.testing.assert_allclose(pair.a, factors[name].a, rtol=1e-2)
 
 
 def test_the_adapters_name_in_a_key_is_dropped(tmp_path):
     folder = export(tmp_path / "peft", make_factors())
     retype(folder, "float32", lambda name: name.replace(".weight", ".default.weight"))
-    assert list(peft.read(folder).factors) == LAYERS
+    assert list(peft.read_peft(folder).factors) == LAYERS
 
 
 def test_rslora_is_folded_into_the_scale(tmp_path):
     folder = export(tmp_path / "peft", make_factors(), use_rslora=True, lora_alpha=8)
-    assert peft.read(folder).scale == 8 / np.sqrt(RANK)
+    assert peft.read_peft(folder).scale == 8 / np.sqrt(RANK)
 
 
 def test_alpha_and_rank_patterns_are_folded_in(tmp_path):
@@ -131,7 +133,7 @@ def test_alpha_and_rank_patterns_are_folded_in(tmp_path):
         tensors[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(pair.a)
         tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(pair.b)
     safetensors.numpy.save_file(tensors, folder / peft.WEIGHTS)
-    back = peft.read(folder)
+    back = peft.read_peft(folder)
     assert back.rank == RANK and back.scale == 2.0  # alpha 8, rank 4
     scales = dict.fromkeys(LAYERS, 2.0) | {LAYERS[1]: 8 / 2, LAYERS[2]: 16 / 4}
     for name, delta in deltas(back.factors, back.scale).items():
@@ -177,14 +179,14 @@ def test_an_adapter_from_anywhere_is_the_start_of_a_stream_with_its_update_uncha
 def test_what_plain_factors_cannot_hold_is_refused_with_the_reason(tmp_path, changes, reason):
     folder = export(tmp_path / "peft", make_factors(), **changes)
     with pytest.raises(InputError) as error:
-        peft.read(folder)
+        peft.read_peft(folder)
     assert reason in str(error.value)
 
 
 def test_every_reason_is_named_at_once(tmp_path):
     folder = export(tmp_path / "peft", make_factors(), use_dora=True, modules_to_save=["lm_head"], bias="all")
     with pytest.raises(InputError, match=r"(?s)use_dora.*modules_to_save.*bias"):
-        peft.read(folder)
+        peft.read_peft(folder)
 
 
 @pytest.mark.parametrize(
@@ -200,29 +202,29 @@ def test_tensors_that_are_no_pair_are_refused_by_name(tmp_path, key, reason):
     tensors = safetensors.numpy.load_file(folder / peft.WEIGHTS) | {key: np.zeros((4, 64), np.float32)}
     safetensors.numpy.save_file(tensors, folder / peft.WEIGHTS)
     with pytest.raises(InputError, match=rf"(?s){reason}"):
-        peft.read(folder)
+        peft.read_peft(folder)
 
 
 def test_nan_is_refused(tmp_path):
     factors = make_factors()
     factors[LAYERS[0]].a[0, 0] = np.nan
     with pytest.raises(InputError, match="NaN"):
-        peft.read(export(tmp_path / "peft", factors))
+        peft.read_peft(export(tmp_path / "peft", factors))
 
 
 def test_missing_files_pickles_and_damage_are_the_users_to_know(tmp_path):
     folder = export(tmp_path / "peft", make_factors())
     (folder / peft.WEIGHTS).write_bytes(b"nonsense")
     with pytest.raises(InputError, match="not a safetensors file"):
-        peft.read(folder)
+        peft.read_peft(folder)
     (folder / peft.WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(InputError, match="is a pickle, which can run code"):
-        peft.read(folder)
+        peft.read_peft(folder)
     (folder / peft.CONFIG).write_text("{")
     with pytest.raises(InputError, match="not JSON"):
-        peft.read(folder)
+        peft.read_peft(folder)
     with pytest.raises(InputError, match="missing; expected a PEFT folder"):
-        peft.read(tmp_path / "nowhere")
+        peft.read_peft(tmp_path / "nowhere")
 
 
 @pytest.mark.slow
@@ -235,12 +237,12 @@ def test_peft_computes_the_logits_that_mlx_lm_computes(tmp_path, scale, layers, 
 
     base, factors = write_tiny_llama(tmp_path / "base", bits=None), make_factors(layers)
     tokens = [[5, 17, 200, 31, 8, 99, 250, 12]]
-    mlx_folder = write(tmp_path / "mlx", adapter.encode(factors, scale=scale, num_layers=2, base=str(base)))
+    mlx_folder = write(tmp_path / "mlx", adapter.adapter_files(factors, scale=scale, num_layers=2, base=str(base)))
     model = load_adapters(load_model(base)[0], str(mlx_folder))
     expected = np.array(model(mx.array(tokens)))
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     before = plain(torch.tensor(tokens)).logits.detach().numpy()
-    peft_folder = write(tmp_path / "peft", peft.encode(factors, scale, base=str(base), num_blocks=2))
+    peft_folder = write(tmp_path / "peft", peft.peft_files(factors, scale, base=str(base), num_blocks=2))
     got = theirs.PeftModel.from_pretrained(plain, peft_folder)(torch.tensor(tokens)).logits.detach().numpy()
     assert np.abs(expected - before).max() > 0.1
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
@@ -265,7 +267,7 @@ def test_an_adapter_that_peft_trained_with_patterns_is_read_as_peft_applies_it(t
     )
     tuned = theirs.get_peft_model(model, config)
     tuned.save_pretrained(tmp_path / "peft")
-    ours = peft.read(tmp_path / "peft")
+    ours = peft.read_peft(tmp_path / "peft")
     for name, delta in deltas(ours.factors, ours.scale).items():
         layer = tuned.base_model.model.get_submodule(name)
         expected = layer.get_delta_weight("default").detach().numpy()

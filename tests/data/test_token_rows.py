@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mbf_mlx.data import token_rows as encoded_rows
+from mbf_mlx.data import token_rows
 from mbf_mlx.data.batches import lengths_of, make_batch, plan_batches
 from mbf_mlx.data.row import Row
 from mbf_mlx.data.token_rows import Encoded, EncodedRows
@@ -37,7 +37,7 @@ def stored(rows, **more):
 def place(request, monkeypatch):
     """Small tasks stay in memory, large ones do not."""
     if request.param == "in a file":
-        monkeypatch.setattr(encoded_rows, "IN_MEMORY", 100)
+        monkeypatch.setattr(token_rows, "IN_MEMORY", 100)
 
 
 def test_rows_come_back_as_they_were(place, tmp_path):
@@ -67,7 +67,7 @@ def test_batches_are_the_same_from_a_file_as_from_memory(place):
 
 
 def test_a_row_costs_a_few_bytes_of_memory_however_long_it_is(monkeypatch):
-    monkeypatch.setattr(encoded_rows, "IN_MEMORY", 1000)
+    monkeypatch.setattr(token_rows, "IN_MEMORY", 1000)
     (long,) = [Encoded(np.arange(500, dtype=np.int32), np.ones(500, bool), 3, 0, Row("text", Path(), 1, text="a"))]
     kept = EncodedRows([long.row] * 20_000)
     gc.collect()

@@ -24,7 +24,7 @@ from mlx import nn  # noqa: E402
 from mbf_mlx import Stream  # noqa: E402
 from mbf_mlx.data.batches import make_batch  # noqa: E402
 from mbf_mlx.engine import cpu_ops  # noqa: E402
-from mbf_mlx.engine.engine import prepare  # noqa: E402
+from mbf_mlx.engine.choose import prepare  # noqa: E402
 from mbf_mlx.engine.lora_layers import lora_layers  # noqa: E402
 from mbf_mlx.engine.taps import called_by  # noqa: E402
 from mbf_mlx.learning.after_training import conclude, with_extra  # noqa: E402
@@ -242,7 +242,7 @@ def test_input_moments_weigh_tokens_by_the_squared_gradients_of_what_is_made_of_
 ):
     if cores > cpu_ops.CORES:
         pytest.skip("one core")
-    monkeypatch.setattr("mbf_mlx.engine.engine.WATCHED_TOKENS", together)
+    monkeypatch.setattr("mbf_mlx.engine.by_hand.WATCHED_TOKENS", together)
     model, generator = learner.base.model, np.random.default_rng(0)
     tuning = Tuning(model, make("slao"), empty_state(learner.layers, LORA.rank))
     tuning.update({n: mx.array(generator.normal(size=a.shape).astype(np.float32)) for n, a in tuning.arrays.items()})
@@ -324,8 +324,8 @@ def test_a_method_that_measures_inputs_absorbs_with_the_rows(name, options, open
     stream = open_stream(name, options)
     stream.learn(tasks[0], train=QUICK)
     start = peft_files(exchange.next_start(stream.folder, "peft"), tmp_path / "start")
-    tuned = tune(stream.folder.state(), peft.read(start).factors)
-    files = peft.encode(tuned, stream.folder.identity.scale, base="tiny", num_blocks=2)
+    tuned = tune(stream.folder.state(), peft.read_peft(start).factors)
+    files = peft.peft_files(tuned, stream.folder.identity.scale, base="tiny", num_blocks=2)
     done = stream.absorb(peft_files(files, tmp_path / "tuned"), "mail", task=tasks[1])
     state = stream.folder.state()
     assert done.record.t == state.t == 2 and done.record.train_rows == 8

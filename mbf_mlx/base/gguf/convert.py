@@ -11,7 +11,6 @@ Source: docs/gguf.md of ggml-org/ggml; block layouts from its ggml-common.h.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,24 +18,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mbf_mlx.base.gguf.config import model_config
+from mbf_mlx.base.gguf.names import read_names
 from mbf_mlx.base.gguf.reader import GGUFFile, GGUFTensor, read_gguf
 from mbf_mlx.base.gguf.tokenizer import read_vocabulary, write_tokenizer
 from mbf_mlx.errors import InputError
-from mbf_mlx.files import safetensors_file
+from mbf_mlx.files import dtypes, safetensors_file
 
 GROUP = 32  # weights that share a scale, in GGUF's types
 QUANTIZE_GROUP = 64  # and in what --quantize makes, as in the hub's MLX models
 SHARD_BYTES = 5 << 30  # of one safetensors file
 _CHUNK_VALUES = 1 << 24  # weights unpacked at a time
-_GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-_NAME = re.compile(r"^(?:blk\.(?P<block>\d+)\.)?(?P<stem>[a-z_]+)\.(?P<kind>weight|bias)$")
-_NORMS = ("layernorm", "model.norm")
-_AS_IS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+_EMBEDDING = "model.embed_tokens"
+_BLOCK = (
+    "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+_AS_IS = ("F32", "F16", "BF16")  # types that both formats call the same
 _BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 
 
@@ -46,8 +43,8 @@ class Target(NamedTuple):
     source: GGUFTensor
     module: str  # "model.layers.0.self_attn.q_proj"
     kind: str  # "weight" or "bias"
-    heads: int  # of an interleaved q or k, else 0
-    quantize: int  # bits to quantize it with anew, else 0
+    order: np.ndarray | None  # the place in GGUF of each of our rows; None where all stay in place
+    quantize: int  # bits to quantize it to again, else 0
 
 
 def convert(path: Path, folder: Path, *, quantize: int = 0, report: Callable[[int, int], None] | None = None) -> None:
@@ -85,13 +82,14 @@ def plan(file: GGUFFile, config: dict[str, Any], quantize: int) -> list[Target]:
     Raises:
         InputError: tensors that are unknown, missing, of the wrong shape or of a type without counterpart.
     """
-    shapes = _shapes(config)
+    shapes, names = _shapes(config), read_names(config, file.path)
+    ours = {names.tensor(name): name for name in shapes}
     targets, problems = [], []
     for tensor in file.tensors.values():
         if tensor.name == "rope_freqs.weight":
             continue
-        name = _mlx_name(tensor.name)
-        if name not in shapes:
+        name = ours.get(tensor.name)
+        if name is None:
             problems.append(f"  {tensor.name}: not part of a Llama of {config['num_hidden_layers']} blocks")
             continue
         wanted, shape = shapes.pop(name), tensor.shape
@@ -99,10 +97,9 @@ def plan(file: GGUFFile, config: dict[str, Any], quantize: int) -> list[Target]:
             problems.append(f"  {tensor.name}: expected shape {wanted}, got {shape}")
             continue
         module, _, kind = name.rpartition(".")
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(module.rpartition(".")[2])
-        matrix = len(shape) == 2
+        order, matrix = names.order(module, shape[0]), len(shape) == 2
         bits = quantize if matrix and tensor.type not in _BITS else 0
-        targets.append(Target(tensor, module, kind, config[heads] if heads else 0, bits))
+        targets.append(Target(tensor, module, kind, None if order is None else np.argsort(order), bits))
         if not matrix and tensor.type not in _AS_IS:
             problems.append(f"  {tensor.name}: expected a vector of 16 or 32 bits, got {tensor.type}")
         if bits and shape[-1] % GROUP:
@@ -140,28 +137,17 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "o_proj": (hidden, queries),
     }
     sizes |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (0, hidden), "model.norm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {f"{_EMBEDDING}.weight": (0, hidden), "model.norm.weight": (hidden,)}
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (0, hidden)
     for block in range(config["num_hidden_layers"]):
-        for place in _BLOCK.values():
+        for place in _BLOCK:
             name, leaf = f"model.layers.{block}.{place}", place.rpartition(".")[2]
             shapes[f"{name}.weight"] = sizes.get(leaf, (hidden,))
             biased = config["mlp_bias"] if place.startswith("mlp") else config["attention_bias"]
             if leaf in sizes and biased:
                 shapes[f"{name}.bias"] = sizes[leaf][:1]
     return shapes
-
-
-def _mlx_name(name: str) -> str | None:
-    match = _NAME.match(name)
-    if match is None:
-        return None
-    if match["block"] is None:
-        return f"{_GLOBAL[match['stem']]}.{match['kind']}" if match["stem"] in _GLOBAL else None
-    if match["stem"] not in _BLOCK:
-        return None
-    return f"model.layers.{int(match['block'])}.{_BLOCK[match['stem']]}.{match['kind']}"
 
 
 def _quantization(targets: list[Target]) -> dict[str, Any] | None:
@@ -240,16 +226,10 @@ def _convert(file: GGUFFile, target: Target) -> list[tuple[str, str, np.ndarray]
         array = first if len(chunks) == 1 else np.concatenate([chunk[place][2] for chunk in chunks])
         if target.kind == "bias" or len(target.source.shape) == 1:
             array = array.reshape(-1)
-        if target.heads:
-            array = _deinterleave(array, target.heads)
+        if target.order is not None:
+            array = array[target.order]
         pieces.append((suffix, dtype, array))
     return pieces
-
-
-def _deinterleave(array: np.ndarray, heads: int) -> np.ndarray:
-    """Return rows of q or k in Hugging Face's order: llama.cpp has a head's rows 0, half, 1, half + 1, ..."""
-    half = len(array) // heads // 2
-    return array.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(array.shape)
 
 
 def _unpack(file: GGUFFile, target: Target, data: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
@@ -260,14 +240,11 @@ def _unpack(file: GGUFFile, target: Target, data: np.ndarray) -> list[tuple[str,
         return _quantize_anew(data, kind, target.quantize, _group(target), where)
     if kind in _BITS:
         # Rows of an embedding are unpacked in the type of their scales, where float16 rounds them; llama.cpp does not.
-        return _repack(data, kind, where, exact=target.module == _GLOBAL["token_embd"])
-    array = data.view({"F32": "<f4"}.get(kind, "<u2"))
-    values = {"F32": array, "F16": data.view("<f2")}.get(kind)
-    if values is None:
-        values = (array.astype(np.uint32) << 16).view(np.float32)
-    if not np.isfinite(values).all():
+        return _repack(data, kind, where, exact=target.module == _EMBEDDING)
+    array = data.view(dtypes.NUMPY[kind])
+    if not np.isfinite(dtypes.to_float32(array, kind) if kind == "BF16" else array).all():
         raise InputError(f"{where}: holds NaN or infinite values")
-    return [(target.kind, _AS_IS[kind], array)]
+    return [(target.kind, kind, array)]
 
 
 def _repack(data: np.ndarray, kind: str, where: str, exact: bool) -> list[tuple[str, str, np.ndarray]]:

@@ -119,9 +119,11 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, context: int) -> None:
         config["chat_template"] = template
     _write_json(folder / "tokenizer_config.json", config)
     ends = vocabulary.ends()
-    generation = {f"{key}_id": token for key, token in ids.items() if key in ("bos_token", "pad_token")}
-    generation["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)  # type: ignore[assignment]
-    _write_json(folder / "generation_config.json", {key: ids for key, ids in generation.items() if ids is not None})
+    generation: dict[str, Any] = {f"{key}_id": token for key, token in ids.items() if key in ("bos_token", "pad_token")}
+    generation["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
+    _write_json(
+        folder / "generation_config.json", {key: found for key, found in generation.items() if found is not None}
+    )
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
@@ -150,13 +152,13 @@ def _byte_level(vocabulary: Vocabulary) -> tuple[Any, bool]:
         raise InputError(f"{where}: tokenizer.ggml.merges: missing; a byte-level BPE cannot cut text without them")
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pre.ignore_merges))
     if pre.nfc:
-        tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+        tokenizer.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []
     if pre.pattern:
         steps.append(pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, pre.add_bos
 
 
@@ -183,11 +185,11 @@ def _sentencepiece(vocabulary: Vocabulary) -> tuple[Any, bool]:
     )
     prefix = settings.get("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = (  # type: ignore[assignment]
+    tokenizer.normalizer = (
         normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else normalizers.Sequence([spaces])
     )
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(back + ([decoders.Strip(" ", 1, 0)] if prefix else []))  # type: ignore
+    tokenizer.decoder = decoders.Sequence(back + ([decoders.Strip(" ", 1, 0)] if prefix else []))
     return tokenizer, True
 
 

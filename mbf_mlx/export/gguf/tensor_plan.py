@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 
+from mbf_mlx.base.gguf.names import Names
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.gguf import tensor_types as types
-from mbf_mlx.export.gguf.names import Names
 from mbf_mlx.export.gguf.rope import Rope
 from mbf_mlx.export.gguf.tensor_types import Type
 from mbf_mlx.export.weights.checkpoint import CHUNK_ELEMENTS, Checkpoint, Layer

@@ -104,7 +104,7 @@ def pack_codes(
     return np.concatenate(parts, axis=-1).reshape(len(codes), -1)
 
 
-def encode(weight: np.ndarray, kind: gguf.GGMLQuantizationType, name: str) -> np.ndarray:
+def encode_rows(weight: np.ndarray, kind: gguf.GGMLQuantizationType, name: str) -> np.ndarray:
     """Return rows (rows, in) float32 in a type, each weight to the nearest, (rows, bytes) uint8.
 
     Raises:
@@ -116,7 +116,7 @@ def encode(weight: np.ndarray, kind: gguf.GGMLQuantizationType, name: str) -> np
     return np.ascontiguousarray(quants.quantize(np.ascontiguousarray(weight), kind)).view(np.uint8)
 
 
-def decode(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+def decode_rows(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     """Return stored rows (rows, bytes) as the float32 weights (rows, in) that llama.cpp reads out of them."""
     rows = np.ascontiguousarray(rows)
     if kind in (Type.F32, Type.F16):

@@ -7,7 +7,7 @@ it a bias), and its weights are s * code + z with codes from 0 to 2**bits - 1. P
 
 import numpy as np
 
-from mbf_mlx.export.weights.tensors import from_float32, to_float32
+from mbf_mlx.files.dtypes import from_float32, to_float32
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -63,4 +63,5 @@ def nearest(weight: np.ndarray, scales: np.ndarray, offsets: np.ndarray, bits: i
     """Return the codes, (out, in) uint8, that lie nearest to the weights (out, in) on a given grid."""
     grouped = weight.reshape(*scales.shape, -1)
     codes = np.rint((grouped - offsets[..., None]) / scales[..., None])
-    return np.clip(codes, 0, 2**bits - 1).astype(np.uint8).reshape(weight.shape)
+    kept: np.ndarray = np.clip(codes, 0, 2**bits - 1).astype(np.uint8)
+    return kept.reshape(weight.shape)

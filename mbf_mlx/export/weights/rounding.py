@@ -15,8 +15,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mbf_mlx.export.weights.affine import decode
-
 DAMPING = 0.01  # share of the mean of H's diagonal added to it: inputs that calibration did not see count a little
 BLOCK = 64  # inputs whose errors are handed on together
 SWEEPS = 3  # over all codes after the first rounding
@@ -99,15 +97,10 @@ def by_chance(target: np.ndarray, grid: Grid, bits: int, seed: list[int]) -> np.
     place = (target - offsets) / _divisible(scales)
     below = np.floor(place)
     up = np.random.default_rng(seed).random(target.shape, np.float32) < place - below
-    return np.clip(below + up, 0, 2**bits - 1).astype(np.uint8)
+    codes: np.ndarray = np.clip(below + up, 0, 2**bits - 1).astype(np.uint8)
+    return codes
 
 
 def _divisible(scales: np.ndarray) -> np.ndarray:
     """Return scales without zeros: a group of scale 0 has one value, whatever its codes."""
     return np.where(scales == 0, np.float32(1), scales)
-
-
-def output_error(codes: np.ndarray, grid: Grid, target: np.ndarray, moment: np.ndarray) -> float:
-    """Return tr(E H E^T) of codes for W'."""
-    wrong = decode(codes, *grid) - target
-    return float(np.einsum("ij,ij->", wrong @ moment, wrong, dtype=np.float64))
