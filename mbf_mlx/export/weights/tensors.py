@@ -1,7 +1,7 @@
-"""safetensors files read and written one tensor at a time, a few rows at a time: exporting never holds a whole model.
+"""safetensors files, read and written a few rows of one tensor at a time, so that no export holds a whole model.
 
-NumPy has no bfloat16: such a tensor is held as uint16 and turned to float32 and back by `to_float32` and
-`from_float32`. Headers are read and checked by files/safetensors_file.py; what a tensor means is left to checkpoint.py.
+NumPy has no bfloat16: such a tensor is held as uint16, and `to_float32` and `from_float32` convert it. files/
+safetensors_file.py reads and checks headers; checkpoint.py knows what the tensors mean.
 """
 
 import json
@@ -38,7 +38,7 @@ COPY_BYTES = 1 << 24  # of an untouched tensor at a time
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a file's header says of one tensor."""
+    """A tensor's type and shape."""
 
     dtype: str  # safetensors' name, "BF16"
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Stored(Tensor):
-    """A tensor and where its bytes lie."""
+    """A tensor in a file."""
 
     file: Path
     offset: int  # bytes from the start of the file
@@ -74,7 +74,7 @@ def read_headers(files: list[Path]) -> tuple[dict[str, Stored], dict[Path, dict[
     """Return every tensor of `files` by name, in the order of the bytes, and each file's metadata.
 
     Raises:
-        InputError: a file is no whole safetensors file, holds a type we do not know, or repeats a name.
+        InputError: a file is no complete safetensors file, holds an unknown type, or repeats a name.
     """
     tensors: dict[str, Stored] = {}
     metadata: dict[Path, dict[str, str]] = {}
@@ -84,15 +84,15 @@ def read_headers(files: list[Path]) -> tuple[dict[str, Stored], dict[Path, dict[
             if entry.dtype not in DTYPES:
                 raise InputError(f"{path}: {name}: expected one of {', '.join(DTYPES)}, got {entry.dtype!r}")
             if name in tensors:
-                raise InputError(f"{path}: {name}: stands in {tensors[name].file.name}, too")
+                raise InputError(f"{path}: {name}: is in {tensors[name].file.name}, too")
             tensors[name] = Stored(entry.dtype, entry.shape, path, entry.begin)
     return tensors, metadata
 
 
 class Writer:
-    """Writes one safetensors file whose tensors are known in advance; their bytes come in any order.
+    """Writes one safetensors file whose tensors are known in advance, in any order.
 
-    Use as a context manager: the file is on the disk, not only in the system's memory, when the block ends.
+    A context manager: when the block ends, the file is on the disk, not only in the system's memory.
     """
 
     def __init__(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -126,10 +126,10 @@ class Writer:
             self._file.close()
 
     def write(self, name: str, array: np.ndarray, first: int = 0) -> None:
-        """Write rows `first` and following of a tensor, as NumPy holds them.
+        """Write rows of a tensor, starting at row `first`, as NumPy holds them.
 
         Raises:
-            ValueError: the rows are not of the announced type and shape.
+            ValueError: the rows do not have the announced type and shape.
         """
         tensor = self._tensors[name]
         if array.dtype != DTYPES[tensor.dtype] or array.shape[1:] != tensor.shape[1:]:
@@ -139,7 +139,7 @@ class Writer:
         self._file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
 
     def copy(self, name: str, source: Stored) -> None:
-        """Write a tensor's bytes as they stand in another file."""
+        """Copy a tensor's bytes from another file."""
         self._file.seek(self._start[name])
         for piece in _pieces(source):
             self._file.write(piece)
@@ -163,7 +163,7 @@ def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def from_float32(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Return float32 values rounded once, to the nearest and to even, to a float type as NumPy holds it."""
+    """Return float32 values in a float type as NumPy holds it, rounded once to the nearest, ties to even."""
     if dtype != "BF16":
         return array.astype(DTYPES[dtype])
     bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
