@@ -30,8 +30,8 @@ CACHE_BYTES = 64 << 20  # freed memory that mlx may keep for reuse
 class Live:
     """Runs the live model once on the job's rows and keeps its answers.
 
-    No two models are in memory at once. Weights that are not quantized stay in their file, and a CPU unpacks packed ones
-    in every pass. So an export needs little more memory than the base's file.
+    No two models are in memory at once. Weights that are not quantized stay in their file, and a CPU unpacks packed
+    ones in every pass. So an export needs little more memory than the base's file.
 
     Args:
         job: The export.
