@@ -94,7 +94,7 @@ def _mask(places: np.ndarray, keys: int) -> np.ndarray:
     return np.where(later, np.float32(-np.inf), np.float32(0))
 
 
-Pair = tuple[mx.array, mx.array]
+KeysAndValues = tuple[mx.array, mx.array]
 
 
 class Shared:
@@ -107,15 +107,15 @@ class Shared:
     """
 
     def __init__(self, parts: int):
-        self._there: Future[Pair] = Future()
-        self._back: list[Future[Pair]] = [Future() for _ in range(1, parts)]
+        self._there: Future[KeysAndValues] = Future()
+        self._back: list[Future[KeysAndValues]] = [Future() for _ in range(1, parts)]
 
     def give(self, k: mx.array, v: mx.array) -> None:
         """Let the other parts have the prefix's keys and values, (G, 1, P, d); the same again changes nothing."""
         with suppress(InvalidStateError):
             self._there.set_result((k, v))
 
-    def take(self) -> Pair:
+    def take(self) -> KeysAndValues:
         """Return the prefix's keys and values as soon as they are there."""
         return self._there.result()
 
@@ -124,7 +124,7 @@ class Shared:
         with suppress(InvalidStateError):
             self._back[part - 1].set_result((d_k, d_v))
 
-    def take_back(self) -> list[Pair]:
+    def take_back(self) -> list[KeysAndValues]:
         """Return the gradients of the other parts as soon as they are there; they are not kept."""
         found = [each.result() for each in self._back]
         self._back = []
