@@ -12,26 +12,8 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.methods import Pair, make
 from mbf_mlx.reference import orthogonal_init
 from mbf_mlx.stream.folder import StreamFolder
+from tests.support.elsewhere import trained, write
 from tests.support.streams import contents, learn, new_stream, tune
-
-
-def write(files, folder):
-    folder.mkdir()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def trained(stream, folder, kind, change=lambda files: files):
-    """The start of the next task as another tool leaves it after training, in that tool's layout."""
-    start = write(exchange.next_start(stream, kind), folder.with_name(folder.name + "-start"))
-    read = peft.read(start) if kind == "peft" else adapter.read(start)
-    tuned = tune(stream.state(), read.factors)
-    if kind == "peft":
-        files = peft.encode(tuned, stream.identity.scale, base="tiny", num_blocks=2)
-    else:
-        files = adapter.encode(tuned, scale=stream.identity.scale, num_layers=2, base="tiny")
-    return write(change(files), folder), tuned
 
 
 def rows_cosines(one, other):

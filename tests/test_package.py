@@ -9,14 +9,12 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
 import mbf_mlx
-
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "mbf_mlx"
+from tests.conftest import ROOT
+from tests.support.house import WITHOUT_MLX, modules
 
 # Imports point down these lines, never up; between the wings of one line, and inside a wing, they may not go round in
 # circles. Every module stands in one of these wings, or is one of the single modules named here.
@@ -31,23 +29,6 @@ LAYERS = [
     ["config", "device"],
     ["reference", "metrics", "errors", "units"],
 ]
-# Run in the plain install, where there is no mlx.
-WITHOUT_MLX = [
-    "errors", "units", "config", "reference", "metrics", "files", "device", "methods", "adapters", "stream", "exchange",
-    "data", "learning.events", "experiment.results", "experiment.plan_file", "experiment.suites",
-    "export.adapter_folder", "export.gguf.adapter", "commands",
-]  # fmt: skip
-
-
-@functools.cache
-def modules():
-    """Return every module of the package, "methods.slao" -> its file."""
-    found = {}
-    for file in sorted(PACKAGE.rglob("*.py")):
-        parts = file.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    found.pop("")
-    return found
 
 
 def imports(file):
@@ -215,6 +196,19 @@ def test_files_name_no_machine_path():
             continue
         found = pattern.search(file.read_bytes().decode("utf-8", errors="ignore"))
         assert not found, f"{name} names {found.group()}"
+
+
+def test_no_test_module_imports_from_another_one():
+    """What two of them need stands in tests/support/."""
+    pattern = re.compile(r"(?:from|import) +tests(?:\.\w+)*\.test_\w+|from +tests(?:\.\w+)* +import .*\btest_\w+")
+    found = [
+        f"{file.relative_to(ROOT)}: {line.strip()}"
+        for folder in ("tests", "benchmarks")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if pattern.search(line)
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize(

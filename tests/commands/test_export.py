@@ -12,7 +12,7 @@ import pytest
 from mbf_mlx.config import LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 from tests.conftest import ROOT
-from tests.learning.test_train import rows_of
+from tests.support.rows import rows_of
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 

@@ -1,19 +1,12 @@
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.learning.test_train import rows_of
+from tests.support.command_line import mbf
+from tests.support.rows import rows_of
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
-
-
-def mbf(*words, **options):
-    command = [sys.executable, str(ROOT / "cli.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **options)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from mbf_mlx.memory.shapes import shape_of_folder, shape_of_recipe
 from mbf_mlx.methods import empty_state, make
 from mbf_mlx.planning import work as plan
 from tests.conftest import ROOT
-from tests.learning.test_train import rows_of
+from tests.support.rows import rows_of
 
 GB = 10**9
 TABLE = [
@@ -177,7 +177,7 @@ def test_a_run_stops_before_a_batch_that_would_not_fit_and_names_what_would(stre
 def test_a_run_that_was_stopped_goes_on_to_the_same_result(tiny_llama, stream, write_jsonl, tmp_path, monkeypatch):
     from mbf_mlx import Stream
     from mbf_mlx.memory import limit
-    from tests.learning.test_learn import arrays, assert_same
+    from tests.support.taught import arrays, assert_same
 
     rows = rows_of(8) + [{**row, "prompt": row["prompt"] + " and so on" * 12} for row in rows_of(8, seed=3)]
     write_jsonl("words/test.jsonl", rows_of(3, seed=5))

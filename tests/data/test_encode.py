@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from mbf_mlx.config import DataConfig
 from mbf_mlx.data.encode import Encoded, Encoder, encode, encode_prompt
-from mbf_mlx.data.row import BadRow, row_from
+from mbf_mlx.data.row import BadRow
 from mbf_mlx.data.task import read_task
 from mbf_mlx.errors import InputError
+from tests.support.encoded import row, supervised, talk
 from tests.support.tiny_tokenizers import STYLES, TEMPLATES, make_tokenizer
 
 pytest.importorskip("mlx_lm.tokenizer_utils", reason="mlx-lm is not installed: pip install 'mbf-mlx[cpu]'")
@@ -28,21 +29,6 @@ def tokenizer_of(style="bytes", template="chatml", bos=False, ends=("<|im_end|>"
 def tokenizer():
     """mlx-lm's wrapper around a byte-level BPE with a ChatML template."""
     return tokenizer_of()
-
-
-def row(**document):
-    return row_from(document, Path("task.jsonl"), 1)
-
-
-def talk(*contents, **more):
-    """A row of messages, user and assistant in turn."""
-    messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-    return row(messages=messages, **more)
-
-
-def supervised(tokenizer, encoded):
-    """The supervised tokens as text, each run of them apart."""
-    return [text for text, on in Encoder(tokenizer, DataConfig()).marked(encoded) if on]
 
 
 def generation_prompt(tokenizer, messages, **more):

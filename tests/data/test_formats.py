@@ -664,6 +664,10 @@ def test_bad_labels_and_sentences_are_refused_with_their_reason(case, tmp_path, 
     assert str(error.value) == message
 
 
+def test_the_tables_hold_well_over_100_wrong_files_with_their_whole_messages():
+    assert sum(map(len, (BAD_LINES, BAD_TABLES, BAD_DOCUMENTS, BAD_LABELS))) >= 125
+
+
 # ---- whatever a file holds
 
 json_values = st.recursive(

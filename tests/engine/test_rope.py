@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.learning.test_train import rows_of
+from tests.support.rows import rows_of
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
@@ -35,7 +35,7 @@ import mlx.core as mx
 from mbf_mlx.data.batches import make_batch
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.learning.learner import load_learner
-from tests.engine.test_engine import plain_loss, rows_with
+from tests.support.llamas import plain_loss, rows_with
 learner = load_learner(Path(sys.argv[1]), LoRAConfig())
 model = learner.base.model
 for name in list(learner.layers):

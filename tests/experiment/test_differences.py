@@ -4,7 +4,7 @@ import pytest
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.experiment.differences import columns, differences, reference_name
-from tests.experiment.test_results import row
+from tests.support.cells import row
 
 
 def cell(label, seed, order, last, **changes):

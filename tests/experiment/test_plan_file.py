@@ -8,7 +8,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.experiment.plan_file import read_plan
 from mbf_mlx.experiment.suites import SUITES
 from tests.conftest import ROOT
-from tests.learning.test_train import rows_of
+from tests.support.rows import rows_of
 
 BASE = """base = "tiny"
 tasks = "tasks"

@@ -17,7 +17,7 @@ from mbf_mlx.experiment import results
 from mbf_mlx.experiment.plan_file import read_plan
 from mbf_mlx.report.results_page import results_page
 from tests.conftest import ROOT
-from tests.learning.test_train import rows_of
+from tests.support.rows import rows_of
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 

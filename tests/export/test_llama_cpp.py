@@ -23,8 +23,12 @@ from mbf_mlx.export.gguf.adapter import write_gguf_adapter
 from mbf_mlx.export.gguf.vocabulary import TEKKEN, read_vocabulary
 from mbf_mlx.export.gguf.write import write_gguf
 from mbf_mlx.export.weights.checkpoint import Checkpoint
-from tests.export.gguf.test_adapter import ALL_KEYS
-from tests.export.gguf.test_vocabulary import (
+from tests.support import llama_cpp
+from tests.support.factors import ALL_KEYS, SCALE, logits, make_factors
+from tests.support.gguf_files import LLAMA3_ROPE, import_gguf
+from tests.support.mixed_text import mixed_rows
+from tests.support.tiny_llama import CONFIG, write_tiny_llama, write_tokenizer
+from tests.support.vocabularies import (
     BYTE_LEVEL,
     DIGITS,
     LLAMA3,
@@ -38,11 +42,6 @@ from tests.export.gguf.test_vocabulary import (
     train_sentencepiece,
     write_vocabulary,
 )
-from tests.export.gguf.test_write import LLAMA3_ROPE, import_gguf
-from tests.export.test_mlx_folder import SCALE, logits, make_factors
-from tests.support import llama_cpp
-from tests.support.mixed_text import mixed_rows
-from tests.support.tiny_llama import CONFIG, write_tiny_llama, write_tokenizer
 
 pytestmark = pytest.mark.slow
 PROMPT = [5, 17, 200, 31, 8, 99, 250, 12]

@@ -12,8 +12,8 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export.gguf.vocabulary import Vocabulary
 from mbf_mlx.export.lmstudio import write_lmstudio
 from mbf_mlx.export.ollama import FAMILIES, TALK, make_modelfile, recognise, write_ollama
-from tests.export.gguf.test_write import read
-from tests.export.test_mlx_folder import SCALE, logits, make_factors
+from tests.support.factors import SCALE, logits, make_factors
+from tests.support.gguf_files import read
 from tests.support.tiny_llama import TEMPLATE
 
 CHATML_WITH_DEFAULT = (

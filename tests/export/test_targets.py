@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ from mbf_mlx.export.gguf.write import planned_bytes
 from mbf_mlx.export.job import ExportRows, Job
 from mbf_mlx.export.outcome import check, fused_document, least_agreement
 from mbf_mlx.export.targets import WRITERS
-from tests.export.gguf.test_adapter import ALL_KEYS
-from tests.export.test_mlx_folder import SCALE, make_factors
+from tests.support.factors import ALL_KEYS, SCALE, make_factors
+from tests.support.token_rows import token_rows
 
 STATUS = {
     "tasks": [{"name": "mail", "metric": "exact_match"}, {"name": "a|b", "metric": "exact_match"}],
@@ -29,18 +29,6 @@ STATUS = {
     "base": {"quantization": "4 bits, group 32, affine"},
     "settings": {"rank": 4},
 }
-
-
-@dataclass
-class TokenRow:
-    tokens: np.ndarray
-    supervised: np.ndarray
-
-
-def token_rows(count, seed=0, length=12):
-    generator = np.random.default_rng(seed)
-    mask = np.arange(length) >= length - 3
-    return [TokenRow(generator.integers(3, 300, length).astype(np.int32), mask) for _ in range(count)]
 
 
 @pytest.fixture
@@ -105,7 +93,7 @@ def test_the_measured_divergence_is_that_of_the_two_models(job, mx):
 def test_a_gguf_file_is_asked_for_what_llama_cpp_would_read_in_it(job, kind, tmp_path, mx):
     from mbf_mlx.base.load import load_base
     from mbf_mlx.export.quality.compare import Reference
-    from tests.export.gguf.test_write import import_gguf
+    from tests.support.gguf_files import import_gguf
 
     told = run(replace(job, kind=kind, allow_loss=True), "gguf")["quality"]
     assert (told["rows"], told["positions"], told["source"]) == (8, 24, "made-up rows")

@@ -14,7 +14,8 @@ from mbf_mlx.data.encode import Encoded, Encoder
 from mbf_mlx.data.row import Row
 from mbf_mlx.data.task import read_task
 from mbf_mlx.learning.evaluate import EXACT_MATCH, LOSS, ROUGE_L, RougeL, metric_of, score
-from tests.learning.test_train import QUICK, Bench, rows_of
+from tests.support.bench import QUICK, Bench
+from tests.support.rows import rows_of
 
 
 @pytest.fixture

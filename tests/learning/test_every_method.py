@@ -13,9 +13,9 @@ from mbf_mlx.data.task import read_task
 from mbf_mlx.errors import MemoryLimitError
 from mbf_mlx.learning.events import Events
 from mbf_mlx.methods import empty_state, make
-from tests.learning.test_learn import arrays, assert_same
-from tests.learning.test_train import rows_of
+from tests.support.rows import rows_of
 from tests.support.streams import tune
+from tests.support.taught import arrays, assert_same
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 

@@ -16,8 +16,9 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.learning.events import Events
 from mbf_mlx.methods import make
 from tests.conftest import ROOT
-from tests.learning.test_train import rows_of
+from tests.support.rows import rows_of
 from tests.support.streams import contents
+from tests.support.taught import arrays, assert_same
 from tests.support.tiny_gguf import write_tiny_gguf
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
@@ -37,18 +38,6 @@ def tasks(write_jsonl):
         write_jsonl(f"task{number}/test.jsonl", rows_of(5, seed=10 + number))
         folders.append(write_jsonl(f"task{number}/train.jsonl", rows_of(12, seed=number)).parent)
     return folders
-
-
-def arrays(stream):
-    state = stream.folder.state()
-    kept = {f"{name}.{layer}": a for name, tensors in state.kept.items() for layer, a in tensors.items()}
-    return {f"{name}.{i}": f for name, pair in state.deployed.items() for i, f in enumerate(pair)} | kept
-
-
-def assert_same(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
 class Tuned(Events):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.commands.test_learn import mbf
+from tests.support.command_line import mbf
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 

@@ -20,7 +20,6 @@ from mbf_mlx.learning.team_task import rows_of, state_of, task_message
 from mbf_mlx.methods import Pair, State, make
 from mbf_mlx.stream.folder import StreamFolder
 from tests.conftest import ROOT
-from tests.learning import test_train
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
@@ -28,16 +27,18 @@ from mbf_mlx.data.batches import make_batch
 from mbf_mlx.engine.engine import prepare
 from mbf_mlx.learning.train import Sums
 from mbf_mlx.learning.tuning import Tuning
+from tests.support import bench as a_bench
 from tests.support import ring
+from tests.support.rows import rows_of as rows_like
 from tests.support.tiny_llama import write_tiny_llama
 
-bench = test_train.bench
+bench = a_bench.bench
 
 
 @pytest.fixture
 def task(write_jsonl):
-    write_jsonl("words/test.jsonl", test_train.rows_of(4, seed=1))
-    return write_jsonl("words/train.jsonl", test_train.rows_of(22)).parent
+    write_jsonl("words/test.jsonl", rows_like(4, seed=1))
+    return write_jsonl("words/train.jsonl", rows_like(22)).parent
 
 
 def test_every_row_of_a_batch_is_in_exactly_one_share():
@@ -147,7 +148,7 @@ def said(folder, rank):
 def test_two_processes_of_a_ring_have_the_losses_of_one(pair, tmp_path, task, write_jsonl, by_hand, tiny_llama):
     # Rotary positions in the older layout are left to mlx-lm's own forward pass.
     base = tiny_llama if by_hand else write_tiny_llama(tmp_path / "other", rope_traditional=True)
-    second = write_jsonl("more/train.jsonl", test_train.rows_of(13, seed=4))
+    second = write_jsonl("more/train.jsonl", rows_like(13, seed=4))
     processes = pair("-m", "tests.support.ring", tmp_path / "losses.json", tmp_path / "two", base, task, second)
     assert [process.wait(timeout=600) for process in processes] == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
     both = json.loads((tmp_path / "losses.json").read_text())

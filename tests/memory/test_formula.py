@@ -87,7 +87,7 @@ def test_the_formula_is_what_mlx_counts_in_a_training_step(rows, length, answer,
     from mlx import nn
 
     from mbf_mlx.engine.engine import prepare
-    from tests.engine.test_engine import LLAMA, Row, build
+    from tests.support.llamas import LLAMA, Row, build
 
     facts = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2,
              "num_hidden_layers": 4, "vocab_size": 512}  # fmt: skip

@@ -16,7 +16,7 @@ from mbf_mlx.methods import make
 from mbf_mlx.report.results_page import results_page
 from mbf_mlx.report.stream_page import stream_page
 from tests.conftest import ROOT
-from tests.experiment.test_results import row
+from tests.support.cells import row
 from tests.support.streams import new_stream, record, tune
 
 

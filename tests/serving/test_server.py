@@ -20,7 +20,7 @@ import pytest
 from mbf_mlx.config import LoRAConfig, ServeConfig, TrainConfig
 from mbf_mlx.errors import InputError
 from tests.conftest import ROOT
-from tests.learning.test_train import rows_of
+from tests.support.rows import rows_of
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 openai = pytest.importorskip("openai", reason="openai is not installed: pip install 'mbf-mlx[dev]'")

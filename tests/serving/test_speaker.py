@@ -12,7 +12,7 @@ from mbf_mlx.config import LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import make
 from tests.conftest import ROOT
-from tests.learning.test_train import rows_of
+from tests.support.rows import rows_of
 from tests.support.streams import record
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")

@@ -5,12 +5,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.files.storage import Files
 from mbf_mlx.learning.progress import SaveClock
 from mbf_mlx.stream.saves import Working, check_same_run
-
-RUN = {"task": "mail", "sha256": "a" * 64, "epochs": 3}
-
-
-def save(working, step):
-    working.save(step, RUN, {"device": "cpu"}, {"step": step}, {"factor.x": np.full((2, 3), step, np.float32)})
+from tests.support.saves import RUN, save
 
 
 def test_the_newest_save_is_the_one_that_counts_and_the_only_one_kept(tmp_path):

@@ -12,8 +12,8 @@ import pytest
 from mbf_mlx.errors import InputError
 from mbf_mlx.stream.folder import StreamFolder
 from tests.conftest import ROOT
+from tests.support.elsewhere import trained
 from tests.support.streams import learn, new_stream
-from tests.test_exchange import trained
 
 # What a command may answer while others write: one line, and what to do.
 REFUSALS = re.compile(

@@ -23,10 +23,10 @@ from mbf_mlx.stream import folder as stream_module
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.saves import Working
 from tests.conftest import ROOT
+from tests.support.elsewhere import trained
 from tests.support.failing import failing
 from tests.support.streams import contents, identity, learn, new_stream
-from tests.test_exchange import trained
-from tests.whole.test_kills import taught
+from tests.support.taught import taught
 
 MB = 1 << 20
 # A generation of about 1.5 MB.

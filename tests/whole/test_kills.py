@@ -14,10 +14,10 @@ from mbf_mlx.export.place import LISTING, fresh_file
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.saves import Working
 from tests.conftest import ROOT
-from tests.stream.test_saves import save
+from tests.support.elsewhere import trained
 from tests.support.failing import WAYS, Crash, failing
+from tests.support.saves import save
 from tests.support.streams import contents, learn, new_stream
-from tests.test_exchange import trained
 
 SOME_WAYS = ["error", "after", *(pytest.param(how, marks=pytest.mark.slow) for how in ("short", "before"))]
 
@@ -194,6 +194,8 @@ SLOW_TARGETS = [pytest.param(target, marks=pytest.mark.slow) for target in ("mlx
 @pytest.mark.parametrize("target", ["adapter", "gguf", "gguf-adapter", *SLOW_TARGETS])
 def test_an_export_of_every_target_that_fails_leaves_nothing_or_all_of_it(tiny_llama, quick_path, target, how):
     pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
+    from tests.support.taught import taught
+
     stream = taught(quick_path / "s", tiny_llama)
     out = quick_path / "place" / ("out.gguf" if target.startswith("gguf") else "out")
     out.parent.mkdir()
@@ -213,19 +215,6 @@ def test_an_export_of_every_target_that_fails_leaves_nothing_or_all_of_it(tiny_l
         stream.export(target, out, force=True)
         assert held(out) == whole and [path.name for path in out.parent.iterdir()] == [out.name]
     assert outcomes == {0, len(whole)}
-
-
-def taught(folder, base):
-    from mbf_mlx import Stream
-    from mbf_mlx.config import LoRAConfig, TrainConfig
-    from tests.learning.test_train import rows_of
-
-    task = folder.with_name("words") / "train.jsonl"
-    task.parent.mkdir()
-    task.write_text("".join(json.dumps(row) + "\n" for row in rows_of(16)))
-    stream = Stream.open(folder, base=str(base), lora=LoRAConfig(rank=4))
-    stream.learn(task.parent, train=TrainConfig(iters=2, batch_size=4, learning_rate=5e-3))
-    return stream
 
 
 def held(out):

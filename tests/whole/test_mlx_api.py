@@ -10,7 +10,7 @@ from collections import defaultdict
 import pytest
 
 from mbf_mlx import methods
-from tests.test_package import modules
+from tests.support.house import modules
 
 # What may be used anywhere: documented, and there on every backend. One more is added here, once someone has looked.
 ANYWHERE = {

@@ -18,7 +18,8 @@ import pytest
 
 import mbf_mlx
 from mbf_mlx.device import machine
-from tests.test_package import ROOT, WITHOUT_MLX, modules
+from tests.conftest import ROOT
+from tests.support.house import WITHOUT_MLX, modules
 
 pytestmark = [pytest.mark.slow, pytest.mark.release]
 KINDS = ("wheel", "sdist")

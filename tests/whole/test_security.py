@@ -23,7 +23,9 @@ TEMPLATES = {
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_a_malicious_chat_template_is_refused_and_has_done_nothing(quick_path, case):
     pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install 'mbf-mlx[cpu]'")
-    from tests.data.test_encode import encode, make_tokenizer, row
+    from mbf_mlx.data.encode import encode
+    from tests.support.encoded import row
+    from tests.support.tiny_tokenizers import make_tokenizer
 
     place = quick_path / "written"
     tokenizer = make_tokenizer(template="{{ messages }}")

@@ -11,11 +11,9 @@ from mbf_mlx.export.gguf.adapter import adapter_tensors, write_gguf_adapter
 from mbf_mlx.export.gguf.names import read_names
 from mbf_mlx.export.gguf.write import write_gguf
 from mbf_mlx.methods import Pair
-from tests.export.gguf.test_write import as_mlx, read, weights
-from tests.export.test_mlx_folder import SCALE, make_factors
+from tests.support.factors import ALL_KEYS, SCALE, make_factors
+from tests.support.gguf_files import as_mlx, read, weights
 from tests.support.tiny_llama import CONFIG
-
-ALL_KEYS = (*(f"self_attn.{key}_proj" for key in "qkvo"), *(f"mlp.{key}_proj" for key in ("gate", "up", "down")))
 
 
 def test_the_file_says_what_llama_cpp_asks_for(tiny_llama, tmp_path):

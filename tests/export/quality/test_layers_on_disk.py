@@ -50,7 +50,7 @@ def test_a_model_on_disk_gives_the_logits_of_the_one_in_memory(tmp_path, mx, mon
 def test_factors_work_beside_a_layer_on_disk(tiny_llama, mx):
     from mbf_mlx.base.load import load_base
     from mbf_mlx.engine.lora_layers import attach, write_factors
-    from tests.export.test_mlx_folder import SCALE, make_factors
+    from tests.support.factors import SCALE, make_factors
 
     config, factors = LoRAConfig(rank=4, scale=SCALE), make_factors(tiny_llama, size=0.2)
 

@@ -13,8 +13,8 @@ from mbf_mlx.export.mlx_folder import write_mlx_folder
 from mbf_mlx.export.weights import affine
 from mbf_mlx.export.weights.checkpoint import Checkpoint
 from mbf_mlx.export.weights.rounding import Rounder, by_chance, output_error
-from tests.export.test_mlx_folder import SCALE, make_factors
-from tests.export.test_targets import token_rows
+from tests.support.factors import SCALE, make_factors
+from tests.support.token_rows import token_rows
 
 
 @pytest.fixture
