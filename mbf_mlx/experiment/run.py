@@ -36,7 +36,7 @@ from mbf_mlx.experiment.results import RESULTS, Row, measured
 from mbf_mlx.files.log import Log
 from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Data, Files
-from mbf_mlx.learning.after_training import conclude, with_extra
+from mbf_mlx.learning.after_training import after_training, with_extra
 from mbf_mlx.learning.evaluate import metric_of, score
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.learner import Learner, load_learner, machine
@@ -232,7 +232,7 @@ class Experiment:
             self._replace(place, safetensors_bytes({n: np.array(a) for n, a in tuning.arrays.items()}))
             self._replace(known, json.dumps(training).encode())
         advance = partial(self.watch.measuring, name)
-        after = conclude(method, state, tuning, learner.engine, rows, cell.train.batch_size, advance)
+        after = after_training(method, state, tuning, learner.engine, rows, cell.train.batch_size, advance)
         if bad := not_finite(after):
             raise InputError(f"{cell.label}, {cell.order}, {name}: the merged factors of {bad[0]} are not finite")
         return after, training
@@ -242,7 +242,7 @@ class Experiment:
         rows = self._rows(cell, learner, name, "train", self.plan.file.train_rows)
         tuning = Tuning(learner.base.model, method, state)
         nothing = {"key": "", "seconds": 0.0, "steps": 0, "tokens": 0, "curve": [], "peak_memory_bytes": 0}
-        return conclude(method, state, tuning, learner.engine, rows, cell.train.batch_size), nothing
+        return after_training(method, state, tuning, learner.engine, rows, cell.train.batch_size), nothing
 
     def _train(
         self,

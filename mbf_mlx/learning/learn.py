@@ -17,7 +17,7 @@ from mbf_mlx.data.token_rows import EncodedRows
 from mbf_mlx.device import backend
 from mbf_mlx.engine.lora_layers import write_factors
 from mbf_mlx.errors import InputError
-from mbf_mlx.learning.after_training import conclude, with_extra
+from mbf_mlx.learning.after_training import after_training, with_extra
 from mbf_mlx.learning.evaluate import Score, metric_of
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.learner import Learner, machine
@@ -109,7 +109,7 @@ def learn_task(
         team=team,
     )
     advance = partial(events.measuring, task.name)
-    state = conclude(method, state, tuning, learner.engine, rows, settings.train.batch_size, advance)
+    state = after_training(method, state, tuning, learner.engine, rows, settings.train.batch_size, advance)
     _check_finite(state, task.name)
     peak = backend.peak_memory()
 

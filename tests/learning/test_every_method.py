@@ -27,7 +27,7 @@ from mbf_mlx.engine import cpu_ops  # noqa: E402
 from mbf_mlx.engine.choose import prepare  # noqa: E402
 from mbf_mlx.engine.lora_layers import lora_layers  # noqa: E402
 from mbf_mlx.engine.taps import called_by  # noqa: E402
-from mbf_mlx.learning.after_training import conclude, with_extra  # noqa: E402
+from mbf_mlx.learning.after_training import after_training, with_extra  # noqa: E402
 from mbf_mlx.learning.learner import load_learner  # noqa: E402
 from mbf_mlx.learning.measure import input_moments, squared_gradients  # noqa: E402
 from mbf_mlx.learning.train import train  # noqa: E402
@@ -130,7 +130,7 @@ def two_tasks(name, options, learner, encoded, config=QUICK):
         train(tuning, learner.engine, with_extra(method, state, encoded), [], config)
         if last:
             return method, state, tuning
-        state = conclude(method, state, tuning, learner.engine, encoded, 4)
+        state = after_training(method, state, tuning, learner.engine, encoded, 4)
     raise AssertionError
 
 

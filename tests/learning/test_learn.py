@@ -95,7 +95,7 @@ def test_the_state_is_what_algorithm_1_makes_of_the_tuned_factors(tiny_llama, ta
         starts.append(copied(start(method, state)))
         return start(method, state)
 
-    def finishing(method, state, factors):
+    def finishing(method, state, factors, inputs=None):
         after = finish(method, state, factors)
         tuned.append(copied(factors))
         deployed.append(copied(after.deployed))
