@@ -28,7 +28,7 @@ POLL = 1.0  # seconds between two looks at cells that another process is running
 
 
 class Experiment:
-    """A checked plan, and the folder that holds what was computed of it. `Experiment.open` reads the plan from a file.
+    """A checked plan and the folder of its results. `Experiment.open` reads the plan from a file.
 
     Args:
         plan: The checked plan.
