@@ -66,7 +66,7 @@ FLAGS = {
         "SIZE",
         MEMORY,
         default="80 % of what is available",
-        read=partial(bytes_of, flag="--memory-limit"),
+        read=partial(bytes_of, where="--memory-limit"),
     ),
     "save_every": Flag(
         "How often to save, so that a killed run resumes exactly: 200 (steps), 60s (seconds) or 0 (never).",

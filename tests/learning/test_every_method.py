@@ -76,14 +76,18 @@ def encoded(learner, tasks):
 
 
 @pytest.fixture
-def open_stream(tmp_path, tiny_llama, learner, monkeypatch):
+def open_stream(tmp_path, tiny_llama, learner):
     """`open_stream(name, options)`: a new stream that uses the one loaded model."""
-    import mbf_mlx.learning.learner
-
-    monkeypatch.setattr(mbf_mlx.learning.learner, "load_learner", lambda *_: learner)
 
     def open_stream(name, options=None, folder="s"):
-        return Stream.open(tmp_path / folder, base=str(tiny_llama), method=name, method_options=options, lora=LORA)
+        return Stream.open(
+            tmp_path / folder,
+            base=str(tiny_llama),
+            method=name,
+            method_options=options,
+            lora=LORA,
+            load_learner=lambda *_: learner,
+        )
 
     return open_stream
 
