@@ -72,7 +72,9 @@ def test_an_absorbed_task_is_undone_and_absorbed_again_to_the_same_bytes(tmp_pat
     with stream.writer():
         assert stream.undo().name == "mail"
         assert contents(stream.current().folder) == before
-        with pytest.raises(InputError, match="one step back is kept, and it was taken|nothing to undo: it has learned"):
+        with pytest.raises(
+            InputError, match="only one step back is kept, and it is used up|nothing to undo: it has learned"
+        ):
             stream.undo()
     again = absorb()
     assert again == absorbed

@@ -17,16 +17,16 @@ from mbf_mlx.adapters.layout import CONFIG as CONFIG
 from mbf_mlx.adapters.layout import WEIGHTS as WEIGHTS
 from mbf_mlx.device.threads import side_by_side
 from mbf_mlx.errors import InputError
-from mbf_mlx.files import safetensors_file
+from mbf_mlx.files import dtypes
 from mbf_mlx.files.documents import read_object
+from mbf_mlx.files.safetensors_file import Entry, header_of, safetensors_bytes
 from mbf_mlx.files.storage import Data, read_large, sha256
 from mbf_mlx.methods import Factors, Layers, Pair
 
 _LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # first bytes of a pickle
 _CODE = "not a safetensors file: a zip or pickle file, which may hold code and is never read"
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_COUNTS = {"I64": "<i8", "I32": "<i4", "I8": "|i1", "U8": "|u1"}  # whole numbers that some methods keep besides factors
+_COUNTS = ("I64", "I32", "I8", "U8")  # what some methods keep besides factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def adapter_files(
         "num_layers": num_layers,
     }
     return {
-        WEIGHTS: safetensors_file.encode(tensors),
+        WEIGHTS: safetensors_bytes(tensors),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
 
@@ -208,20 +208,18 @@ def decode_tensors(data: Data, where: Path, *, integers: bool = False) -> dict[s
     Types, `integers` and errors are those of `read_tensors`; `where` names the file in errors.
     """
     try:
-        entries, _ = safetensors_file.header_of(data, where)
+        entries, _ = header_of(data, where)
     except InputError as error:
         if data[:2] in _PICKLES:
             raise InputError(f"{where}: {_CODE}") from error
         raise
-    kinds = _DTYPES | _COUNTS if integers else _DTYPES
+    kinds = dtypes.FLOATS + (_COUNTS if integers else ())
     return {name: _to_array(data, entry, where, kinds) for name, entry in entries.items()}
 
 
-def _to_array(data: Data, entry: safetensors_file.Entry, path: Path, kinds: dict[str, str]) -> np.ndarray:
+def _to_array(data: Data, entry: Entry, path: Path, kinds: tuple[str, ...]) -> np.ndarray:
     if entry.dtype not in kinds:
         raise InputError(f"{path}: {entry.name}: expected one of {', '.join(kinds)}, got {entry.dtype}")
-    array = np.ndarray(entry.shape, kinds[entry.dtype], data, entry.begin)
-    array = np.require(array, requirements="A")  # the header of a foreign file may have any length
-    if entry.dtype == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32) if entry.dtype == "F16" else array
+    array = np.ndarray(entry.shape, dtypes.NUMPY[entry.dtype], data, entry.begin)
+    array = np.require(array, requirements="A")  # others' headers may have any length
+    return dtypes.to_float32(array, entry.dtype) if entry.dtype in ("F16", "BF16") else array

@@ -16,8 +16,8 @@ import numpy as np
 
 from mbf_mlx.adapters.mlx_lm import decode_tensors, is_number, read_weights, split_layer
 from mbf_mlx.errors import InputError
-from mbf_mlx.files import safetensors_file
 from mbf_mlx.files.documents import read_object
+from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Data, sha256
 from mbf_mlx.methods import Factors, Pair
 
@@ -101,7 +101,7 @@ def peft_files(factors: Factors, scale: float, *, base: str | None, num_blocks: 
         "use_rslora": False,
     }
     return {
-        WEIGHTS: safetensors_file.encode(tensors, "pt"),
+        WEIGHTS: safetensors_bytes(tensors, "pt"),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
 

@@ -33,8 +33,8 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.experiment import hashes as cell_hash
 from mbf_mlx.experiment.plan_file import Cell, Plan
 from mbf_mlx.experiment.results import RESULTS, Row, measured
-from mbf_mlx.files import safetensors_file
 from mbf_mlx.files.log import Log
+from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Data, Files
 from mbf_mlx.learning.after_training import conclude, with_extra
 from mbf_mlx.learning.evaluate import metric_of, score
@@ -229,7 +229,7 @@ class Experiment:
             training = json.loads(known.read_bytes())
         else:
             training = self._train(cell, learner, tuning, everything, valid, key, name)
-            self._replace(place, safetensors_file.encode({n: np.array(a) for n, a in tuning.arrays.items()}))
+            self._replace(place, safetensors_bytes({n: np.array(a) for n, a in tuning.arrays.items()}))
             self._replace(known, json.dumps(training).encode())
         advance = partial(self.watch.measuring, name)
         after = conclude(method, state, tuning, learner.engine, rows, cell.train.batch_size, advance)

@@ -33,6 +33,7 @@ from mbf_mlx.export.weights.fuse import (
 )
 from mbf_mlx.export.weights.rounding import Rounders, no_rounder
 from mbf_mlx.export.weights.tensors import Tensor, Writer
+from mbf_mlx.files.dtypes import CONFIG_NAMES
 
 BITS = (4, 5, 6, 8, 16, 32)
 MIXED_BITS = 6  # for layers whose update survives 6 bits; the others get 8
@@ -147,7 +148,7 @@ def _half_type(base: Checkpoint, layer: Layer) -> str:
     if layer.dtype in ("F16", "BF16"):
         return layer.dtype
     stated = base.config.get("torch_dtype") or base.config.get("dtype")
-    return "BF16" if stated == "bfloat16" else "F16"
+    return "BF16" if stated == CONFIG_NAMES["BF16"] else "F16"
 
 
 def _plan(base: Checkpoint, forms: dict[str, Form], path: Path) -> dict[str, Tensor]:
@@ -213,11 +214,10 @@ def _write_config(base: Checkpoint, forms: dict[str, Form], bits: int | None, fo
     config, quantized = dict(base.config), {name: form.setting for name, form in forms.items() if form.setting}
     if bits in (16, 32):
         config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-        types = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         stored = {form.dtype for form in forms.values()}
         for key in ("torch_dtype", "dtype"):
             if config.get(key) and len(stored) == 1:
-                config[key] = types[stored.pop()]
+                config[key] = CONFIG_NAMES[stored.pop()]
                 break
     elif quantized:
         entries = {name: asdict(setting) for name, setting in quantized.items()}

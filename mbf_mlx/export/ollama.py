@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mbf_mlx.base.gguf.names import read_config
+from mbf_mlx.base.sources import read_config
 from mbf_mlx.errors import MissingPackageError
 from mbf_mlx.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from mbf_mlx.export.gguf.write import GGUFReport, write_gguf

@@ -406,7 +406,7 @@ def test_a_task_of_every_kind_can_be_undone_and_learned_again_to_the_same_bytes(
         assert stream.status()["tasks"][-1]["metric"] == metric
         assert stream.undo().name == metric
         assert {name for name in before if not name.startswith("generations/00000")} <= set(contents(tmp_path / "s"))
-        with pytest.raises(InputError, match="one step back is kept, and it was taken|nothing to undo"):
+        with pytest.raises(InputError, match="only one step back is kept, and it is used up|nothing to undo"):
             stream.undo()
         stream.learn(task, train=QUICK)
         assert_same(arrays(stream), learned)

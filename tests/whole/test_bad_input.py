@@ -202,8 +202,8 @@ def rewrite(path, **changes):
     )
 
 
-REPAIR = "\nhint: mbf status STREAM --repair makes it again from a generation that is whole"
-BACK = "\nhint: mbf status STREAM --repair goes back to the generation before, where that is whole"
+REPAIR = "\nhint: mbf status STREAM --repair restores it from an undamaged generation"
+BACK = "\nhint: mbf status STREAM --repair goes back to the previous generation, if that one is undamaged"
 CURRENT = "generations/000001/manifest.json"
 STREAMS = {
     "nothing": (lambda s: os.rename(s, s.with_name("gone")), "STREAM: no such stream\nhint: mbf learn STREAM TASK --model"
@@ -216,8 +216,8 @@ STREAMS = {
                            " read: its links lead in a circle\nhint: choose another path"),
     "a newer one": (lambda s: rewrite(s / "stream.json", format_version=2), "STREAM/stream.json: format version 2,"
                     " written by a newer mbf-mlx; this mbf-mlx reads versions up to 1\nhint: upgrade with: pip install -U"
-                    " mbf-mlx\nhint: or, where this file is damaged, mbf status STREAM --repair makes it again: its"
-                    " generations are no newer than we read"),
+                    " mbf-mlx\nhint: this mbf-mlx reads the stream's generations, so the file may be damaged instead: mbf"
+                    " status STREAM --repair restores it"),
     "a newer generation": (lambda s: rewrite(s / CURRENT, format_version=3, written_by="mbf-mlx 4.1"),
                            f"STREAM/{CURRENT}: format version 3, written by mbf-mlx 4.1; this mbf-mlx reads versions up"
                            " to 1\nhint: upgrade with: pip install -U mbf-mlx"),

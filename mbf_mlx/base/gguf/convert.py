@@ -20,7 +20,7 @@ from mbf_mlx.base.gguf.names import read_names
 from mbf_mlx.base.gguf.reader import GGUFFile, GGUFTensor, read_gguf
 from mbf_mlx.base.gguf.tokenizer import read_vocabulary, write_tokenizer
 from mbf_mlx.errors import InputError
-from mbf_mlx.files import safetensors_file
+from mbf_mlx.files import dtypes, safetensors_file
 
 GROUP = 32  # weights that share a scale, in GGUF's types
 QUANTIZE_GROUP = 64  # weights that share a scale after --quantize, as in the hub's MLX models
@@ -31,7 +31,7 @@ _BLOCK = (
     "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
 )  # fmt: skip
-_AS_IS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
+_AS_IS = ("F32", "F16", "BF16")  # types that both formats call the same
 _BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 
 
@@ -240,13 +240,10 @@ def _unpack(file: GGUFFile, target: Target, data: np.ndarray) -> list[tuple[str,
     if kind in _BITS:
         # mlx unpacks an embedding in the type of its scales, and float16 would round the rows; llama.cpp does not.
         return _repack(data, kind, where, exact=target.module == _EMBEDDING)
-    array = data.view({"F32": "<f4"}.get(kind, "<u2"))
-    values = {"F32": array, "F16": data.view("<f2")}.get(kind)
-    if values is None:
-        values = (array.astype(np.uint32) << 16).view(np.float32)
-    if not np.isfinite(values).all():
+    array = data.view(dtypes.NUMPY[kind])
+    if not np.isfinite(dtypes.to_float32(array, kind) if kind == "BF16" else array).all():
         raise InputError(f"{where}: holds NaN or infinite values")
-    return [(target.kind, _AS_IS[kind], array)]
+    return [(target.kind, kind, array)]
 
 
 def _repack(data: np.ndarray, kind: str, where: str, exact: bool) -> list[tuple[str, str, np.ndarray]]:

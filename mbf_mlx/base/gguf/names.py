@@ -5,7 +5,6 @@ pair row i of its first half with row i of its second half, GGUF's `llama` pairs
 row i, and its row 2 i + 1 is our row i of the second half. Reads config.json alone; needs neither weights nor mlx.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,24 +62,6 @@ class Names:
     @cached_property
     def _map(self) -> gguf.TensorNameMap:
         return gguf.get_tensor_name_map(self.kind, self.blocks)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return a model folder's config.json.
-
-    Raises:
-        InputError: no such file, or not a JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder}: expected a model folder, got no config.json there") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
 
 
 def read_names(config: dict[str, Any], where: Path) -> Names:

@@ -13,7 +13,8 @@ from typing import BinaryIO
 import gguf
 import numpy as np
 
-from mbf_mlx.base.gguf.names import Names, read_config, read_names
+from mbf_mlx.base.gguf.names import Names, read_names
+from mbf_mlx.base.sources import read_config
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.job import Job
 from mbf_mlx.export.place import fresh_file

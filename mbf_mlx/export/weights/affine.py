@@ -7,7 +7,7 @@ gaps, 32 bits a word. rounding.py finds the codes that keep a small update best.
 
 import numpy as np
 
-from mbf_mlx.export.weights.tensors import from_float32, to_float32
+from mbf_mlx.files.dtypes import from_float32, to_float32
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)

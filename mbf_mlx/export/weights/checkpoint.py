@@ -4,16 +4,17 @@ A layer is named by its path in the MLX model, which is also how its tensors are
 `<layer>.weight`, and `.scales` and `.biases` where it is quantized. Nothing is written here.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mbf_mlx.base.sources import read_config
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.weights.affine import BITS, GROUP_SIZES, decode, unpack
-from mbf_mlx.export.weights.tensors import FLOATS, Stored, read_headers
+from mbf_mlx.export.weights.tensors import Stored, read_headers
+from mbf_mlx.files.dtypes import FLOATS
 
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # mode -> its only bits and group size
 CHUNK_ELEMENTS = 1 << 23  # of a layer in memory at a time: 32 MB in float32
@@ -100,9 +101,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{folder}: expected a model folder, got no config.json there")
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.config = read_config(folder)
         self.files = sorted(folder.glob("model*.safetensors"))
         if not self.files:
             raise InputError(f"{folder}: expected weights in model*.safetensors, got none")

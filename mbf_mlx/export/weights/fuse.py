@@ -15,7 +15,8 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export.weights import affine
 from mbf_mlx.export.weights.checkpoint import Checkpoint, Layer, Setting
 from mbf_mlx.export.weights.rounding import Rounder, by_chance
-from mbf_mlx.export.weights.tensors import Tensor, from_float32, to_float32
+from mbf_mlx.export.weights.tensors import Tensor
+from mbf_mlx.files.dtypes import from_float32, to_float32
 from mbf_mlx.methods import Factors, Pair
 
 SAFE_BITS = 8  # an update of 1 % of the weights keeps .99 of itself at 8 bits and .15 at 4

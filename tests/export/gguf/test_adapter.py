@@ -114,7 +114,7 @@ write_gguf_adapter(job_of(folder / "base", {"model.layers.0.self_attn.q_proj": p
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     pair = Pair(np.ones((2, 64), np.float32), np.ones((64, 2), np.float32))
-    with pytest.raises(InputError, match="expected a model folder, got no config.json there"):
+    with pytest.raises(InputError, match="not a model folder: expected a config.json in it"):
         write_gguf_adapter(job_of(tmp_path, {"model.layers.0.self_attn.q_proj": pair}, tmp_path / "a.gguf", scale=2.0))
     for text, message in (("{", "config.json: not JSON"), ("[]", "expected a JSON object, got list")):
         (tmp_path / "config.json").write_text(text)

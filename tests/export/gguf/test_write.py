@@ -24,7 +24,8 @@ from mbf_mlx.export.gguf.vocabulary import read_vocabulary
 from mbf_mlx.export.gguf.write import quantize_line, write_gguf
 from mbf_mlx.export.weights import affine
 from mbf_mlx.export.weights.checkpoint import Checkpoint
-from mbf_mlx.export.weights.tensors import Tensor, Writer, from_float32
+from mbf_mlx.export.weights.tensors import Tensor, Writer
+from mbf_mlx.files.dtypes import from_float32
 from mbf_mlx.methods import Pair
 from tests.support.factors import SCALE, make_factors
 from tests.support.gguf_files import LLAMA3_ROPE, as_mlx, import_gguf, read, weights
