@@ -30,8 +30,8 @@ CACHE_BYTES = 64 << 20  # freed memory that mlx may keep for reuse
 class Live:
     """Runs the live model once on the job's rows and keeps its answers.
 
-    No two models are in memory at once. Weights that are not quantized stay in their file, and a CPU unpacks packed
-    ones in every pass. So an export needs little more memory than the base's file.
+    No two models are in memory at once. Weights that are not quantized stay in their file, and a CPU unpacks the others
+    in every pass. So an export needs little more memory than the base's file.
 
     Args:
         job: The export.
@@ -79,14 +79,14 @@ class Live:
         return self._last[1]
 
     def compare(self, folder: Path, stored: Mapping[str, Rows] | None = None) -> dict[str, Any] | None:
-        """Load an export and compare it; None where there were no rows.
+        """Load an export and return its comparison with the live model; None if there are no rows.
 
         Args:
             folder: An MLX model folder.
-            stored: Layer -> what an export that is no such folder holds in place of the folder's.
+            stored: Layer -> its weight in an export that is not such a folder; replaces the folder's own.
 
         Raises:
-            InputError: it loads, but its logits are not finite.
+            InputError: the export's logits are not finite.
         """
         with _little_spare_memory():
             return self._compare(folder, {**_plain_layers(folder), **(stored or {})})
