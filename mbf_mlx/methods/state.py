@@ -11,7 +11,7 @@ from mbf_mlx.methods.checks import layers_below
 from mbf_mlx.methods.factors import Factors, Layers, Pair, draw_factors
 from mbf_mlx.reference import Array
 
-STREAM = "stream"  # stands in place of a layer's name where a kept array belongs to no layer
+STREAM = "stream"  # used in place of a layer's name for a kept array that belongs to no layer
 
 
 @dataclass(frozen=True, kw_only=True)
