@@ -1,4 +1,26 @@
-"""Bytes and seconds as a person says them."""
+"""Bytes and seconds as a person writes them."""
+
+import re
+
+from mbf_mlx.errors import InputError
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def bytes_of(text: str, where: str) -> int:
+    """Return a size as people write it, "16GB" or "900 MB", in bytes.
+
+    Args:
+        text: The size.
+        where: The flag or setting that it was given with, for the message.
+
+    Raises:
+        InputError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", text)
+    if match is None:
+        raise InputError(f"{where}: expected a size as in 16GB or 900MB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def size(count: float) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbf_mlx.commands.console import err, out, print_json, progress, warn
-from mbf_mlx.commands.flags import Given, flags
+from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import Base, Config, Json, Quantize
 from mbf_mlx.config import DataConfig
 
@@ -23,7 +23,7 @@ _MANY_ROWS, _LARGE_FILE = 2000, 50_000_000  # rows and bytes that take long enou
 _SHOWN_TEXT = 600  # letters of a piece of the example
 
 
-@flags("max_seq_length", "mask_prompt", "template")
+@takes("max_seq_length", "mask_prompt", "template")
 def check(
     tasks: Annotated[list[Path], typer.Argument(metavar="TASK...", help="Task files, or folders with train.*.")],
     *,

@@ -1,6 +1,6 @@
 """The flags that set a field of a settings class (config.py): what each is called, says and means, written once.
 
-A flag has its field's name (`batch_size` is --batch-size), its field's type and its field's default. `@flags("rank",
+A flag has its field's name (`batch_size` is --batch-size), its field's type and its field's default. `@takes("rank",
 "epochs")` gives a command those flags in the place of its parameter `given`, which then holds what the user gave.
 """
 
@@ -66,7 +66,7 @@ FLAGS = {
         "SIZE",
         MEMORY,
         default="80 % of what is available",
-        read=partial(bytes_of, flag="--memory-limit"),
+        read=partial(bytes_of, where="--memory-limit"),
     ),
     "save_every": Flag(
         "How often to save, so that a killed run resumes exactly: 200 (steps), 60s (seconds) or 0 (never).",
@@ -138,7 +138,7 @@ class _WithFlags:
         self._command(**values, given=Given({name: _read(name, text) for name, text in texts.items()}))
 
 
-def flags(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the named flags, in this order, where its signature has `given: Given`."""
     return lambda command: _WithFlags(command, names)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.flags import Given, flags
+from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.help import MEMORY, NEW
 from mbf_mlx.commands.options import Base, Config, Json, KeepQuantized, NewStreamPath, Quantize, options_of
 from mbf_mlx.commands.shown import print_status, read_all, show_progress
@@ -25,7 +25,7 @@ _FLAGS = (
 )
 
 
-@flags(*_FLAGS)
+@takes(*_FLAGS)
 def learn(
     stream: NewStreamPath,
     tasks: Annotated[

@@ -7,12 +7,12 @@ import typer
 
 from mbf_mlx import units
 from mbf_mlx.commands import console
-from mbf_mlx.commands.flags import Given, flags
+from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import Base, Json, NewStreamPath, Quantize
 from mbf_mlx.config import LoRAConfig, TrainConfig
 
 
-@flags("rank", "seed", "scale", "keys", "num_layers", "template")
+@takes("rank", "seed", "scale", "keys", "num_layers", "template")
 def next(
     stream: NewStreamPath,
     place: Annotated[Path, typer.Argument(metavar="OUT", help="Adapter folder to make.")],

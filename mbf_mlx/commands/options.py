@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 from mbf_mlx.commands.help import MEMORY, OTHER
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.documents import toml
+from mbf_mlx.units import bytes_of as bytes_of
 
 
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
@@ -59,21 +59,6 @@ def options_of(text: str | None) -> dict[str, Any] | None:
 def words_of(text: str) -> tuple[str, ...]:
     """Return the parts of a comma-separated flag, without spaces around them and without empty ones."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def bytes_of(text: str, flag: str) -> int:
-    """Return a size as people write it, "16GB" or "900 MB", in bytes.
-
-    Raises:
-        InputError: it is none.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", text)
-    if match is None:
-        raise InputError(f"{flag}: expected a size as in 16GB or 900MB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 StreamPath = Annotated[Path, typer.Argument(metavar="STREAM", help="Folder of the stream.")]

@@ -7,7 +7,7 @@ import typer
 
 from mbf_mlx import units
 from mbf_mlx.commands import console
-from mbf_mlx.commands.flags import Given, flags
+from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import Config, Json, KeepQuantized, bytes_of, words_of
 from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
@@ -18,7 +18,7 @@ _FLAGS = (
 )
 
 
-@flags(*_FLAGS)
+@takes(*_FLAGS)
 def plan(
     stream: Annotated[
         Path | None, typer.Argument(metavar="STREAM", help="Folder of the stream, which need not be there yet.")

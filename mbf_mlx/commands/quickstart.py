@@ -9,7 +9,7 @@ import typer
 
 from mbf_mlx import units
 from mbf_mlx.commands import console
-from mbf_mlx.commands.flags import Given, flags
+from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import Json
 from mbf_mlx.commands.shown import show_progress
 from mbf_mlx.config import TrainConfig
@@ -26,7 +26,7 @@ FAST_LEARNING_RATE = 3e-3  # in the one epoch of --fast, three steps a task
 FAST_ROWS = {"train": 24, "test": 6}  # of a task
 
 
-@flags("seed")
+@takes("seed")
 def quickstart(
     out: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Folder for the streams and the fused model.")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.flags import Given, flags
+from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import MovedBase, StreamPath
 from mbf_mlx.config import ServeConfig
 
@@ -18,7 +18,7 @@ _FLAGS = (
 )
 
 
-@flags(*_FLAGS)
+@takes(*_FLAGS)
 def serve(
     stream: StreamPath,
     *,

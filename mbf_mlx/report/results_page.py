@@ -5,7 +5,7 @@ from html import escape
 from operator import itemgetter
 from typing import Any
 
-from mbf_mlx.experiment.results import MEASURES, Row, named, scored
+from mbf_mlx.experiment.results import MEASURES, CellRow, label_of, scored_on
 from mbf_mlx.experiment.table import Line, columns, table
 from mbf_mlx.report import page_parts as html
 from mbf_mlx.report import plots as report_plots
@@ -16,14 +16,14 @@ Document = dict[str, Any]
 COMPARED = {"average_accuracy": "average accuracy, %", "backward_transfer": "backward transfer, points"}
 
 
-def results_page(name: str, rows: Sequence[Row]) -> str:
+def results_page(name: str, rows: Sequence[CellRow]) -> str:
     """Return the page of an experiment's results.
 
     Args:
         name: Of the experiment.
         rows: Its cells.
     """
-    methods, run_on, seeds = ({pick(r) for r in rows} for pick in (named, itemgetter("order"), itemgetter("seed")))
+    methods, run_on, seeds = ({pick(r) for r in rows} for pick in (label_of, itemgetter("order"), itemgetter("seed")))
     others = ", ".join([_count(methods, "method"), _count(run_on, "order"), _count(seeds, "seed")])
     said = f"{_count(rows, 'cell')}: {others}."
     rows = _apart(rows)
@@ -67,7 +67,7 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
     curves = [Curve(label, range(1, len(b) + 1), [x / 1e6 for x in b]) for label, b in kept.items()]
     parts += html.charts(curves, "tasks learned", "MB", "Memory between tasks", digits=2)
     parts += [html.section("Settings and hashes"), html.settings(_shared(rows))]
-    hashes = [[named(r), r["order"], str(r["seed"]), r["hash"]] for r in rows]
+    hashes = [[label_of(r), r["order"], str(r["seed"]), r["hash"]] for r in rows]
     parts.append(html.details("Every cell", html.table(["method", "order", "seed", "hash"], hashes)))
     return html.page(name, said, parts)
 
@@ -76,23 +76,23 @@ def _count(things: Collection[object], noun: str) -> str:
     return f"{len(things)} {noun}" + "s" * (len(things) != 1)
 
 
-def _apart(rows: Sequence[Row]) -> list[Row]:
+def _apart(rows: Sequence[CellRow]) -> list[CellRow]:
     """Return the rows with orders of their own for what was scored on valid rows, or on more rows than others were."""
-    if len({scored(row) for row in rows}) == 1:
+    if len({scored_on(row) for row in rows}) == 1:
         return list(rows)
-    apart = []
+    apart: list[CellRow] = []
     for row in rows:
-        split, count = scored(row)
+        split, count = scored_on(row)
         apart.append({**row, "order": f"{row['order']}, {count or 'all'} {split} rows"})
     return apart
 
 
-def _groups(rows: Sequence[Row], order: str) -> dict[str, list[Row]]:
+def _groups(rows: Sequence[CellRow], order: str) -> dict[str, list[CellRow]]:
     """Return the cells of an order by their method, seeds together."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[CellRow]] = {}
     for row in rows:
         if row["order"] == order:
-            found.setdefault(named(row), []).append(row)
+            found.setdefault(label_of(row), []).append(row)
     return found
 
 
@@ -112,12 +112,12 @@ def _average(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _averages(group: Sequence[Row]) -> list[float | None]:
+def _averages(group: Sequence[CellRow]) -> list[float | None]:
     count = len(group[0]["scores"])
     return [_average([_average(row["scores"][t][: t + 1]) for row in group]) for t in range(count)]
 
 
-def _mean_matrix(group: Sequence[Row]) -> list[list[float | None]]:
+def _mean_matrix(group: Sequence[CellRow]) -> list[list[float | None]]:
     count = len(group[0]["scores"])
     return [
         [_average([row["scores"][i][j] for row in group]) if j <= i else None for j in range(count)]
@@ -125,9 +125,9 @@ def _mean_matrix(group: Sequence[Row]) -> list[list[float | None]]:
     ]
 
 
-def _chains(rows: Sequence[Row], order: str) -> list[Curve]:
+def _chains(rows: Sequence[CellRow], order: str) -> list[Curve]:
     """Return the training curves of an order, tasks behind each other, one for every chain of trainings."""
-    chains: dict[tuple[str, ...], list[Row]] = {}
+    chains: dict[tuple[str, ...], list[CellRow]] = {}
     for group in _groups(rows, order).values():
         chains.setdefault(tuple(group[0]["trainings"]), []).append(group[0])
     curves = []
@@ -140,23 +140,23 @@ def _chains(rows: Sequence[Row], order: str) -> list[Curve]:
             y += [loss for _, loss in points]
             done += steps
         others = f" and {len(sharing) - 1} more" if len(sharing) > 1 else ""
-        curves.append(Curve(named(sharing[0]) + others, x, y))
+        curves.append(Curve(label_of(sharing[0]) + others, x, y))
     return curves
 
 
-def _shared(rows: Sequence[Row]) -> Document:
+def _shared(rows: Sequence[CellRow]) -> Document:
     """Return what all cells have in common, and each method's options."""
-    first = rows[0]
-    common = {key: first[key] for key in ("base", "settings", "rows", "scored_on", "machine") if _same(rows, key)}
+    found = {key: [dict(row)[key] for row in rows] for key in ("base", "settings", "rows", "scored_on", "machine")}
+    common = {key: values[0] for key, values in found.items() if _same(values)}
     hashes = {task: digest for row in rows for task, digest in zip(row["tasks"], row["task_hashes"])}
-    options = {named(row): {row["method"]: row["options"]} for row in rows}
+    options = {label_of(row): {row["method"]: row["options"]} for row in rows}
     return {**common, "methods": options, "data sha256": hashes, "measures": dict(MEASURES)}
 
 
-def _same(rows: Sequence[Row], key: str) -> bool:
+def _same(values: Sequence[Any]) -> bool:
     def bare(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         return {k: bare(v) for k, v in value.items() if k != "seed"}  # in settings.train; seeds differ by design
 
-    return all(bare(row[key]) == bare(rows[0][key]) for row in rows)
+    return all(bare(value) == bare(values[0]) for value in values)
