@@ -1,8 +1,8 @@
-"""Bytes and seconds as a person says them."""
+"""Bytes and seconds in words that people use."""
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as a person says it, in powers of 1000: "812 kB", "1.3 GB"."""
+    """Return a number of bytes in a unit that people use, in powers of 1000: "812 kB", "1.3 GB"."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if count < 999.5 or unit == "TB":
             break
@@ -11,7 +11,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time as a person says it: "42 s", "3 min 05 s", "2 h 10 min"."""
+    """Return a length of time in units that people use: "42 s", "3 min 05 s", "2 h 10 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

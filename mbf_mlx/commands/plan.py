@@ -150,7 +150,7 @@ def _print(document: dict[str, Any]) -> None:
     if "seconds" in document:
         console.out.print(
             f"time:   {units.duration(document['seconds'])} ({document['seconds_a_step']:.2f} s a step), estimated from"
-            f" a short trial; scoring {document['scored_rows']} rows is included, generating long answers is not"
+            " a short trial; scoring the tasks named here is included, scoring earlier ones is not"
         )
     if "disk_bytes" in document:
         console.out.print(f"disk:   {size(document['disk_bytes'])}; {size(document['disk_free_bytes'])} are free")
