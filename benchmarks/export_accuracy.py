@@ -176,12 +176,12 @@ def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) 
         return ask("mlx_lm.fuse, 4 bits")
 
     def anew(name: str, shrink: tuple[float, ...]) -> dict[str, Any]:
-        kept = fuse._encode_on_grid
-        fuse._encode_on_grid = new_grid(shrink)
+        kept = fuse._round_on_grid
+        fuse._round_on_grid = new_grid(shrink)
         try:
             return ours(f"4 bits: codes chosen together, {name}", 4, Rounder)
         finally:
-            fuse._encode_on_grid = kept
+            fuse._round_on_grid = kept
 
     exports: dict[str, Callable[[], dict[str, Any]]] = {
         "default": lambda: ours("default: touched layers at 8 bits", None, None),
@@ -216,7 +216,7 @@ def OneByOne(moment: np.ndarray) -> Any:
 
 
 def new_grid(shrink: tuple[float, ...]) -> Callable[..., Any]:
-    """Return `fuse._encode_on_grid` for a grid that is fitted to the sum, its range the best of some shares."""
+    """Return `fuse._round_on_grid` for a grid that is fitted to the sum, its range the best of some shares."""
     from mbf_mlx.export.weights import affine, fuse
 
     def encode(layer: Any, form: Any, target: np.ndarray, rows: tuple[int, int], rounder: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by kind of operation, on the CPU path: the table of the README.
+"""Where the time of a training step goes, by kind of operation, on the CPU path: the table in benchmarks/README.md.
 
 Every matrix product is evaluated as soon as it is asked for, and it and the functions between the products are timed
 one by one; what is left is Python, mlx's graph, additions and copies. Seconds are the process's CPU time, summed over

@@ -1,4 +1,4 @@
-"""One adapter on disk, in mlx-lm's layout: `adapters.safetensors` and `adapter_config.json`.
+"""Adapters in mlx-lm's layout: `adapters.safetensors` and `adapter_config.json`.
 
 Shapes: our A is (rank, in) and our B (out, rank); mlx-lm stores the transposes, `lora_a` (in, rank) and `lora_b`
 (rank, out), in float32. Its `scale` is the number in delta = scale * B @ A, never divided by the rank.
@@ -24,7 +24,7 @@ from mbf_mlx.files.storage import Data, read_large, sha256
 from mbf_mlx.methods import Factors, Layers, Pair
 
 _LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
-_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # what torch.save and pickle begin with
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # first bytes of a pickle
 _CODE = "not a safetensors file: a zip or pickle file, which may hold code and is never read"
 _COUNTS = ("I64", "I32", "I8", "U8")  # what some methods keep besides factors
 
@@ -54,9 +54,9 @@ def adapter_files(
     Args:
         factors: A (rank, in) and B (out, rank) by layer; all of one rank.
         scale: The number in delta = scale * B @ A.
-        num_layers: Blocks of the model counted from the last that hold the layers.
-        base: What mlx-lm users pass as `--model`.
-        extra: What our own tools want to know, kept under "mbf".
+        num_layers: How many of the model's last blocks hold the layers.
+        base: The base as mlx-lm users pass it to `--model`.
+        extra: Settings for our own tools, stored under "mbf".
     """
     tensors = {}
     for name, pair in factors.items():
@@ -77,7 +77,7 @@ def adapter_files(
 
 
 def block_keys(layers: Layers | Factors) -> tuple[str, ...]:
-    """Return the paths inside a block of the given layers, each once, in order."""
+    """Return the layers' paths inside their blocks, each once, in order."""
     return tuple(dict.fromkeys(split_layer(name)[1] for name in layers))
 
 
@@ -85,7 +85,7 @@ def split_layer(name: str) -> tuple[int, str]:
     """Return a layer's block number and its path inside the block: "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj").
 
     Raises:
-        InputError: the name is not of a layer inside a block.
+        InputError: the name is not that of a layer inside a block.
     """
     match = _LAYER.match(name)
     if match is None:
@@ -119,7 +119,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value out of a JSON file is a finite number."""
+    """Return whether a value from a JSON file is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -131,10 +131,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def pair_up(tensors: dict[str, np.ndarray], where: Path) -> Factors:
-    """Return factors from mlx-lm's tensors, (in, rank) and (rank, out), in their memory; all problems named at once.
+    """Return factors from mlx-lm's tensors, (in, rank) and (rank, out), transposed in the tensors' own memory.
 
     Raises:
-        InputError: a tensor without its other half, other names, shapes or ranks that do not fit, values not finite.
+        InputError: a tensor without its other half, other names, shapes or ranks that do not fit, or values that are
+            not finite; every problem is named.
     """
     names = sorted({key.rpartition(".")[0] for key in tensors})
     halves = [(tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")) for name in names]
@@ -153,7 +154,7 @@ def pair_up(tensors: dict[str, np.ndarray], where: Path) -> Factors:
 
 
 def _pair(halves: tuple[np.ndarray | None, np.ndarray | None]) -> Pair | str:
-    """Return the factors of mlx-lm's two tensors of a layer, or what is wrong with them."""
+    """Return a layer's factors from its two tensors, or a sentence on what is wrong with them."""
     a, b = halves
     if a is None or b is None:
         return "expected lora_a and lora_b"
@@ -165,7 +166,7 @@ def _pair(halves: tuple[np.ndarray | None, np.ndarray | None]) -> Pair | str:
 
 
 def _turn(matrix: np.ndarray) -> np.ndarray:
-    """Return the transpose, row by row in the matrix's own memory: as much again would take twice the time."""
+    """Return the transpose in the matrix's own memory, row after row; fresh memory would take twice the time."""
     turned = matrix.reshape(matrix.shape[::-1])
     turned[...] = np.ascontiguousarray(matrix.T)
     return turned
@@ -181,7 +182,7 @@ def read_tensors(path: Path, *, integers: bool = False) -> dict[str, np.ndarray]
 
     Args:
         path: The file.
-        integers: Whether whole numbers are welcome, too.
+        integers: Whether tensors of whole numbers may be in it, too.
 
     Raises:
         InputError: no such file, not safetensors, or tensors of another kind.
@@ -202,9 +203,9 @@ def read_weights(path: Path) -> memoryview:
 
 
 def decode_tensors(data: Data, where: Path, *, integers: bool = False) -> dict[str, np.ndarray]:
-    """Return the tensors of a safetensors file's bytes, float32 as views of them; `where` names it in errors.
+    """Return the tensors in a safetensors file's bytes; those in float32 share its memory.
 
-    See `read_tensors`.
+    Types, `integers` and errors are those of `read_tensors`; `where` names the file in errors.
     """
     try:
         entries, _ = header_of(data, where)

@@ -22,7 +22,7 @@ def chat(
     speaker = Stream.open(stream, base=model).speaker()
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
-    console.err.print(f"{stream}: {speaker.describe()}. Ctrl-D ends, /new starts over.")
+    console.err.print(f"{stream}: {speaker.proof}. Ctrl-D ends, /new starts over.")
     while True:
         try:
             line = input("> ").strip()

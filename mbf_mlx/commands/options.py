@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,21 +58,6 @@ def options_of(text: str | None) -> dict[str, Any] | None:
 def words_of(text: str) -> tuple[str, ...]:
     """Return the parts of a comma-separated flag, without spaces around them and without empty ones."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def bytes_of(text: str, flag: str) -> int:
-    """Return the bytes of a size as people write it: "16GB", "900 MB".
-
-    Raises:
-        InputError: the text is not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", text)
-    if match is None:
-        raise InputError(f"{flag}: expected a size as in 16GB or 900MB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 StreamPath = Annotated[Path, typer.Argument(metavar="STREAM", help="Folder of the stream.")]

@@ -8,7 +8,7 @@ import typer
 from mbf_mlx import units
 from mbf_mlx.commands import console
 from mbf_mlx.commands.flags import Given, takes
-from mbf_mlx.commands.options import Config, Json, KeepQuantized, bytes_of, words_of
+from mbf_mlx.commands.options import Config, Json, KeepQuantized, words_of
 from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 
@@ -88,7 +88,7 @@ def plan(
         time=time,
         report=console.err.print,
     )
-    sizes = [bytes_of(size, "--memory") for size in memory.split(",")] if memory else [None]
+    sizes = [units.bytes_of(size, "--memory") for size in memory.split(",")] if memory else [None]
     if stream is not None:
         document = forecaster.for_tasks(stream, tasks or [], model, sizes[0])
     elif model:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from mbf_mlx import metrics
 from mbf_mlx.errors import InputError
-from mbf_mlx.experiment.results import NOTHING, Row, measures_of, named, scored
+from mbf_mlx.experiment.results import NOTHING, CellRow, label_of, measures_of, scored_on
 
-Pairs = list[tuple[Row, Row]]
+Pairs = list[tuple[CellRow, CellRow]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +46,11 @@ def reference_name(names: Iterable[str], asked: str) -> str:
     return found[0]
 
 
-def differences(rows: Iterable[Row], against: str) -> list[Difference]:
+def differences(rows: Iterable[CellRow], against: str) -> list[Difference]:
     """Return a line for every method but the one called `against`, best first."""
-    methods: dict[str, dict[tuple[str, int, Hashable], Row]] = {}
+    methods: dict[str, dict[tuple[str, int, Hashable], CellRow]] = {}
     for row in rows:
-        methods.setdefault(named(row), {})[row["order"], row["seed"], scored(row)] = row
+        methods.setdefault(label_of(row), {})[row["order"], row["seed"], scored_on(row)] = row
     reference = methods.pop(against, {})
     orders = list(dict.fromkeys(order for order, _, _ in reference))
     lines = []

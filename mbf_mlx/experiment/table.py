@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mbf_mlx import metrics, units
-from mbf_mlx.experiment.results import MEASURES, NOTHING, Row, measures_of, name_of, scored
+from mbf_mlx.experiment.results import MEASURES, NOTHING, CellRow, measures_of, name_of, scored_on
 from mbf_mlx.metrics import Spread
 
 
@@ -30,13 +30,13 @@ class Line:
         return name_of(self.label, self.setting)
 
 
-def table(rows: Iterable[Row]) -> list[Line]:
+def table(rows: Iterable[CellRow]) -> list[Line]:
     """Return the table's lines: each method's orders, and behind several their mean."""
-    groups: dict[tuple[str, str, Hashable], list[Row]] = {}
+    groups: dict[tuple[str, str, Hashable], list[CellRow]] = {}
     known: dict[Hashable, set[str]] = {}  # the orders that something was scored on: test rows, or valid ones
     for row in rows:
-        groups.setdefault((row["label"], row["setting"], scored(row)), []).append(row)
-        known.setdefault(scored(row), set()).add(row["order"])
+        groups.setdefault((row["label"], row["setting"], scored_on(row)), []).append(row)
+        known.setdefault(scored_on(row), set()).add(row["order"])
     lines = []
     for (label, setting, on), group in groups.items():
         orders = list(dict.fromkeys(row["order"] for row in group))
@@ -47,7 +47,7 @@ def table(rows: Iterable[Row]) -> list[Line]:
     return lines
 
 
-def _line(label: str, setting: str, order: str, group: list[Row]) -> Line:
+def _line(label: str, setting: str, order: str, group: list[CellRow]) -> Line:
     seeds = sorted({row["seed"] for row in group})
     by_seed = [[row for row in group if row["seed"] == seed] for seed in seeds]
     orders = len({row["order"] for row in group})
@@ -76,7 +76,7 @@ def _mean(cells: list[dict[str, float | None]], name: str) -> float | None:
     return sum(values) / len(values) if len(values) == len(cells) else None
 
 
-def _finals(row: Row) -> dict[str, float | None]:
+def _finals(row: CellRow) -> dict[str, float | None]:
     return dict(zip(row["tasks"], row["scores"][-1], strict=False))
 
 
@@ -113,7 +113,7 @@ def markdown(found: dict[str, list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def document(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+def document(name: str, rows: Sequence[CellRow]) -> dict[str, Any]:
     """Return what `mbf experiment --json` prints: the table's lines and every cell."""
     lines = [asdict(line) for line in table(rows)]
     for line in lines:

@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mbf_mlx.stream.records import TaskRecord
+
+if TYPE_CHECKING:
+    from mbf_mlx.methods import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,9 @@ class Events:
 
     def measuring(self, name: str, done: int, total: int) -> None:
         """So many of a task's training rows are measured for a method that asks for it."""
+
+    def merged(self, name: str, state: "State") -> None:
+        """A task is trained and merged, and not yet scored; `state` is what the next task would start from."""
 
     def note(self, message: str) -> None:
         """Something that the user should know."""

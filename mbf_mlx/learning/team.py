@@ -40,7 +40,8 @@ class Message:
         """Return a safetensors file, in which the tensor without a name is the JSON text."""
         text = json.dumps({"kind": self.kind, "values": self.values}).encode()
         named = {f".{name}": np.ascontiguousarray(each) for name, each in self.tensors.items()}
-        return safetensors.numpy.save({"": np.frombuffer(text, dtype=np.uint8), **named})
+        data: bytes = safetensors.numpy.save({"": np.frombuffer(text, dtype=np.uint8), **named})
+        return data
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Message":

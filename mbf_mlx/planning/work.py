@@ -15,8 +15,7 @@ from mbf_mlx.config import SAMPLE_ROWS, LoRAConfig, TrainConfig
 from mbf_mlx.data.batches import Batch, lengths_of, make_batch, plan_batches
 from mbf_mlx.data.encode import Encoded
 from mbf_mlx.memory.formula import Load, Run
-from mbf_mlx.methods import Layers, Method, empty_state, measured_rows
-from mbf_mlx.methods.base import first_factors
+from mbf_mlx.methods import Layers, Method, empty_state, first_factors, measured_rows
 
 if TYPE_CHECKING:
     from mbf_mlx.planning.timing import Taken
@@ -29,7 +28,7 @@ PLANNED_BATCHES = 400  # of an epoch whose shapes are looked at
 
 def measured_values(method: Method, layers: Layers, rank: int) -> int:
     """Return the numbers of the directions in which a method has the inputs of its layers measured, all together."""
-    if not hasattr(method, "measure"):
+    if "inputs" not in method.needs:
         return 0
     state = empty_state(layers, rank)
     return sum(int(directions.size) for directions in method.measure(state, first_factors(state, "uniform")).values())
@@ -92,9 +91,11 @@ def work_of(
 
 
 def _measured_rows(method: Method | None, count: int) -> int:
-    if hasattr(method, "measure"):
+    if method is None:
+        return 0
+    if "inputs" in method.needs:
         return len(measured_rows(count))
-    return count if getattr(method, "needs", None) == "gradients" else 0
+    return count if "gradients" in method.needs else 0
 
 
 def _real(batch: Batch) -> int:

@@ -5,7 +5,7 @@ from html import escape
 from operator import itemgetter
 from typing import Any
 
-from mbf_mlx.experiment.results import MEASURES, Row, named, scored
+from mbf_mlx.experiment.results import MEASURES, CellRow, label_of, scored_on
 from mbf_mlx.experiment.table import Line, columns, table
 from mbf_mlx.report import page_parts as html
 from mbf_mlx.report import plots
@@ -16,19 +16,19 @@ Document = dict[str, Any]
 COMPARED = {"average_accuracy": "average accuracy, %", "backward_transfer": "backward transfer, points"}
 
 
-def results_page(name: str, rows: Sequence[Row]) -> str:
+def results_page(name: str, rows: Sequence[CellRow]) -> str:
     """Return the page of an experiment.
 
     Args:
         name: The experiment's name.
         rows: The rows of its finished cells, as `read_results` returns them.
     """
-    methods, run_on, seeds = ({pick(r) for r in rows} for pick in (named, itemgetter("order"), itemgetter("seed")))
+    methods, run_on, seeds = ({pick(r) for r in rows} for pick in (label_of, itemgetter("order"), itemgetter("seed")))
     others = ", ".join([_count(methods, "method"), _count(run_on, "order"), _count(seeds, "seed")])
     subtitle = f"{_count(rows, 'cell')}: {others}."
     rows = _apart(rows)
     orders = list(dict.fromkeys(row["order"] for row in rows))
-    hashes = [[named(r), r["order"], str(r["seed"]), r["hash"]] for r in rows]
+    hashes = [[label_of(r), r["order"], str(r["seed"]), r["hash"]] for r in rows]
     parts = [
         *_comparison(rows, orders),
         *_over_time(rows, orders),
@@ -42,7 +42,7 @@ def results_page(name: str, rows: Sequence[Row]) -> str:
     return html.page(name, subtitle, parts)
 
 
-def _comparison(rows: Sequence[Row], orders: Sequence[str]) -> list[str]:
+def _comparison(rows: Sequence[CellRow], orders: Sequence[str]) -> list[str]:
     """Return the section that compares methods: plots for all orders and for each, and one table."""
     lines = table(rows)
     parts = [html.section("Comparison", "Points of percent: mean over seeds; whiskers are one sample deviation.")]
@@ -55,7 +55,7 @@ def _comparison(rows: Sequence[Row], orders: Sequence[str]) -> list[str]:
     return [*parts, html.scroll(html.table(list(texts), zip(*texts.values()), "compared"))]
 
 
-def _over_time(rows: Sequence[Row], orders: Sequence[str]) -> list[str]:
+def _over_time(rows: Sequence[CellRow], orders: Sequence[str]) -> list[str]:
     """Return the section with each method's mean score after each task."""
     parts = [html.section("Score over time", "Mean score on the tasks learned so far, mean over seeds.")]
     for order in orders:
@@ -67,7 +67,7 @@ def _over_time(rows: Sequence[Row], orders: Sequence[str]) -> list[str]:
     return parts
 
 
-def _matrices(rows: Sequence[Row], orders: Sequence[str]) -> list[str]:
+def _matrices(rows: Sequence[CellRow], orders: Sequence[str]) -> list[str]:
     """Return the section with the matrix of scores of every method and order."""
     words = "Score on each task (columns) after each task was learned (rows), in percent, mean over seeds."
     parts = [html.section("Matrices", words)]
@@ -82,7 +82,7 @@ def _matrices(rows: Sequence[Row], orders: Sequence[str]) -> list[str]:
     return parts
 
 
-def _training(rows: Sequence[Row], orders: Sequence[str]) -> list[str]:
+def _training(rows: Sequence[CellRow], orders: Sequence[str]) -> list[str]:
     """Return the section with the training losses."""
     words = "Loss per token that is trained on, first seed; methods that share a training share a line."
     parts = [html.section("Training", words)]
@@ -92,7 +92,7 @@ def _training(rows: Sequence[Row], orders: Sequence[str]) -> list[str]:
     return parts
 
 
-def _memory(rows: Sequence[Row], orders: Sequence[str]) -> list[str]:
+def _memory(rows: Sequence[CellRow], orders: Sequence[str]) -> list[str]:
     """Return the section with what each method keeps after each task, in the first order."""
     kept = {label: group[0]["kept_bytes"] for label, group in _groups(rows, orders[0]).items()}
     curves = [Curve(label, range(1, len(b) + 1), [x / 1e6 for x in b]) for label, b in kept.items()]
@@ -106,23 +106,23 @@ def _count(things: Collection[object], noun: str) -> str:
     return f"{len(things)} {noun}" + "s" * (len(things) != 1)
 
 
-def _apart(rows: Sequence[Row]) -> list[Row]:
+def _apart(rows: Sequence[CellRow]) -> list[CellRow]:
     """Return the rows; where they were scored on different rows, that becomes part of their order."""
-    if len({scored(row) for row in rows}) == 1:
+    if len({scored_on(row) for row in rows}) == 1:
         return list(rows)
-    apart = []
+    apart: list[CellRow] = []
     for row in rows:
-        split, count = scored(row)
+        split, count = scored_on(row)
         apart.append({**row, "order": f"{row['order']}, {count or 'all'} {split} rows"})
     return apart
 
 
-def _groups(rows: Sequence[Row], order: str) -> dict[str, list[Row]]:
+def _groups(rows: Sequence[CellRow], order: str) -> dict[str, list[CellRow]]:
     """Return the cells of an order by method; a method's seeds stand together."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[CellRow]] = {}
     for row in rows:
         if row["order"] == order:
-            found.setdefault(named(row), []).append(row)
+            found.setdefault(label_of(row), []).append(row)
     return found
 
 
@@ -142,12 +142,12 @@ def _average(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _averages(group: Sequence[Row]) -> list[float | None]:
+def _averages(group: Sequence[CellRow]) -> list[float | None]:
     count = len(group[0]["scores"])
     return [_average([_average(row["scores"][t][: t + 1]) for row in group]) for t in range(count)]
 
 
-def _mean_matrix(group: Sequence[Row]) -> list[list[float | None]]:
+def _mean_matrix(group: Sequence[CellRow]) -> list[list[float | None]]:
     count = len(group[0]["scores"])
     return [
         [_average([row["scores"][i][j] for row in group]) if j <= i else None for j in range(count)]
@@ -155,9 +155,9 @@ def _mean_matrix(group: Sequence[Row]) -> list[list[float | None]]:
     ]
 
 
-def _chains(rows: Sequence[Row], order: str) -> list[Curve]:
+def _chains(rows: Sequence[CellRow], order: str) -> list[Curve]:
     """Return the training curves of an order, its tasks one after another; cells with the same trainings share one."""
-    chains: dict[tuple[str, ...], list[Row]] = {}
+    chains: dict[tuple[str, ...], list[CellRow]] = {}
     for group in _groups(rows, order).values():
         chains.setdefault(tuple(group[0]["trainings"]), []).append(group[0])
     curves = []
@@ -170,25 +170,26 @@ def _chains(rows: Sequence[Row], order: str) -> list[Curve]:
             y += [loss for _, loss in points]
             done += steps
         others = f" and {len(sharing) - 1} more" if len(sharing) > 1 else ""
-        curves.append(Curve(named(sharing[0]) + others, x, y))
+        curves.append(Curve(label_of(sharing[0]) + others, x, y))
     return curves
 
 
-def _shared(rows: Sequence[Row]) -> Document:
+def _shared(rows: Sequence[CellRow]) -> Document:
     """Return the settings that all cells share, and each method's options."""
-    first = rows[0]
-    common = {key: first[key] for key in ("base", "settings", "rows", "scored_on", "machine") if _same(rows, key)}
+    found = {key: [dict(row)[key] for row in rows] for key in ("base", "settings", "rows", "scored_on", "machine")}
+    common = {key: values[0] for key, values in found.items() if _same(values)}
     hashes = {task: digest for row in rows for task, digest in zip(row["tasks"], row["task_hashes"])}
-    options = {named(row): {row["method"]: row["options"]} for row in rows}
+    options = {label_of(row): {row["method"]: row["options"]} for row in rows}
     return {**common, "methods": options, "data sha256": hashes, "measures": dict(MEASURES)}
 
 
-def _same(rows: Sequence[Row], key: str) -> bool:
+def _same(values: Sequence[Any]) -> bool:
+    """Return whether all values are equal, apart from seeds."""
+
     def bare(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {
-            k: bare(v) for k, v in value.items() if k != "seed"
-        }  # settings.train holds the seed, in which cells differ by design
+        # settings.train holds the seed, in which cells differ by design
+        return {k: bare(v) for k, v in value.items() if k != "seed"}
 
-    return all(bare(row[key]) == bare(rows[0][key]) for row in rows)
+    return all(bare(value) == bare(values[0]) for value in values)

@@ -112,7 +112,7 @@ def test_what_is_no_model_is_refused_with_what_would_be(tmp_path, models, monkey
 TEMPLATE = 'tokenizer_config.json: chat_template: expected a text, or a list of {"name": …, "template": …}, got '
 TOKENS = "expected a token's number, or a list of them, got "
 PARTS = "config.json: quantization: expected group_size and bits, whole numbers above 0, got "
-AGAIN = "\nhint: take the file again from where the model came from, or put right what is named"
+AGAIN = "\nhint: copy the file again from the model's source, or correct that field"
 # file, what of it is changed (text: all of it), the message
 BAD_FILES = {
     "a number as template": ("tokenizer_config.json", {"chat_template": 7}, TEMPLATE + "7" + AGAIN),
@@ -227,7 +227,7 @@ def test_folders_say_what_they_lack(copy):
     with pytest.raises(InputError, match="no tokenizer: expected tokenizer.json or tokenizer.model"):
         check_folder(copy)
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(InputError, match="holds pytorch_model.bin\nhint: pickled weights are never read"):
+    with pytest.raises(InputError, match="holds pytorch_model.bin\nhint: we never read pickled weights"):
         check_folder(copy)
     (copy / "pytorch_model.bin").rename(copy / "tiny.gguf")
     with pytest.raises(InputError, match="it holds tiny.gguf\nhint: give the .gguf file itself"):

@@ -48,8 +48,8 @@ def test_a_table_for_models_that_are_not_here(no_models):
     assert "llama-3.1-8b-instruct" in run("--model", names, *TABLE).stdout
 
 
-def test_the_readmes_table_is_what_its_command_says(no_models):
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Will it fit")[2].partition("\n## ")[0]
+def test_the_table_in_docs_is_what_its_command_says(no_models):
+    section = (ROOT / "docs" / "memory.md").read_text("utf-8").partition("## Will it fit")[2].partition("\n## ")[0]
     command = re.search(r"\$ mbf plan (--model (?:[^\\\n]|\\\n)+)\n", section)[1].replace("\\\n", " ")
     done = run(*command.split(), "--json")
     assert done.exit_code == 0, done.output

@@ -27,7 +27,7 @@ from mbf_mlx.engine import cpu_ops  # noqa: E402
 from mbf_mlx.engine.choose import prepare  # noqa: E402
 from mbf_mlx.engine.lora_layers import lora_layers  # noqa: E402
 from mbf_mlx.engine.taps import called_by  # noqa: E402
-from mbf_mlx.learning.after_training import conclude, with_extra  # noqa: E402
+from mbf_mlx.learning.after_training import after_training, with_extra  # noqa: E402
 from mbf_mlx.learning.learner import load_learner  # noqa: E402
 from mbf_mlx.learning.measure import input_moments, squared_gradients  # noqa: E402
 from mbf_mlx.learning.train import train  # noqa: E402
@@ -76,14 +76,18 @@ def encoded(learner, tasks):
 
 
 @pytest.fixture
-def open_stream(tmp_path, tiny_llama, learner, monkeypatch):
+def open_stream(tmp_path, tiny_llama, learner):
     """`open_stream(name, options)`: a new stream that uses the one loaded model."""
-    import mbf_mlx.learning.learner
-
-    monkeypatch.setattr(mbf_mlx.learning.learner, "load_learner", lambda *_: learner)
 
     def open_stream(name, options=None, folder="s"):
-        return Stream.open(tmp_path / folder, base=str(tiny_llama), method=name, method_options=options, lora=LORA)
+        return Stream.open(
+            tmp_path / folder,
+            base=str(tiny_llama),
+            method=name,
+            method_options=options,
+            lora=LORA,
+            load_learner=lambda *_: learner,
+        )
 
     return open_stream
 
@@ -130,7 +134,7 @@ def two_tasks(name, options, learner, encoded, config=QUICK):
         train(tuning, learner.engine, with_extra(method, state, encoded), [], config)
         if last:
             return method, state, tuning
-        state = conclude(method, state, tuning, learner.engine, encoded, 4)
+        state = after_training(method, state, tuning, learner.engine, encoded, 4)
     raise AssertionError
 
 

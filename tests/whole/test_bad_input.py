@@ -173,7 +173,7 @@ ADAPTERS = {
                                      "OUT/adapter_config.json: rank_pattern: '(' is no regular expression: missing ),"
                                      " unterminated subpattern at position 7"),
     "PEFT: a pattern that never ends": (lambda out: save_peft(out, {**PEFT, "rank_pattern": {"([a-z_.0-9]+)+!": 4}}),
-                                        "OUT/adapter_config.json: rank_pattern: '([a-z_.0-9]+)+!' is too involved for the"
+                                        "OUT/adapter_config.json: rank_pattern: '([a-z_.0-9]+)+!' is too complex for the"
                                         " name of a layer"),
     "PEFT: NaN": (lambda out: save_peft(out, A=np.full((4, 16), np.nan, "f4")), "OUT/adapter_model.safetensors is not a"
                   f" plain LoRA adapter:\n  {LAYER}: holds NaN or infinite values"),

@@ -267,6 +267,13 @@ def test_every_link_in_a_document_leads_somewhere(document):
         assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{document.name}: no #{anchor}"
 
 
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "benchmarks" / "README.md"], ids=lambda path: path.name)
+def test_every_file_that_a_document_names_is_there(document):
+    named = re.findall(r"\b(?:mbf_mlx|tests|benchmarks)/[\w/]+\.(?:py|toml)\b", document.read_text(encoding="utf-8"))
+    gone = [name for name in named if not (ROOT / name).is_file()]
+    assert not gone, f"{document.name} names {', '.join(gone)}, which is not there"
+
+
 def test_the_picture_is_a_terminal_and_loads_nothing():
     picture = runpy.run_path(str(ROOT / "docs" / "picture.py"))
     drawn = picture["draw"]("mbf status s", "\x1b[1mscore\x1b[0m [a] <b>\n\x1b[32m75.0\x1b[0m")

@@ -2,10 +2,8 @@
 
 llama.cpp's Q4_0, Q4_1 and Q8_0 are groups of 32 weights with a scale d and, for Q4_1, a minimum m: exactly MLX's affine
 quantization, weight = scale * code + bias, with other packing and signs. Codes are re-packed, scales kept; tensors of
-16 and 32 bits are kept as they are. Other types have no counterpart: they are refused, or, where the user asks,
-dequantized and quantized anew. One tensor is in memory at a time.
-
-llama.cpp stores the rows of q and k interleaved, for its kind of RoPE; they are put back in order here.
+16 and 32 bits stay as they are. Other types have no counterpart: they are refused or, if the user asks, dequantized
+and quantized again. One tensor is in memory at a time. The rows of q and k get MLX's order (names.py).
 
 Source: docs/gguf.md of ggml-org/ggml; block layouts from its ggml-common.h.
 """
@@ -25,8 +23,8 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.files import dtypes, safetensors_file
 
 GROUP = 32  # weights that share a scale, in GGUF's types
-QUANTIZE_GROUP = 64  # and in what --quantize makes, as in the hub's MLX models
-SHARD_BYTES = 5 << 30  # of one safetensors file
+QUANTIZE_GROUP = 64  # weights that share a scale after --quantize, as in the hub's MLX models
+SHARD_BYTES = 5 << 30  # largest safetensors file
 _CHUNK_VALUES = 1 << 24  # weights unpacked at a time
 _EMBEDDING = "model.embed_tokens"
 _BLOCK = (
@@ -38,7 +36,7 @@ _BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 
 
 class Target(NamedTuple):
-    """What one GGUF tensor becomes."""
+    """What one GGUF tensor becomes in the MLX folder."""
 
     source: GGUFTensor
     module: str  # "model.layers.0.self_attn.q_proj"
@@ -52,12 +50,13 @@ def convert(path: Path, folder: Path, *, quantize: int = 0, report: Callable[[in
 
     Args:
         path: The GGUF file.
-        folder: A new, empty folder; the caller renames it once it is whole.
-        quantize: Bits for matrices of types that MLX lacks, and for 16- and 32-bit ones; 0 refuses and keeps them.
-        report: Called with the bytes read so far and in all.
+        folder: A new, empty folder; the caller renames it when it is complete.
+        quantize: Bits for matrices of 16 and 32 bits and of types that MLX lacks; 0 keeps the former and refuses
+            the latter.
+        report: Called with the bytes read so far and the total.
 
     Raises:
-        InputError: a damaged file, another architecture, tensor types without counterpart, an unknown tokenizer.
+        InputError: a damaged file, another architecture, types that MLX lacks, or an unknown tokenizer.
     """
     file = read_gguf(path)
     config = model_config(file)
@@ -77,10 +76,10 @@ def convert(path: Path, folder: Path, *, quantize: int = 0, report: Callable[[in
 
 
 def plan(file: GGUFFile, config: dict[str, Any], quantize: int) -> list[Target]:
-    """Return what every tensor of the file becomes, in the file's order.
+    """Return the target of every tensor of the file, in the file's order.
 
     Raises:
-        InputError: tensors that are unknown, missing, of the wrong shape or of a type without counterpart.
+        InputError: tensors that are unknown, missing, of the wrong shape or of a type that MLX lacks.
     """
     shapes, names = _shapes(config), read_names(config, file.path)
     ours = {names.tensor(name): name for name in shapes}
@@ -120,14 +119,14 @@ def _refuse_types(path: Path, targets: list[Target]) -> None:
     if lossy:
         counts = ", ".join(f"{count} of type {kind}" for kind, count in sorted(lossy.items()))
         raise InputError(
-            f"{path}: tensors that MLX cannot hold as they are: {counts}; kept without loss are "
+            f"{path}: tensors that MLX cannot hold as they are: {counts}; without loss we convert "
             f"{', '.join([*_AS_IS, *_BITS])}\n"
-            "hint: --quantize 4 (or 8) dequantizes them and quantizes anew, at some loss"
+            "hint: --quantize 4 (or 8) dequantizes them and quantizes them again, at some loss"
         )
 
 
 def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of the model; 0 rows is any number of them."""
+    """Return the shape of every tensor of the model; 0 rows means any number."""
     hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     sizes = {
@@ -151,7 +150,7 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _quantization(targets: list[Target]) -> dict[str, Any] | None:
-    """Return config.json's quantization: the most frequent kind, and every layer that differs from it."""
+    """Return config.json's quantization: the most frequent setting, and every layer with another."""
     kinds = {}
     for target in targets:
         if target.kind == "weight" and len(target.source.shape) == 2:
@@ -207,7 +206,7 @@ def _write_weights(file: GGUFFile, targets: list[Target], folder: Path, report: 
 
 
 def _declare(file: GGUFFile, target: Target) -> list[safetensors_file.Declared]:
-    """Return what `_convert` will give, from converting the first row."""
+    """Return names, types and shapes of the tensors of `_convert`, found by converting the first row."""
     pieces = _unpack(file, target, file.rows(target.source)[:1])
     rows = target.source.shape[:-1]
     return [
@@ -233,13 +232,13 @@ def _convert(file: GGUFFile, target: Target) -> list[tuple[str, str, np.ndarray]
 
 
 def _unpack(file: GGUFFile, target: Target, data: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
-    """Return what some rows of a tensor become; `data` is uint8[rows, bytes of a row]."""
+    """Return some rows of a tensor, converted; `data` is uint8[rows, bytes of a row]."""
     kind = target.source.type
     where = f"{file.path}: {target.source.name}"
     if target.quantize:
-        return _quantize_anew(data, kind, target.quantize, _group(target), where)
+        return _quantize_again(data, kind, target.quantize, _group(target), where)
     if kind in _BITS:
-        # Rows of an embedding are unpacked in the type of their scales, where float16 rounds them; llama.cpp does not.
+        # mlx unpacks an embedding in the type of its scales, and float16 would round the rows; llama.cpp does not.
         return _repack(data, kind, where, exact=target.module == _EMBEDDING)
     array = data.view(dtypes.NUMPY[kind])
     if not np.isfinite(dtypes.to_float32(array, kind) if kind == "BF16" else array).all():
@@ -250,7 +249,7 @@ def _unpack(file: GGUFFile, target: Target, data: np.ndarray) -> list[tuple[str,
 def _repack(data: np.ndarray, kind: str, where: str, exact: bool) -> list[tuple[str, str, np.ndarray]]:
     """Return codes, scales and biases as MLX packs them; `data` is uint8[rows, bytes of a row].
 
-    Scales and biases are float16, as in the file, or the same numbers in float32 where `exact` asks for it.
+    Scales and biases are float16, as in the file; `exact` gives the same numbers in float32.
     """
     head = 4 if kind == "Q4_1" else 2
     codes_bytes = GROUP * _BITS[kind] // 8
@@ -260,8 +259,8 @@ def _repack(data: np.ndarray, kind: str, where: str, exact: bool) -> list[tuple[
     if kind == "Q4_1":
         biases = np.ascontiguousarray(blocks[..., 2:4]).view("<f2")[..., 0]
     else:
-        # The codes are signed; MLX's count from zero: 8 or 128 more, and as many scales less in the bias. Exact: a
-        # power of two.
+        # These codes are signed and MLX's start at zero: add 8 or 128 to the code, subtract as many scales in the bias.
+        # A power of two, so this is exact.
         with np.errstate(over="ignore"):
             biases = scales * np.float16(-8 if kind == "Q4_0" else -128)
     if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
@@ -269,7 +268,7 @@ def _repack(data: np.ndarray, kind: str, where: str, exact: bool) -> list[tuple[
     if kind == "Q8_0":
         packed = codes ^ np.uint8(0x80)
     else:
-        # llama.cpp: byte j has weight j below and j + 16 above. MLX: byte j has weights 2 j and 2 j + 1.
+        # llama.cpp: byte j holds weight j in its low half and j + 16 in its high half. MLX: 2 j and 2 j + 1.
         even, odd = codes[..., 0::2], codes[..., 1::2]
         packed = np.concatenate([(even & 15) | (odd & 15) << 4, (even >> 4) | (odd & 0xF0)], axis=-1)
     packed = np.ascontiguousarray(packed).reshape(len(data), -1).view("<u4")
@@ -279,15 +278,17 @@ def _repack(data: np.ndarray, kind: str, where: str, exact: bool) -> list[tuple[
     return [("weight", "U32", packed), ("scales", dtype, scales), ("biases", dtype, biases)]
 
 
-def _quantize_anew(data: np.ndarray, kind: str, bits: int, group: int, where: str) -> list[tuple[str, str, np.ndarray]]:
-    """Return rows of any type dequantized and quantized by MLX; `data` is uint8[rows, bytes of a row]."""
+def _quantize_again(
+    data: np.ndarray, kind: str, bits: int, group: int, where: str
+) -> list[tuple[str, str, np.ndarray]]:
+    """Return rows of any type, dequantized and quantized by MLX; `data` is uint8[rows, bytes of a row]."""
     import gguf
     import mlx.core as mx
 
     try:
         values = gguf.dequantize(np.ascontiguousarray(data), gguf.GGMLQuantizationType[kind])
     except NotImplementedError:
-        raise InputError(f"{where}: nobody here can read type {kind}; use a file with other types") from None
+        raise InputError(f"{where}: we cannot read type {kind}; use a file with other types") from None
     if not np.isfinite(values).all() or abs(values).max(initial=0) > np.finfo(np.float16).max:
         raise InputError(f"{where}: holds values that are not finite in float16")
     parts = mx.quantize(mx.array(values.astype(np.float16)), group_size=group, bits=bits)

@@ -1,4 +1,4 @@
-"""safetensors files read and written one tensor at a time, a few rows at a time: exporting never holds a whole model.
+"""safetensors files, read and written a few rows of one tensor at a time, so that no export holds a whole model.
 
 files/dtypes.py says how NumPy holds each type. files/safetensors_file.py reads, checks and makes headers. What a tensor
 means is left to checkpoint.py.
@@ -20,7 +20,7 @@ from mbf_mlx.files.safetensors_file import Declared, Entry, header_bytes, read_b
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a file's header says of one tensor."""
+    """A tensor's type and shape."""
 
     dtype: str  # safetensors' name, "BF16"
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Stored(Tensor):
-    """A tensor and where its bytes lie."""
+    """A tensor in a file."""
 
     file: Path
     offset: int  # bytes from the start of the file
@@ -56,7 +56,7 @@ def read_headers(files: list[Path]) -> tuple[dict[str, Stored], dict[Path, dict[
     """Return every tensor of `files` by name, in the order of the bytes, and each file's metadata.
 
     Raises:
-        InputError: a file is no whole safetensors file, holds a type we do not know, or repeats a name.
+        InputError: a file is no complete safetensors file, holds an unknown type, or repeats a name.
     """
     tensors: dict[str, Stored] = {}
     metadata: dict[Path, dict[str, str]] = {}
@@ -66,15 +66,15 @@ def read_headers(files: list[Path]) -> tuple[dict[str, Stored], dict[Path, dict[
             if entry.dtype not in NUMPY:
                 raise InputError(f"{path}: {name}: expected one of {', '.join(NUMPY)}, got {entry.dtype!r}")
             if name in tensors:
-                raise InputError(f"{path}: {name}: stands in {tensors[name].file.name}, too")
+                raise InputError(f"{path}: {name}: is in {tensors[name].file.name}, too")
             tensors[name] = Stored(entry.dtype, entry.shape, path, entry.begin)
     return tensors, metadata
 
 
 class Writer:
-    """Writes one safetensors file whose tensors are known in advance; their bytes come in any order.
+    """Writes one safetensors file whose tensors are known in advance, in any order.
 
-    Use as a context manager: the file is on the disk, not only in the system's memory, when the block ends.
+    A context manager: when the block ends, the file is on the disk, not only in the system's memory.
     """
 
     def __init__(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -104,10 +104,10 @@ class Writer:
             self._file.close()
 
     def write(self, name: str, array: np.ndarray, first: int = 0) -> None:
-        """Write rows `first` and following of a tensor, as NumPy holds them.
+        """Write rows of a tensor, starting at row `first`, as NumPy holds them.
 
         Raises:
-            ValueError: the rows are not of the announced type and shape.
+            ValueError: the rows do not have the announced type and shape.
         """
         tensor = self._tensors[name]
         if array.dtype != np.dtype(NUMPY[tensor.dtype]) or array.shape[1:] != tensor.shape[1:]:
@@ -117,7 +117,7 @@ class Writer:
         self._file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
 
     def copy(self, name: str, source: Stored) -> None:
-        """Write a tensor's bytes as they stand in another file."""
+        """Copy a tensor's bytes from another file."""
         self._file.seek(self._start[name])
         for piece in read_bytes(source.file, Entry(name, source.dtype, source.shape, source.offset, source.nbytes)):
             self._file.write(piece)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.weights import affine
 from mbf_mlx.export.weights.checkpoint import Setting
-from mbf_mlx.export.weights.fuse import Form, Survival, delta_rows, encode
+from mbf_mlx.export.weights.fuse import Form, Survival, delta_rows, round_rows
 from mbf_mlx.export.weights.tensors import Tensor, Writer, read_headers
 from mbf_mlx.methods import Pair
 
@@ -55,7 +55,7 @@ def test_a_fused_value_by_hand():
     weight = np.stack([np.arange(32) % 16, np.arange(32) % 16]).astype(np.float32)
     pair = Pair(np.ones((1, 32), np.float32), np.float32([[1], [0]]))
     np.testing.assert_array_equal(delta_rows(pair, 2.0), np.repeat(np.float32([[2], [0]]), 32, axis=1))
-    tensors, stored = encode("layer", weight + delta_rows(pair, 2.0), Form(Setting(4, 32), "F16"))
+    tensors, stored = round_rows("layer", weight + delta_rows(pair, 2.0), Form(Setting(4, 32), "F16"))
     np.testing.assert_array_equal(stored[0], weight[0] + 2)
     np.testing.assert_array_equal(stored[1], weight[1])
     np.testing.assert_array_equal(tensors["layer.biases"].ravel(), [2, 0])

@@ -103,22 +103,22 @@ def test_the_same_bits_take_the_same_bytes_and_stay_on_the_bases_grid(tiny_llama
 
 
 def test_moments_are_those_of_the_inputs_and_shared_by_layers_that_share_them(tiny_llama, mx, monkeypatch):
-    from mbf_mlx.base import load as model
+    from mbf_mlx.base.load import load_base
     from mbf_mlx.config import LoRAConfig
-    from mbf_mlx.export.quality import input_moments as watching
+    from mbf_mlx.export.quality import input_moments
 
-    base = model.load_base(tiny_llama, dtype="float32").model
+    base = load_base(tiny_llama, dtype="float32").model
     attach(base, LoRAConfig(rank=4))
     rows = [*token_rows(3), *token_rows(2, seed=5, length=7)]
-    whole = list(watching.moments(base, lora_layers(base), rows))
+    whole = list(input_moments.moments(base, lora_layers(base), rows))
     assert [names for names, _ in whole] == [
         [f"model.layers.{block}.self_attn.{key}" for key in ("q_proj", "v_proj")] for block in (0, 1)
     ]
     first = base.model.layers[0].input_layernorm
     inputs = np.concatenate([np.array(first(base.model.embed_tokens(mx.array(row.tokens)))) for row in rows])
     np.testing.assert_allclose(whole[0][1], inputs.T @ inputs / len(inputs), rtol=1e-3, atol=1e-4)
-    monkeypatch.setattr(watching, "BUDGET_BYTES", 1)
-    apart = dict((names[0], matrix) for names, matrix in watching.moments(base, lora_layers(base), rows))
+    monkeypatch.setattr(input_moments, "BUDGET_BYTES", 1)
+    apart = dict((names[0], matrix) for names, matrix in input_moments.moments(base, lora_layers(base), rows))
     for names, matrix in whole:
         np.testing.assert_allclose(apart[names[0]], matrix, rtol=1e-5)
 
