@@ -1,4 +1,4 @@
-"""`mbf experiment`: methods, orders and seeds on sequences of tasks, from one file into one table."""
+"""`mbf experiment`: compare methods, task orders and seeds, from one file into one table."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -72,7 +72,7 @@ def experiment(
 def _run(plan: Any, folder: Path) -> "list[CellRow]":
     from mbf_mlx.device import backend
 
-    backend.setup()  # loads the fast BLAS, which mlx takes only where it is there first
+    backend.setup()  # loads the fast BLAS, which must be there before mlx is
     from mbf_mlx.experiment.cell import Watch
     from mbf_mlx.experiment.run import Experiment
     from mbf_mlx.files.storage import Files
@@ -81,7 +81,7 @@ def _run(plan: Any, folder: Path) -> "list[CellRow]":
     running = Experiment(plan, folder, Watch())
 
     class Shown(Watch):
-        """One bar over all cells; its unit is a task learned in a cell, here or by another process."""
+        """One bar over all cells. It counts the tasks learned in them, here or by another process."""
 
         def __init__(self, update: Any, total: int) -> None:
             self.update, self.total, self.done, self.what = update, total, 0, ""

@@ -10,14 +10,13 @@ import typer
 from mbf_mlx.commands.help import MEMORY, OTHER
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.documents import toml
-from mbf_mlx.units import bytes_of as bytes_of
 
 
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Take a TOML file's values as this command's defaults; flags win.
+    """Make the values of a TOML file the defaults of this command; flags on the command line win.
 
     Raises:
-        InputError: no such file, no TOML, or a name that is not one of the command's flags.
+        InputError: the file is missing or not TOML, or names a flag that the command does not have.
     """
     if path is None:
         return None
@@ -37,7 +36,7 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
 
 
 def options_of(text: str | None) -> dict[str, Any] | None:
-    """Return a method's options from "key=value,key=value"; values are JSON where they can be read so, else words.
+    """Return a method's options from "key=value,key=value"; a value that is not JSON is a word.
 
     Raises:
         InputError: a part without a key or a value.

@@ -367,4 +367,4 @@ def test_status_says_where_rows_are_kept(name, said, open_stream, tasks):
 
     stream = open_stream(name)
     stream.learn(tasks[0], train=QUICK)
-    assert any("rows of its tasks are kept" in line for line in summary(stream.status())) == said
+    assert any("this method keeps rows of its tasks" in line for line in summary(stream.status())) == said
