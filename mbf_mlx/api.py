@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, TrainConfig
-from mbf_mlx.data.encode import Encoder
 from mbf_mlx.data.task import Task, read_task
 from mbf_mlx.device import backend
 from mbf_mlx.errors import InputError
@@ -193,19 +192,12 @@ class Stream:
             )
 
     def _look(self, method: Method, state: State, tuned: Factors, source: str) -> dict[str, Seen]:
-        """Return the inputs that a task's training rows have, the model applying what was tuned."""
+        """Return the inputs that a method measures in a task's training rows; runs the model."""
         backend.setup()
-        from mbf_mlx.learning.measure import seen
-        from mbf_mlx.learning.tuning import Tuning
+        from mbf_mlx.learning.measure import inputs_of_task
 
-        learner, task = self._load(), read_task(Path(source))
-        data = DataConfig(template=self.folder.identity.template)
-        rows = Encoder(learner.tokenizer, data, self.folder.path).all(task.train, task.path)
-        tuning = Tuning(learner.base.model, method, state)
-        tuning.update({f"{name}.{field}": x for name, pair in tuned.items() for field, x in pair._asdict().items()})
-        learner.base.model.eval()
-        directions: dict[str, Any] = method.measure(state, tuned)  # type: ignore[attr-defined]
-        return seen(tuning, learner.engine, rows, directions, batch_size=1)
+        template = self.folder.identity.template
+        return inputs_of_task(self._load(), method, state, tuned, Path(source), template, self.folder.path)
 
     def status(self) -> dict[str, Any]:
         """Return the document that `mbf status --json` prints: tasks, scores, sizes, settings."""

@@ -18,11 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers whose products wait for two threads each are several times slower than with one thread each.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
 from filelock import FileLock
 
 from mbf_mlx.device.blas import load_blas
+from tests.support.fast import is_fast, no_processes
 
 load_blas()  # before any test imports mlx
 # A test run in the background of a script, or under nohup, ignores signals, and would hand that on to its children.
@@ -30,6 +30,23 @@ for _signal, _default in ((signal.SIGINT, signal.default_int_handler), (signal.S
     if signal.getsignal(_signal) == signal.SIG_IGN:
         signal.signal(_signal, _default)
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests that `make test-fast` runs."""
+    for item in items:
+        if is_fast(item):
+            item.add_marker("fast")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Let no test that is marked as fast start a process."""
+    if not item.get_closest_marker("fast"):
+        return (yield)
+    with no_processes(item.nodeid):
+        return (yield)
+
 
 # name -> (relative tolerance, absolute tolerance), as numpy.testing takes them
 TOLERANCES = {
@@ -51,25 +68,6 @@ TOLERANCES = {
 def tolerance():
     """`tolerance("float32")` as keyword arguments of numpy.testing.assert_allclose."""
     return lambda name: dict(zip(("rtol", "atol"), TOLERANCES[name], strict=True))
-
-
-@pytest.fixture(params=["numpy", "mlx-cpu", "mlx-gpu"])
-def xp(request):
-    """An array library whose functions the code under test runs on; for MLX on the named device.
-
-    QR and SVD of mlx-gpu need `mx.stream(mx.cpu)` around them.
-    """
-    if request.param == "numpy":
-        yield np
-        return
-    mx = import_mlx()
-    device = mx.cpu if request.param == "mlx-cpu" else mx.gpu
-    if device == mx.gpu and not mx.is_available(mx.gpu):
-        pytest.skip("this machine has no GPU that mlx can use")
-    before = mx.default_device()
-    mx.set_default_device(device)
-    yield mx
-    mx.set_default_device(before)
 
 
 def import_mlx():

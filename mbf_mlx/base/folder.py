@@ -1,4 +1,4 @@
-"""What a model folder says of itself, read from its files alone: layers and their shapes, the chat template. No mlx."""
+"""Facts about a model folder, read from its files without mlx: layers and their shapes, the chat template."""
 
 import hashlib
 import json
@@ -16,15 +16,15 @@ _BLOCK_WEIGHT = re.compile(r"^.*\blayers\.(?P<block>\d+)\.(?P<key>.+)\.weight$")
 
 
 def chosen_layers(folder: Path, keys: Iterable[str], num_layers: int) -> tuple[Layers, int]:
-    """Return the (out, in) of the chosen linear layers of a model folder and its number of blocks, without loading it.
+    """Return the (out, in) of the chosen linear layers of a model folder, and its number of blocks.
 
     Args:
         folder: A local model folder.
         keys: Names of layers, or their paths inside a block.
-        num_layers: Blocks counted from the last; -1 is all.
+        num_layers: How many blocks, counted from the last; -1 is all.
 
     Raises:
-        InputError: keys that name no layer, or more blocks than there are.
+        InputError: keys that name no layer, or more blocks than the model has.
     """
     wanted, found = tuple(keys), {}
     quantization = read_config(folder).get("quantization") or {}
@@ -59,11 +59,11 @@ def check_template(folder: Path, sha256: str, stream: Path) -> None:
 
     Args:
         folder: A local model folder.
-        sha256: Of the stream's template, "" or that of no text where it was taught without.
-        stream: Where the stream is, for the message.
+        sha256: The digest of the stream's template; "" or the digest of an empty text where it was taught without one.
+        stream: The stream's folder, for the message.
 
     Raises:
-        InputError: its template is another one, or gone.
+        InputError: the folder has another template, or none.
     """
     text = template_text(folder)
     found = _sha256(text or "")
@@ -72,7 +72,7 @@ def check_template(folder: Path, sha256: str, stream: Path) -> None:
     raise InputError(
         f"{folder}: its chat template is not the one that {stream} was taught with: expected sha256 {sha256[:12]},"
         f" got {found[:12] if text else 'no template'}"
-        "\nhint: put the tokenizer's files back as they were; --model names another copy of the base"
+        "\nhint: restore the tokenizer's files, or name another copy of the base with --model"
     )
 
 

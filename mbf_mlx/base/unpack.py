@@ -63,7 +63,7 @@ class UnpackingLinear(nn.QuantizedLinear):
 
 
 class UnpackingEmbedding(nn.QuantizedEmbedding):
-    """A quantized embedding that unpacks itself where it is also the model's head."""
+    """A quantized embedding that unpacks itself when it serves as the model's head."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the logits, x W^T, for x (..., dims)."""

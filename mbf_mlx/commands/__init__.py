@@ -73,9 +73,11 @@ class _Commands(TyperGroup):
         """Return the command called `cmd_name`, or None where there is none."""
         if cmd_name not in self.commands:
             return None
+        from mbf_mlx.commands.help import Command  # `mbf --help` does without
+
         module = importlib.import_module(f"{__name__}.{cmd_name}")
         one = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_CONTEXT)
-        one.command(cmd_name)(getattr(module, cmd_name))
+        one.command(cmd_name, cls=Command)(getattr(module, cmd_name))
         return typer.main.get_command(one)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -118,11 +120,12 @@ class _Commands(TyperGroup):
             raise SystemExit(1) from error
 
 
-_CONTEXT = {"help_option_names": ["--help", "-h"]}
+_CONTEXT: dict[str, Any] = {"help_option_names": ["--help", "-h"], "max_content_width": 100}
 app = typer.Typer(
     cls=_Commands,
     context_settings=_CONTEXT,
     rich_markup_mode=None,
+    subcommand_metavar="COMMAND ...",
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbf_mlx.commands.console import err, out, print_json, progress, warn
+from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import Base, Config, Json, Quantize
 from mbf_mlx.config import DataConfig
 
@@ -16,29 +17,29 @@ if TYPE_CHECKING:
     from mbf_mlx.data.row import BadRow, Row
     from mbf_mlx.data.task import Task
 
-_DEFAULTS = DataConfig()
 _MARKS = ("⟦", "⟧")  # around what is supervised, for those who see no colours
 _SHOWN_LABELS = 20
 _MANY_ROWS, _LARGE_FILE = 2000, 50_000_000  # rows and bytes that take long enough for a progress bar
 _SHOWN_TEXT = 600  # letters of a piece of the example
 
 
+@takes("max_seq_length", "mask_prompt", "template")
 def check(
     tasks: Annotated[list[Path], typer.Argument(metavar="TASK...", help="Task files, or folders with train.*.")],
+    *,
     model: Base = None,
     quantize: Quantize = 0,
-    stream: Annotated[Path | None, typer.Option(help="Check for this stream: its model and its template.")] = None,
-    template: Annotated[str, typer.Option(help="chat: the model's own; none: raw text.")] = _DEFAULTS.template,
-    max_seq_length: Annotated[int, typer.Option(help="Tokens of a row at most.")] = _DEFAULTS.max_seq_length,
-    mask_prompt: Annotated[
-        bool, typer.Option("--mask-prompt/--no-mask-prompt", help="Supervise answers alone, or everything.")
-    ] = _DEFAULTS.mask_prompt,
+    stream: Annotated[
+        Path | None,
+        typer.Option("--stream", metavar="STREAM", help="Check for this stream, with its model and its template."),
+    ] = None,
+    given: Given,
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Show what training would see of tasks, and every line of them that does not fit.
+    """Show what training would see of tasks, and every line that does not fit.
 
-    Without --model or --stream lengths are counted in characters and no template is shown.
+    Without --model or --stream, lengths are counted in characters and no template is applied.
 
     Example: mbf check mail.jsonl notes/ --model smollm2-135m-instruct
     """
@@ -47,7 +48,7 @@ def check(
 
     if model is not None and stream is not None:
         raise InputError("--model and --stream: expected one of them (a stream has its own model)")
-    data = DataConfig(template=template, mask_prompt=mask_prompt, max_seq_length=max_seq_length)
+    data = given.make(DataConfig)
     # What is wrong with the files is said before a model is looked for.
     with progress("reading", unit="MB") if _is_large(tasks) else nullcontext(_silent) as update:
         found = read_tasks(tasks, report=lambda file, offset: update(offset // 1_000_000, file=file.name))

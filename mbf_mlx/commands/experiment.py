@@ -14,27 +14,36 @@ if TYPE_CHECKING:
 
 
 def experiment(
-    file: Annotated[Path, typer.Argument(help="TOML: base, tasks, orders, methods, seeds, settings.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="TOML file with the base, tasks, orders, methods, seeds and settings."),
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the results. [default: NAME-results for NAME.toml]")
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Folder for the results. [default: NAME-results for NAME.toml]"),
     ] = None,
     tasks: Annotated[
-        Path | None, typer.Option("--tasks", help="Folder of the tasks, in place of the file's own.")
+        Path | None,
+        typer.Option("--tasks", metavar="FOLDER", help="Folder of the tasks, instead of the one that the file names."),
     ] = None,
     show: Annotated[
-        bool, typer.Option("--show", help="Run nothing and read no tasks: the table of the cells that are finished.")
+        bool, typer.Option("--show", help="Only print the table of the finished cells; run nothing, read no tasks.")
     ] = False,
     against: Annotated[
         str | None,
-        typer.Option("--against", help="Compare each method with this one, cell by cell, in a second table."),
+        typer.Option(
+            "--against",
+            metavar="METHOD",
+            help="Compare each method with this one, cell by cell, in a second table.",
+        ),
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
     json: Json = False,
 ) -> None:
-    """Run methods x task orders x seeds (x settings) and compare them in one table.
+    """Run every combination of methods, task orders, seeds and settings (a cell each); compare them in one table.
 
-    Cells run one after another; a finished one is never run again, and a killed run goes on where it was. Further
-    processes with the same --out take cells that nobody is at.
+    Cells run one after another. A finished cell is never run again, and a killed run continues where it stopped. Start
+    the same command in other processes to share the work: each takes cells that no other is running.
 
     Example: mbf experiment benchmarks/experiments/first.toml --markdown
     """

@@ -63,7 +63,7 @@ class ChatTemplate:
 
     def _text(self, messages: Any, tools: Any, ask: bool) -> str | BadRow:
         try:
-            return self._apply(messages, tools, ask)
+            return str(self._apply(messages, tools, ask))
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             return BadRow(f"the model's chat template refuses the row: {reason}")

@@ -21,39 +21,18 @@ from mbf_mlx.data.problems import Problems
 from mbf_mlx.data.row import BadRow, Row
 from mbf_mlx.data.token_rows import Encoded as Encoded
 from mbf_mlx.data.token_rows import EncodedRows
-from mbf_mlx.data.tokenizer_pieces import Pieces
+from mbf_mlx.data.tokenizer_pieces import PieceTokenizer
 
 CHUNK = 512  # rows that are rendered and tokenized together, fewer where they have more letters than
 CHUNK_LETTERS = 1_000_000
 NOTHING = "no supervised token: the model's template or tokenizer leaves none of the answer"
 
 
-def encode(
-    row: Row, tokenizer: Any, *, template: str = "chat", mask_prompt: bool = True, max_length: int = 2048
-) -> Encoded:
-    """Return one row's tokens; an `Encoder` makes those of many rows faster.
-
-    Raises:
-        BadRow: it does not fit, or the model's template refuses it.
-    """
-    data = DataConfig(template=template, mask_prompt=mask_prompt, max_seq_length=max_length)
-    _, encoded = next(Encoder(tokenizer, data).stream([row]))
-    if isinstance(encoded, BadRow):
-        raise encoded
-    return encoded
-
-
-def encode_prompt(row: Row, tokenizer: Any, *, template: str = "chat", max_length: int = 2048) -> np.ndarray:
-    """Return the tokens from which a row's last answer is generated, int32 (n,): what is supervised goes on here."""
-    encoded = encode(row, tokenizer, template=template, max_length=max_length)
-    return encoded.tokens[: encoded.prompt_length]
-
-
 class Encoder:
     """Encodes rows with one tokenizer and one setting.
 
     Args:
-        tokenizer: mlx-lm's TokenizerWrapper, or the transformers tokenizer inside it.
+        tokenizer: mlx-lm's TokenizerWrapper.
         data: Template, mask and length. The template "chat" means "none" for a model without one.
         spill: A folder for tokens that are too many for memory; None is the system's own.
     """
@@ -61,9 +40,9 @@ class Encoder:
     def __init__(self, tokenizer: Any, data: DataConfig, spill: Path | None = None):
         self.data = data
         self._spill = spill
-        self._pieces = Pieces(tokenizer)
-        has_template = getattr(tokenizer, "has_chat_template", getattr(tokenizer, "chat_template", None) is not None)
-        self._template = ChatTemplate(tokenizer) if data.template == "chat" and has_template else None
+        self._pieces = PieceTokenizer(tokenizer)
+        chat = data.template == "chat" and tokenizer.has_chat_template
+        self._template = ChatTemplate(tokenizer) if chat else None
 
     def all(self, rows: Sequence[Row], path: Path) -> EncodedRows:
         """Return all rows' tokens; `path` is what an error calls the task.

@@ -70,10 +70,10 @@ class ByHand(Engine):
 
     def _states(self, batch: Batch) -> mx.array:
         """Return the hidden states at the supervised positions, (N, D)."""
-        parts, shared = self._parts(batch)
+        parts, handovers = self._parts(batch)
 
         def run(part: Batch) -> mx.array:
-            return evaluated(Pass(self.model, {}, part, keep=False, shared=shared).forward())
+            return evaluated(Pass(self.model, {}, part, keep=False, handovers=handovers).forward())
 
         return mx.concatenate(cpu_ops.side_by_side([partial(run, part) for part in parts]))
 
@@ -85,10 +85,10 @@ class ByHand(Engine):
         trained = trained_arrays(self.model)
         # Copies without history: on arrays that mlx differentiates it would keep every intermediate result.
         factors = {name: without_history(value.astype(mx.float32)) for name, value in trained.items()}
-        parts, shared = self._parts(batch)
+        parts, handovers = self._parts(batch)
 
         def run(part: Batch) -> tuple[np.ndarray, mx.array, Pass]:
-            way = Pass(self.model, factors, part, checkpoint=self.checkpoint, shared=shared)
+            way = Pass(self.model, factors, part, checkpoint=self.checkpoint, handovers=handovers)
             return *self._loss_and_d_hidden(way.forward(), part.targets, len(parts)), way
 
         done = cpu_ops.side_by_side([partial(run, part) for part in parts])

@@ -1,4 +1,4 @@
-"""Chooses the engine for a model, once: the only place that asks which of the two fits."""
+"""Chooses the engine for a model, once: the only place that decides between the two."""
 
 import mlx.core as mx
 from mlx import nn

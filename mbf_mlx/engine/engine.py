@@ -68,7 +68,7 @@ class Engine(ABC):
     def loss_and_grad(self, apply: Callable[[Arrays], None]) -> LossAndGrad:
         """Return a function from arrays and a batch to `loss_sum` of the batch and its gradients, by the arrays' names.
 
-        Make a new one for each task: a compiled function keeps what `apply` read besides the arrays.
+        Make a new one for each task: a compiled function keeps whatever else `apply` read when it was compiled.
 
         Args:
             apply: Puts the arrays into the model.
@@ -161,6 +161,6 @@ class Engine(ABC):
 def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """Return the cross-entropy of each target, float32 (N,) and 0 for IGNORED, and the logits (N, V) in float32."""
     logits = logits.astype(mx.float32)
-    targets = mx.stop_gradient(targets)  # a checkpointed call would ask for their gradient
+    targets = mx.stop_gradient(targets)  # a checkpointed call would compute their gradient
     right = mx.take_along_axis(logits, mx.maximum(targets, 0)[:, None], axis=-1)[:, 0]
     return mx.where(targets == IGNORED, 0, mx.logsumexp(logits, axis=-1) - right), logits

@@ -71,7 +71,7 @@ class Pass:
         batch: A batch, or one of its parts.
         checkpoint: Keep only each block's input for the backward pass, and compute the block again there.
         keep: Whether there will be a backward pass.
-        shared: For each block, how the parts of a batch share its prefix, if `batch` is one of several parts. They
+        handovers: For each block, how the parts of a batch share its prefix, if `batch` is one of several parts. They
             have to run at the same time, each in a thread of its own.
         note: Called for each trained layer in the backward pass.
     """
@@ -84,7 +84,7 @@ class Pass:
         *,
         checkpoint: bool = False,
         keep: bool = True,
-        shared: Sequence[PrefixHandover] = (),
+        handovers: Sequence[PrefixHandover] = (),
         note: LayerNote | None = None,
     ):
         heads = model.layers[0].self_attn
@@ -94,20 +94,20 @@ class Pass:
         self.first = next((i for i, block in enumerate(self.blocks) if block.is_trained), len(self.blocks))
         self.layout = Layout(batch, _angles(heads, batch))
         self.embed = model.model.embed_tokens
-        self.shared: Sequence[PrefixHandover | None] = shared or [None] * len(self.blocks)
+        self.handovers: Sequence[PrefixHandover | None] = handovers or [None] * len(self.blocks)
         self._saved: list[_Saved | mx.array] = []  # by trained block; with `checkpoint` only the block's input
         self._last: list[tuple[mx.array, np.ndarray]] = []  # of the last norm: its input, and the inverse of its root
 
     def forward(self) -> mx.array:
         """Return the hidden states at the supervised positions, (N, D), after the last norm."""
-        with failing_together(self.shared):
+        with failing_together(self.handovers):
             return self._forward()
 
     def _forward(self) -> mx.array:
         x = self.embed(mx.array(self.layout.tokens)).astype(mx.float32)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            y, saved = block.forward(x, self.layout, self.shared[i], picked=i == last)
+            y, saved = block.forward(x, self.layout, self.handovers[i], picked=i == last)
             if self.keep and i >= self.first:
                 self._saved.append(x if self.checkpoint else saved)
             x = y
@@ -122,7 +122,7 @@ class Pass:
         Call it once: it overwrites and frees what `forward` has saved. Call it in a thread in which mlx takes no
         gradients (`cpu_ops.side_by_side`): otherwise mlx would keep everything that is computed here.
         """
-        with failing_together(self.shared):
+        with failing_together(self.handovers):
             return self._backward(d_out)
 
     def _backward(self, d_out: mx.array) -> Arrays:
@@ -133,9 +133,9 @@ class Pass:
         for i in reversed(range(self.first, len(self.blocks))):
             block, picked, saved = self.blocks[i], i == len(self.blocks) - 1, self._saved.pop()
             if isinstance(saved, mx.array):
-                saved = block.forward(saved, self.layout, self.shared[i], picked=picked)[1]
+                saved = block.forward(saved, self.layout, self.handovers[i], picked=picked)[1]
             assert d_x is not None, "only the first trained block has no gradient to pass on"
-            d_x = block.backward(d_x, saved, self.layout, self.shared[i], picked, gradients, stop=i == self.first)
+            d_x = block.backward(d_x, saved, self.layout, self.handovers[i], picked, gradients, stop=i == self.first)
         return gradients
 
 
@@ -168,7 +168,7 @@ class Head:
 
 
 class _Linear:
-    """One linear layer: a frozen weight, and its factors where it is trained."""
+    """One linear layer: a frozen weight, and its factors if it has some."""
 
     def __init__(self, module: nn.Module, name: str, factors: Arrays, note: LayerNote | None):
         self.note = note
@@ -238,12 +238,10 @@ class _Saved:
 
 class _Block:
     def __init__(self, block: nn.Module, name: str, factors: Arrays, note: LayerNote | None):
-        self.block = block
-        self.size = block.self_attn.head_dim
-        self.groups = block.self_attn.n_kv_heads
-        attention, mlp = block.self_attn, block.mlp
+        heads, mlp = block.self_attn, block.mlp
+        self.block, self.size, self.groups = block, heads.head_dim, heads.n_kv_heads
         self.q, self.k, self.v, self.o = (
-            _Linear(attention[each], f"{name}.self_attn.{each}", factors, note)
+            _Linear(heads[each], f"{name}.self_attn.{each}", factors, note)
             for each in ("q_proj", "k_proj", "v_proj", "o_proj")
         )
         self.gate, self.up, self.down = (
@@ -254,7 +252,7 @@ class _Block:
         )
 
     def forward(
-        self, x: mx.array, layout: Layout, shared: PrefixHandover | None, *, picked: bool
+        self, x: mx.array, layout: Layout, handover: PrefixHandover | None, *, picked: bool
     ) -> tuple[mx.array, _Saved]:
         """Return the block's output for x (T, D), at all tokens or at supervised ones (`picked`), and what to save."""
         queries = layout.supervised if picked else layout.all
@@ -264,7 +262,7 @@ class _Block:
         middle, normed_q = (x[mx.array(layout.picked)], normed[mx.array(layout.picked)]) if picked else (x, normed)
         q = self.q(normed_q)
         mx.eval(q, k, v)
-        mixed, attended = attention.attend(q, k, v, queries, layout.all, self.groups, self.size, shared)
+        mixed, attended = attention.attend(q, k, v, queries, layout.all, self.groups, self.size, handover)
         middle = self.o(mixed, onto=middle)
         norm = self.block.post_attention_layernorm
         middle_normed, middle_inverse = cpu_ops.rms_norm(middle, _weight(norm), norm.eps)
@@ -294,7 +292,7 @@ class _Block:
         d_out: mx.array,
         saved: _Saved,
         layout: Layout,
-        shared: PrefixHandover | None,
+        handover: PrefixHandover | None,
         picked: bool,
         gradients: Arrays,
         stop: bool,
@@ -317,7 +315,7 @@ class _Block:
         d_mixed = self.o.d_input(d_middle)
         found |= self.o.d_factors(saved.mixed, d_middle)
         mx.eval(d_mixed, found)
-        d_q, d_k, d_v = attention.attend_backward(d_mixed, saved.attended, queries, layout.all, shared, layout.part)
+        d_q, d_k, d_v = attention.attend_backward(d_mixed, saved.attended, queries, layout.all, handover, layout.part)
         found |= self.q.d_factors(saved.normed_q, d_q)
         found |= self.k.d_factors(saved.normed, d_k) | self.v.d_factors(saved.normed, d_v)
         mx.eval(found)

@@ -14,7 +14,7 @@ from mbf_mlx.experiment.hashes import of_cell, settings_of_cell
 from mbf_mlx.experiment.plan_file import Cell
 from mbf_mlx.experiment.results import CellRow, measured
 from mbf_mlx.experiment.workbench import TaskScore, Workbench
-from mbf_mlx.learning.after_training import conclude
+from mbf_mlx.learning.after_training import after_training
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.learn import Learned, TaskRows, check_finite, learn_rows, start_task
 from mbf_mlx.learning.learner import Learner, run_conditions
@@ -96,7 +96,7 @@ class RunningCell:
         """Return the state after a task that is not trained on; a later training will see its rows."""
         rows, engine = self.bench.training_rows(self.cell, name), self.learner.engine
         tuning = start_task(self.learner, self.method, state, self.settings)
-        after = conclude(self.method, state, tuning, engine, rows, self.cell.train.batch_size)
+        after = after_training(self.method, state, tuning, engine, rows, self.cell.train.batch_size)
         check_finite(after, name)
         return after
 

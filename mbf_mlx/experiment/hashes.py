@@ -68,7 +68,7 @@ def of_training(
 ) -> str:
     """Return the hash of all that determines the result of a training."""
     start = tuning.named()
-    added = tuning.has_penalty or not _is_plain(method, start, state)
+    added = tuning.has_penalty or not tuning.is_plain
     lora = {name: value for name, value in settings_of(cell.lora).items() if name != "rank"}
     return digest(
         always,
@@ -81,12 +81,6 @@ def of_training(
         # What a method adds to training is a function of its options and of all that it keeps.
         [method.name, method.options, _of_state(state)] if added else [],
     )
-
-
-def _is_plain(method: Method, start: dict[str, Any], state: State) -> bool:
-    """Return whether what trains is itself what the model applies."""
-    effective = getattr(method, "effective", None)
-    return effective is None or effective(start, state) is start
 
 
 def settings_of_cell(cell: Cell) -> dict[str, Any]:

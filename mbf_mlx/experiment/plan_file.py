@@ -174,9 +174,9 @@ def read_plan(path: Path, tasks: Path | None = None, *, with_tasks: bool = True)
         except InputError as error:
             problems.append(f"methods[{number}]: {error}")
             continue
-        if entry.only_last and not getattr(made, "anew", False):
+        if entry.only_last and not made.from_scratch:
             problems.append(
-                f"methods[{number}].only_last: expected a method that trains anew from all rows after each task"
+                f"methods[{number}].only_last: expected a method that trains from scratch on all rows after each task"
                 f" (joint, with start = 'first'), got {_label(entry)}"
             )
         for setting, (lora, train, data) in settings.items():

@@ -24,8 +24,8 @@ from mbf_mlx.data.encode import Encoded, Encoder
 from mbf_mlx.device import backend
 from mbf_mlx.experiment.hashes import digest, of_rows, of_training
 from mbf_mlx.experiment.plan_file import Cell, ExperimentPlan
-from mbf_mlx.files import safetensors_file
 from mbf_mlx.files.log import Log
+from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Data, Files
 from mbf_mlx.learning.evaluate import LOSS, metric_of
 from mbf_mlx.learning.events import Events
@@ -166,7 +166,7 @@ class SharedTraining(TrainingPlace):
     def keep(self, training: Training, tuning: Tuning) -> None:
         """Keep a training that has just ended."""
         arrays = {name: np.array(array) for name, array in tuning.arrays.items()}
-        self._replace(self._arrays, safetensors_file.encode(arrays))
+        self._replace(self._arrays, safetensors_bytes(arrays))
         self._replace(self._figures, json.dumps({"key": self.key, **asdict(training)}).encode())
         self.working.drop()
 

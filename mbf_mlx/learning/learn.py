@@ -19,7 +19,7 @@ from mbf_mlx.data.task import Task
 from mbf_mlx.data.token_rows import EncodedRows
 from mbf_mlx.device import backend
 from mbf_mlx.errors import InputError
-from mbf_mlx.learning.after_training import conclude, with_extra
+from mbf_mlx.learning.after_training import after_training, with_extra
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.learner import Learner, run_conditions
 from mbf_mlx.learning.progress import Progress, Tensors, Training, progress_to_json
@@ -132,7 +132,7 @@ def learn_rows(
         place.keep(training, tuning)
     began = perf_counter()
     advance = partial(events.measuring, rows.name)
-    after = conclude(method, state, tuning, learner.engine, rows.train, settings.train.batch_size, advance)
+    after = after_training(method, state, tuning, learner.engine, rows.train, settings.train.batch_size, advance)
     merge_seconds = perf_counter() - began
     check_finite(after, rows.name)
     training = replace(training, peak_memory_bytes=max(training.peak_memory_bytes, backend.peak_memory()))

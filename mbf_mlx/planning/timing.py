@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mbf_mlx.base import unpack

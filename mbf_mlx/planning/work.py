@@ -15,16 +15,11 @@ from mbf_mlx.config import SAMPLE_ROWS, LoRAConfig, TrainConfig
 from mbf_mlx.data.batches import Batch, lengths_of, make_batch, plan_batches
 from mbf_mlx.data.encode import Encoded
 from mbf_mlx.memory.formula import Load, Run
-from mbf_mlx.memory.shapes import SHARE
-from mbf_mlx.methods import Layers, Method, empty_state, measured_rows
-from mbf_mlx.methods.base import first_factors
+from mbf_mlx.methods import Layers, Method, empty_state, first_factors, measured_rows
 
 if TYPE_CHECKING:
     from mbf_mlx.planning.timing import Taken
 
-FITS, TIGHT, NO = "fits", "tight", "no"
-# What Metal recommends to take of a Mac's memory, by what Apple's tools print for these machines; not measured by us.
-MAC_SHARE, LARGE_MAC, LARGE_MAC_SHARE = 2 / 3, 36_000_000_000, 3 / 4
 TRIAL_BLOCKS = 4  # of the model that is timed; what each of them takes is what the real one's take
 TRIAL_VOCABULARY = 64  # of the model that is timed
 HEAD_VOCABULARY = 4096  # of the one that says what a wider head takes, at most
@@ -33,22 +28,10 @@ PLANNED_BATCHES = 400  # of an epoch whose shapes are looked at
 
 def measured_values(method: Method, layers: Layers, rank: int) -> int:
     """Return the numbers of the directions in which a method has the inputs of its layers measured, all together."""
-    if not hasattr(method, "measure"):
+    if "inputs" not in method.needs:
         return 0
     state = empty_state(layers, rank)
     return sum(int(directions.size) for directions in method.measure(state, first_factors(state, "uniform")).values())
-
-
-def usable(memory: int, kind: str) -> int:
-    """Return what of a machine's memory its device may take, by its kind: "cpu", "metal" or "cuda"."""
-    if kind != "metal":
-        return memory
-    return int(memory * (LARGE_MAC_SHARE if memory >= LARGE_MAC else MAC_SHARE))
-
-
-def verdict(peak: int, available: int) -> str:
-    """Return whether a peak fits into what is available."""
-    return FITS if peak <= SHARE * available else TIGHT if peak <= available else NO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +91,11 @@ def work_of(
 
 
 def _measured_rows(method: Method | None, count: int) -> int:
-    if hasattr(method, "measure"):
+    if method is None:
+        return 0
+    if "inputs" in method.needs:
         return len(measured_rows(count))
-    return count if getattr(method, "needs", None) == "gradients" else 0
+    return count if "gradients" in method.needs else 0
 
 
 def _real(batch: Batch) -> int:
@@ -140,12 +125,12 @@ def measure(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch) ->
         run: How it is trained.
         batch: Of middle size, as `Work.typical`.
     """
-    from mbf_mlx.planning import timing as trial
+    from mbf_mlx.planning import timing
 
-    one, some = (trial.seconds(config, lora, run, batch, blocks, TRIAL_VOCABULARY) for blocks in (1, TRIAL_BLOCKS))
+    one, some = (timing.seconds(config, lora, run, batch, blocks, TRIAL_VOCABULARY) for blocks in (1, TRIAL_BLOCKS))
     more = (int(config["num_hidden_layers"]) - 1) / (TRIAL_BLOCKS - 1)
     width = min(HEAD_VOCABULARY, max(int(config["vocab_size"]), 2 * TRIAL_VOCABULARY))
-    wide = trial.seconds(config, lora, run, batch, 1, width)
+    wide = timing.seconds(config, lora, run, batch, 1, width)
     wider = int(config["vocab_size"]) / (width - TRIAL_VOCABULARY)
 
     def whole(part: "Callable[[Taken], float]") -> float:

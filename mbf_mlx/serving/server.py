@@ -1,9 +1,9 @@
-"""`mbf serve`: mlx-lm's HTTP server, answering for one stream and for nothing else.
+"""`mbf serve`: mlx-lm's HTTP server, for one stream and nothing else.
 
-mlx-lm loads the model, batches the requests and writes the answers. What is ours: the model is the stream's base with
-the stream's adapter (or a fused export of it) and no other; before the first answer the adapter has changed the logits;
-a task that was learned meanwhile is in the next answer, by the way in which mlx-lm changes models. What a request may
-ask is request_checks.py's.
+mlx-lm loads the model, batches the requests and writes the answers. We add three things. The only model is the stream's
+base with its adapter, or a fused export of the stream. Before the first answer, the adapter is proved to change the
+logits. A task that is learned meanwhile is used from the next answer on, because mlx-lm sees the new adapter as another
+model. request_checks.py checks the requests.
 """
 
 import argparse
@@ -43,17 +43,17 @@ def serving(
     fused: Path | None = None,
     say: Say,
 ) -> Iterator["Server"]:
-    """Load the model, prove the adapter and listen; inside the block `server.serve_forever()` answers.
+    """Load the model, prove the adapter and listen; in the block, `server.serve_forever()` answers.
 
     Args:
         folder: The stream.
         base: Its base model.
-        config: Where to listen and how much to take on.
-        fused: An mlx export of the stream to serve in place of base and adapter.
-        say: Takes one line for whoever runs the server.
+        config: The address to listen on, and limits.
+        fused: An mlx export of the stream, to serve instead of base and adapter.
+        say: Takes one line for the person who runs the server.
 
     Raises:
-        InputError: the adapter changes nothing, the export is of something else, the port is taken.
+        InputError: the adapter changes nothing, the export is not of this stream, or the port is taken.
     """
     server = Server(config, say)
     try:
@@ -64,7 +64,7 @@ def serving(
             if provider.failure is not None:
                 raise provider.failure
             limit = config.max_request_bytes
-            server.RequestHandlerClass = partial(Handler, generator, limit)  # type: ignore[assignment]
+            server.RequestHandlerClass = partial(Handler, generator, limit)
             server.model = provider.name
             server.server_activate()
             yield server
@@ -75,9 +75,9 @@ def serving(
 
 
 class Server(ThreadingHTTPServer):
-    """Bound at once, so that a taken port is known before a model is loaded; it listens after `server_activate`."""
+    """A server that binds its port at once, before a model is loaded, and listens after `server_activate`."""
 
-    model = ""  # what a request calls the model
+    model = ""  # the model's name in requests
 
     def __init__(self, config: ServeConfig, say: Say) -> None:
         self.say = say
@@ -90,22 +90,22 @@ class Server(ThreadingHTTPServer):
             self.server_close()
             raise InputError(
                 f"--host {config.host} --port {config.port}: cannot listen there: {error.strerror}"
-                "\nhint: --port 0 takes any free one"
+                "\nhint: --port 0 takes any free port"
             ) from error
 
     @property
     def loopback(self) -> bool:
-        """Whether this machine alone reaches it."""
+        """Whether only this machine can reach the server."""
         return ipaddress.ip_address(str(self.server_address[0])).is_loopback
 
     @property
     def url(self) -> str:
-        """What an OpenAI client takes as its base URL."""
+        """The base URL for OpenAI clients."""
         host, port = str(self.server_address[0]), self.server_address[1]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
     def server_bind(self) -> None:
-        """Bind without asking a name server for our name, as HTTPServer does."""
+        """Bind, but do not ask a name server for our name, as HTTPServer would."""
         if self.allow_reuse_address:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
@@ -113,7 +113,7 @@ class Server(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say in one line that a client went away; anything else is a fault with a traceback."""
+        """Report in one line that a client went away; any other error is ours and keeps its traceback."""
         if isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             self.say(f"{client_address[0]}: went away before its answer was complete")
             return
@@ -121,7 +121,7 @@ class Server(ThreadingHTTPServer):
 
 
 class StreamProvider(ModelProvider):
-    """Gives mlx-lm's server the stream's model, and that alone."""
+    """Gives mlx-lm's server the stream's model and no other."""
 
     def __init__(
         self, folder: StreamFolder, base: BaseFolder, config: ServeConfig, fused: Path | None, say: Say
@@ -131,11 +131,11 @@ class StreamProvider(ModelProvider):
         self.name = folder.path.resolve().name
         self.loaded = threading.Event()
         self.failure: Exception | None = None
-        folder.verify()  # mlx reads adapters natively
+        folder.verify()  # before mlx reads the adapter
         self._newest = folder.current().number
 
     def load_default(self) -> None:
-        """Load before the first request; what fails is kept for the thread that started us."""
+        """Load the model before the first request; an error is kept for the thread that started the server."""
         try:
             self.load(self.name, self.adapter())
         except Exception as error:
@@ -144,10 +144,10 @@ class StreamProvider(ModelProvider):
             self.loaded.set()
 
     def load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> Any:
-        """Return (model, tokenizer) with the adapter at `adapter_path`, loaded and proved if it is not there yet.
+        """Return (model, tokenizer) with the adapter at `adapter_path`; load and prove it first if it is new.
 
         Raises:
-            InputError: it changes no logits, or an export has another chat template.
+            InputError: the adapter changes no logits, or an export has another chat template.
         """
         before = self.model_key
         if before is None and self.fused is not None:
@@ -167,24 +167,26 @@ class StreamProvider(ModelProvider):
         return pair
 
     def adapter(self) -> str | None:
-        """Return the path of the adapter that the next answer is given with; None without one to apply."""
+        """Return the path of the adapter for the next answer; None if there is none to apply."""
         try:
             generation = self.folder.current()
             if generation.number != self._newest:
                 self.folder.verify(generation)
         except InputError as error:
-            self.say(f"{error}; serving what is loaded")
+            self.say(f"{error}; the model that is loaded goes on answering")
             return self.model_key[1] if self.model_key else None
         newer, self._newest = generation.number != self._newest, generation.number
         if self.fused is None:
             return adapter_of(generation)
         if newer:
-            self.say(f"{self.folder.path} is not what {self.fused} was made from: export again and restart to serve it")
+            self.say(
+                f"{self.folder.path} has changed since {self.fused} was exported: export again and restart the server"
+            )
         return None
 
 
 def arguments(config: ServeConfig, model: str) -> argparse.Namespace:
-    """Return what `mlx_lm.server` reads from its command line, with our settings in it."""
+    """Return our settings as `mlx_lm.server` has them after it reads its command line."""
     return argparse.Namespace(
         model=model,
         adapter_path=None,

@@ -200,7 +200,7 @@ BAD_CONFIGS = {
     "more blocks": ({"num_hidden_layers": 3}, "cannot load this model: Missing .* parameters"),
     "absurd blocks": ({"num_hidden_layers": 10**12}, "num_hidden_layers: expected 1 to .* got 1000000000000"),
     "no bits": ({"quantization": {"group_size": 32}}, "cannot load this model: missing in config.json: 'bits'"),
-    "its own code": ({"model_file": "evil.py"}, "model_file: this model runs its own Python code, which is never done"),
+    "its own code": ({"model_file": "evil.py"}, "model_file: this model needs its own Python code, which we never run"),
 }  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def test_a_first_task_that_is_refused_late_leaves_no_stream(tiny_llama, task, tm
 def test_a_start_that_cannot_be_written_leaves_no_stream(tiny_llama, tmp_path):
     stream = tmp_path / "s"
     for place, kind, message in (
-        (stream / "start", "peft", "an export goes beside"),
+        (stream / "start", "peft", "an export must be neither inside nor around"),
         (tmp_path / "start", "torch", "expected peft or mlx, got 'torch'"),
     ):
         done = mbf("next", stream, place, "--model", tiny_llama, "--format", kind)

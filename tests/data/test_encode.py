@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mbf_mlx.config import DataConfig
-from mbf_mlx.data.encode import Encoded, Encoder, encode, encode_prompt
+from mbf_mlx.data.encode import Encoded, Encoder
 from mbf_mlx.data.row import BadRow
 from mbf_mlx.data.task import read_task
 from mbf_mlx.errors import InputError
-from tests.support.encoded import row, supervised, talk
+from tests.support.encoded import encode, row, supervised, talk
 from tests.support.tiny_tokenizers import STYLES, TEMPLATES, make_tokenizer
 
 pytest.importorskip("mlx_lm.tokenizer_utils", reason="mlx-lm is not installed: pip install 'mbf-mlx[cpu]'")
@@ -145,7 +145,6 @@ def test_supervised_tokens_go_on_exactly_where_generation_starts(style, template
         prompt = generation_prompt(tokenizer, asked)
         assert encoded.tokens[: encoded.prompt_length].tolist() == prompt
         assert encoded.supervised[encoded.prompt_length :].all()
-        assert encode_prompt(one, tokenizer).tolist() == prompt
         answered = tokenizer.decode(encoded.tokens[encoded.prompt_length :])
         assert answered.strip().endswith("<|im_end|>") and answered.count("<|im_end|>") == 1
 
@@ -223,13 +222,6 @@ def test_a_model_without_a_template_gets_raw_prompts_and_says_so():
         "the model has no chat template: prompt and completion stand as they are"
     ]
     assert Encoder(tokenizer, DataConfig(template="none")).warnings() == []
-
-
-def test_the_tokenizer_inside_the_wrapper_gives_the_same_tokens(tokenizer):
-    for one in (row(prompt="Good?", completion="yes"), talk("Hello", "Hi", "Good?", "yes"), row(text="Good")):
-        inner, outer = encode(one, tokenizer._tokenizer), encode(one, tokenizer)
-        assert inner.tokens.tolist() == outer.tokens.tolist()
-        assert inner.supervised.tolist() == outer.supervised.tolist()
 
 
 def test_many_rows_get_the_tokens_that_each_gets_alone(tokenizer):

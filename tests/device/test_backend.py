@@ -44,7 +44,7 @@ def test_setup_keeps_its_first_answer(mx):
 
 def test_the_device_can_be_asked_for_by_argument_and_by_environment(mx):
     code = "from mbf_mlx.device import backend; print(backend.setup().kind, backend.setup().reasons[0])"
-    assert python(code, MBF_DEVICE="cpu") == "cpu CPU: it was asked for"
+    assert python(code, MBF_DEVICE="cpu") == "cpu CPU: you asked for it"
 
 
 def test_a_macs_gpu_has_limits_below_what_the_mac_recommends(mx):

@@ -27,7 +27,7 @@ from mbf_mlx.engine import cpu_ops  # noqa: E402
 from mbf_mlx.engine.choose import prepare  # noqa: E402
 from mbf_mlx.engine.lora_layers import lora_layers  # noqa: E402
 from mbf_mlx.engine.taps import called_by  # noqa: E402
-from mbf_mlx.learning.after_training import conclude, with_extra  # noqa: E402
+from mbf_mlx.learning.after_training import after_training, with_extra  # noqa: E402
 from mbf_mlx.learning.learner import load_learner  # noqa: E402
 from mbf_mlx.learning.measure import input_moments, squared_gradients  # noqa: E402
 from mbf_mlx.learning.train import train  # noqa: E402
@@ -134,7 +134,7 @@ def two_tasks(name, options, learner, encoded, config=QUICK):
         train(tuning, learner.engine, with_extra(method, state, encoded), [], config)
         if last:
             return method, state, tuning
-        state = conclude(method, state, tuning, learner.engine, encoded, 4)
+        state = after_training(method, state, tuning, learner.engine, encoded, 4)
     raise AssertionError
 
 
@@ -328,8 +328,8 @@ def test_a_method_that_measures_inputs_absorbs_with_the_rows(name, options, open
     stream = open_stream(name, options)
     stream.learn(tasks[0], train=QUICK)
     start = peft_files(exchange.next_start(stream.folder, "peft"), tmp_path / "start")
-    tuned = tune(stream.folder.state(), peft.read(start).factors)
-    files = peft.encode(tuned, stream.folder.identity.scale, base="tiny", num_blocks=2)
+    tuned = tune(stream.folder.state(), peft.read_peft(start).factors)
+    files = peft.peft_files(tuned, stream.folder.identity.scale, base="tiny", num_blocks=2)
     done = stream.absorb(peft_files(files, tmp_path / "tuned"), "mail", task=tasks[1])
     state = stream.folder.state()
     assert done.record.t == state.t == 2 and done.record.train_rows == 8

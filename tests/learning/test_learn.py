@@ -95,7 +95,7 @@ def test_the_state_is_what_algorithm_1_makes_of_the_tuned_factors(tiny_llama, ta
         starts.append(copied(start(method, state)))
         return start(method, state)
 
-    def finishing(method, state, factors):
+    def finishing(method, state, factors, inputs=None):
         after = finish(method, state, factors)
         tuned.append(copied(factors))
         deployed.append(copied(after.deployed))
@@ -406,7 +406,7 @@ def test_a_task_of_every_kind_can_be_undone_and_learned_again_to_the_same_bytes(
         assert stream.status()["tasks"][-1]["metric"] == metric
         assert stream.undo().name == metric
         assert {name for name in before if not name.startswith("generations/00000")} <= set(contents(tmp_path / "s"))
-        with pytest.raises(InputError, match="one step back is kept, and it was taken|nothing to undo"):
+        with pytest.raises(InputError, match="only one step back is kept, and it is used up|nothing to undo"):
             stream.undo()
         stream.learn(task, train=QUICK)
         assert_same(arrays(stream), learned)

@@ -18,7 +18,7 @@ def random_factors(factors, size=0.05):
 
 def write_adapter(folder, factors, config, blocks):
     folder.mkdir()
-    files = adapter.encode(factors, scale=config.scale, num_layers=blocks, base="tiny")
+    files = adapter.adapter_files(factors, scale=config.scale, num_layers=blocks, base="tiny")
     for name, content in files.items():
         (folder / name).write_bytes(content)
 

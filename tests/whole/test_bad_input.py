@@ -173,7 +173,7 @@ ADAPTERS = {
                                      "OUT/adapter_config.json: rank_pattern: '(' is no regular expression: missing ),"
                                      " unterminated subpattern at position 7"),
     "PEFT: a pattern that never ends": (lambda out: save_peft(out, {**PEFT, "rank_pattern": {"([a-z_.0-9]+)+!": 4}}),
-                                        "OUT/adapter_config.json: rank_pattern: '([a-z_.0-9]+)+!' is too involved for the"
+                                        "OUT/adapter_config.json: rank_pattern: '([a-z_.0-9]+)+!' is too complex for the"
                                         " name of a layer"),
     "PEFT: NaN": (lambda out: save_peft(out, A=np.full((4, 16), np.nan, "f4")), "OUT/adapter_model.safetensors is not a"
                   f" plain LoRA adapter:\n  {LAYER}: holds NaN or infinite values"),
@@ -202,8 +202,8 @@ def rewrite(path, **changes):
     )
 
 
-REPAIR = "\nhint: mbf status STREAM --repair makes it again from a generation that is whole"
-BACK = "\nhint: mbf status STREAM --repair goes back to the generation before, where that is whole"
+REPAIR = "\nhint: mbf status STREAM --repair restores it from an undamaged generation"
+BACK = "\nhint: mbf status STREAM --repair goes back to the previous generation, if that one is undamaged"
 CURRENT = "generations/000001/manifest.json"
 STREAMS = {
     "nothing": (lambda s: os.rename(s, s.with_name("gone")), "STREAM: no such stream\nhint: mbf learn STREAM TASK --model"
@@ -216,8 +216,8 @@ STREAMS = {
                            " read: its links lead in a circle\nhint: choose another path"),
     "a newer one": (lambda s: rewrite(s / "stream.json", format_version=2), "STREAM/stream.json: format version 2,"
                     " written by a newer mbf-mlx; this mbf-mlx reads versions up to 1\nhint: upgrade with: pip install -U"
-                    " mbf-mlx\nhint: or, where this file is damaged, mbf status STREAM --repair makes it again: its"
-                    " generations are no newer than we read"),
+                    " mbf-mlx\nhint: this mbf-mlx reads the stream's generations, so the file may be damaged instead: mbf"
+                    " status STREAM --repair restores it"),
     "a newer generation": (lambda s: rewrite(s / CURRENT, format_version=3, written_by="mbf-mlx 4.1"),
                            f"STREAM/{CURRENT}: format version 3, written by mbf-mlx 4.1; this mbf-mlx reads versions up"
                            " to 1\nhint: upgrade with: pip install -U mbf-mlx"),
@@ -378,7 +378,7 @@ def test_a_task_s_name_that_could_be_mistaken_for_something_else_is_refused(quic
 @pytest.mark.parametrize("name", ["two words", "é", "日本語", "a.b.c", "-x", "a" * 100, "it's", "100%", "$HOME", "*"])
 def test_streams_and_tasks_of_any_printable_name_work(quick_path, name):
     stream = new_stream(quick_path / name)
-    files = adapter.encode(tune(stream.state(), StreamTools.start(stream)), scale=2.0, num_layers=2, base="tiny")
+    files = adapter.adapter_files(tune(stream.state(), StreamTools.start(stream)), scale=2.0, num_layers=2, base="tiny")
     out = quick_path / f"{name} out"
     out.mkdir()
     for file, data in files.items():
@@ -460,4 +460,4 @@ def test_any_changed_byte_of_an_adapter_is_refused_or_read(quick_path, at, byte)
     data = bytearray(path.read_bytes())
     data[at % len(data)] = byte
     path.write_bytes(data)
-    refused_or_read(lambda: adapter.read(quick_path / "out"))
+    refused_or_read(lambda: adapter.read_adapter(quick_path / "out"))

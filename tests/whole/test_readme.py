@@ -15,12 +15,14 @@ succeed. ```python blocks run in the same folder. A comment right above a block 
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import typer
@@ -33,6 +35,7 @@ README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS = [README, *PAGES]
 TIMEOUT = 300  # seconds for one command
+SVG = "http://www.w3.org/2000/svg"
 
 _FENCE = re.compile(
     r"(?P<above>(?:<!-- test: .*? -->\n)*)^```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -262,6 +265,24 @@ def test_every_link_in_a_document_leads_somewhere(document):
         file = (document.parent / place).resolve() if place else document
         assert file.exists(), f"{document.name} links to {target}, which is not there"
         assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{document.name}: no #{anchor}"
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "benchmarks" / "README.md"], ids=lambda path: path.name)
+def test_every_file_that_a_document_names_is_there(document):
+    named = re.findall(r"\b(?:mbf_mlx|tests|benchmarks)/[\w/]+\.(?:py|toml)\b", document.read_text(encoding="utf-8"))
+    gone = [name for name in named if not (ROOT / name).is_file()]
+    assert not gone, f"{document.name} names {', '.join(gone)}, which is not there"
+
+
+def test_the_picture_is_a_terminal_and_loads_nothing():
+    picture = runpy.run_path(str(ROOT / "docs" / "picture.py"))
+    drawn = picture["draw"]("mbf status s", "\x1b[1mscore\x1b[0m [a] <b>\n\x1b[32m75.0\x1b[0m")
+    for svg in (drawn, (ROOT / "docs" / "picture.svg").read_text(encoding="utf-8")):
+        texts = [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{{{SVG}}}text")]
+        assert any("$\xa0mbf\xa0" in text for text in texts) and any("75.0" in text for text in texts)
+        assert "://" not in svg.replace(SVG, "") and "url(#" in svg
+    assert "[a]\xa0<b>" in "".join(ElementTree.fromstring(drawn).itertext())
+    assert picture["shown"]("a\nit answers: b\n\nNext:") == "a\nit answers: b"
 
 
 # The mechanism itself: a document that says what is not so has to fail.

@@ -23,8 +23,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_a_malicious_chat_template_is_refused_and_has_done_nothing(quick_path, case):
     pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install 'mbf-mlx[cpu]'")
-    from mbf_mlx.data.encode import encode
-    from tests.support.encoded import row
+    from tests.support.encoded import encode, row
     from tests.support.tiny_tokenizers import make_tokenizer
 
     place = quick_path / "written"
