@@ -62,7 +62,8 @@ def make_tokenizer(style="bytes", template="chatml", *, bos=False, ends=("<|im_e
     """Return mlx-lm's wrapper around a BPE of 400 tokens.
 
     Args:
-        style: "bytes", as SmolLM2's; "bytes trimmed", as Llama 3's, where one token may hold a full stop and line ends, and
+        style: "bytes", as SmolLM2's; "bytes trimmed", as Llama 3's, where one token may hold a full stop and line ends,
+        and
             tokens are placed without the space before them; "sentencepiece", which puts a space before every piece
             that it is given, as Llama 2's; "sentencepiece once", which puts it before the first piece of a text alone.
         template: A name of TEMPLATES, or None.
