@@ -274,7 +274,7 @@ FLAGS = {
     "no prompt for no stream": (["generate", S, "hi"], 1, NONE),
     "a name over 255 bytes": (["status", LONG], 1, f"{LONG}/stream.json: cannot read: the name is too long\nhint: choose another path"),
     "a name over 255 bytes to undo": (["undo", "é" * 200], 1, f"{'é' * 200}/stream.json: cannot use: the name is too long\nhint: choose another path"),
-    "no task": (["learn", S], 2, "Missing argument 'tasks'"),
+    "no task": (["learn", S], 2, "Missing argument 'TASK...'"),
     "no task there": (["learn", S, "mail.jsonl"], 1, NO_TASK),
     "one name for two tasks": (["learn", S, "a", "b", "--name", "c"], 1, "--name: expected one task to name, got 2"),
     "rank zero": (["learn", S, "TASK", "--model", "m", "--rank", "0"], 1, f"LoRAConfig.rank: {COUNT} 1, got 0"),
@@ -349,7 +349,10 @@ def test_a_recipe_that_is_none_is_told_all_there_are():
 
     done = CliRunner().invoke(app, ["fetch", "gpt-7"])
     names = ", ".join(recipes())
-    assert done.stderr == f"error: gpt-7: no such recipe: expected one of {names}\nhint: --model takes hub ids, too\n"
+    assert (
+        done.stderr
+        == f"error: gpt-7: no such recipe: expected one of {names}\nhint: mbf learn --model takes hub ids, too\n"
+    )
 
 
 def test_the_tables_hold_well_over_100_wrong_inputs_with_their_whole_messages():
