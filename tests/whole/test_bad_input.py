@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from mbf_mlx import exchange
-from mbf_mlx.adapters import mlx_lm as adapter
-from mbf_mlx.adapters import peft
+from mbf_mlx.adapters.mlx_lm import adapter_files, decode_tensors, read_adapter
+from mbf_mlx.adapters.peft import read_peft
 from mbf_mlx.commands import app
 from mbf_mlx.data.task import read_task
 from mbf_mlx.errors import InputError
@@ -381,7 +381,7 @@ def test_a_task_s_name_that_could_be_mistaken_for_something_else_is_refused(quic
 @pytest.mark.parametrize("name", ["two words", "é", "日本語", "a.b.c", "-x", "a" * 100, "it's", "100%", "$HOME", "*"])
 def test_streams_and_tasks_of_any_printable_name_work(quick_path, name):
     stream = new_stream(quick_path / name)
-    files = adapter.adapter_files(tune(stream.state(), StreamTools.start(stream)), scale=2.0, num_layers=2, base="tiny")
+    files = adapter_files(tune(stream.state(), StreamTools.start(stream)), scale=2.0, num_layers=2, base="tiny")
     out = quick_path / f"{name} out"
     out.mkdir()
     for file, data in files.items():
@@ -431,7 +431,7 @@ def test_any_change_to_a_record_is_refused_or_read(data):
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused_as_a_record_a_task_or_tensors(quick_path, data):
     refused_or_read(lambda: parse(Manifest, data, "here"))
-    refused_or_read(lambda: adapter.decode_tensors(data, "here"))
+    refused_or_read(lambda: decode_tensors(data, "here"))
     for suffix in (".jsonl", ".csv", ".tsv", ".json"):
         file = quick_path / f"task{suffix}"
         file.write_bytes(data)
@@ -446,7 +446,7 @@ def test_any_configuration_of_an_adapter_is_refused_or_read(quick_path, value, c
     key = key or "lora_parameters"
     shutil.rmtree(quick_path / "out", ignore_errors=True)
     (save if config is CONFIG else save_peft)(quick_path / "out", {**config, key: value})
-    read = adapter.read if config is CONFIG else peft.read
+    read = read_adapter if config is CONFIG else read_peft
     for name in {key, *config, "alpha_pattern", "rank_pattern"}:
         (quick_path / "out/adapter_config.json").write_text(json.dumps({**config, name: value}))
         refused_or_read(lambda: read(quick_path / "out"))
@@ -463,4 +463,4 @@ def test_any_changed_byte_of_an_adapter_is_refused_or_read(quick_path, at, byte)
     data = bytearray(path.read_bytes())
     data[at % len(data)] = byte
     path.write_bytes(data)
-    refused_or_read(lambda: adapter.read_adapter(quick_path / "out"))
+    refused_or_read(lambda: read_adapter(quick_path / "out"))
