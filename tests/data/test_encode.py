@@ -1,3 +1,8 @@
+"""Rows become tokens: what is supervised, what is cut, and which rows are refused.
+
+Long, because each template's shape stands beside the rows that it is tried with.
+"""
+
 import json
 import re
 from dataclasses import replace

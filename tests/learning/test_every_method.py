@@ -1,4 +1,7 @@
-"""Every continual method learns through the real way of learning, and what takes part in training does what it says."""
+"""Every continual method learns through the real way of learning, and what takes part in training does what it says.
+
+Long, because one table of methods drives all of it.
+"""
 
 import dataclasses
 

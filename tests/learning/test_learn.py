@@ -1,3 +1,8 @@
+"""Learn tasks into a stream, from Python: what is committed, resumed, skipped and refused.
+
+Long, because all cases share one small stream and its tasks.
+"""
+
 import dataclasses
 import json
 import os

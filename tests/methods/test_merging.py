@@ -1,4 +1,7 @@
-"""Methods that only merge: hand-worked values, and dense computations that share nothing with them."""
+"""Methods that only merge: hand-worked values, and dense computations that share nothing with them.
+
+Long, because the hand-worked values of each method stand beside its test.
+"""
 
 import numpy as np
 import pytest

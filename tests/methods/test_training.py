@@ -1,4 +1,7 @@
-"""Methods that take part in training: penalties, rows, and pairs made of more than what trains."""
+"""Methods that take part in training: penalties, rows, and pairs made of more than what trains.
+
+Long, because the hand-worked values of each method stand beside its test.
+"""
 
 import math
 

@@ -1,6 +1,9 @@
 """What users get wrong, one row each, with the whole message: adapters, streams, names, flags.
 
-Task files stand in tests/data/, model folders and GGUF files in tests/base/."""
+Task files stand in tests/data/, model folders and GGUF files in tests/base/.
+
+Long, because it is a table: one row for each thing that users get wrong.
+"""
 
 # ruff: noqa: E501  a message stands in its row
 
