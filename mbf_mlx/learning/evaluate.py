@@ -115,7 +115,7 @@ def longest_answer(row: Encoded) -> int:
 
 
 class RougeL:
-    """The ROUGE-L F-measure of an answer against the best of the right answers, with stemming as published suites do."""
+    """The ROUGE-L F-measure of an answer against the best right answer, with stemming as published suites do."""
 
     def __init__(self) -> None:
         from rouge_score.rouge_scorer import RougeScorer
