@@ -271,7 +271,17 @@ class _Run:
         )
 
     def mean_loss(self, rows: Sequence[Encoded], what: str = "") -> float:
-        """Return the loss per supervised token over `rows`; with `what`, a loss that is not finite is an error."""
+        """Return the factors' own loss per supervised token over `rows`, without dropout.
+
+        With `what`, a loss that is not finite is an error.
+        """
+        self.tuning.model.eval()
+        try:
+            return self._mean_loss(rows, what)
+        finally:
+            self.tuning.model.train()
+
+    def _mean_loss(self, rows: Sequence[Encoded], what: str) -> float:
         total, count = 0.0, 0
         for indices in plan_batches(lengths_of(rows), self.config.batch_size, 0, 0):
             batch = make_batch(rows, indices)
@@ -289,10 +299,7 @@ class _Run:
     def sample_loss(self, what: str = "") -> float:
         """Return the loss on evenly spaced training rows, to compare before and after training."""
         picks = np.linspace(0, len(self.rows) - 1, min(SAMPLE_ROWS, len(self.rows))).astype(int)
-        self.tuning.model.eval()
-        loss = self.mean_loss([self.rows[int(i)] for i in picks], what)
-        self.tuning.model.train()
-        return loss
+        return self.mean_loss([self.rows[int(i)] for i in picks], what)
 
     def judge(self, progress: Progress, number: int, valid_loss: float) -> Progress:
         """Keep the factors if this validation is the best so far."""

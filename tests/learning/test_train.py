@@ -10,6 +10,7 @@ mx = pytest.importorskip("mlx.core", reason="mlx is not installed: pip install '
 
 import mlx.optimizers as optim  # noqa: E402
 
+from mbf_mlx.data.batches import make_batch  # noqa: E402
 from mbf_mlx.data.task import read_task  # noqa: E402
 from mbf_mlx.engine.lora_layers import write_factors  # noqa: E402
 from mbf_mlx.learning.progress import Progress  # noqa: E402
@@ -65,6 +66,20 @@ def test_dropout_is_continued_to_the_bit_too(tiny_llama, write_jsonl):
     expected = bench.factors()
     bench.run(resume=saves[1])
     assert same(bench.factors(), expected)
+
+
+def test_the_best_step_is_chosen_by_the_factors_own_loss_without_dropout(tiny_llama, write_jsonl):
+    write_jsonl("words/test.jsonl", rows_of(6, seed=1))
+    task = read_task(write_jsonl("words/train.jsonl", rows_of(12)).parent)
+    bench = Bench(tiny_llama, task, LoRAConfig(rank=4, dropout=0.5))
+    valid, seen = bench.rows[:5], []
+    bench.run(valid=valid, report=seen.append)
+    judged = {step.step: step.valid_loss for step in seen if step.valid_loss is not None}
+    assert len(judged) == 2
+    bench.base.model.eval()
+    batch = make_batch(valid, range(len(valid)))
+    own = float(bench.engine.loss_sum(batch)) / len(batch.targets)  # of the best step, which is put back at the end
+    assert min(judged.values()) == pytest.approx(own, rel=1e-5)
 
 
 def test_accumulated_batches_give_the_step_of_one_large_batch(bench):
