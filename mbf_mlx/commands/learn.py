@@ -11,6 +11,7 @@ from mbf_mlx.commands.help import MEMORY, NEW
 from mbf_mlx.commands.options import Base, Config, Json, KeepQuantized, NewStreamPath, Quantize, options_of
 from mbf_mlx.commands.shown import print_status, read_all, show_progress
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, TrainConfig
+from mbf_mlx.errors import InputError
 
 if TYPE_CHECKING:
     from mbf_mlx.learning.team import Team
@@ -78,6 +79,8 @@ def learn(
     from mbf_mlx.device.awake import kept_awake
     from mbf_mlx.learning.team import joined
 
+    if given["epochs"] is not None and given["iters"] is not None:
+        raise InputError("--epochs and --iters: expected one of them, got both; --iters counts optimizer steps")
     settings = given.make(LearnConfig, train=given.make(TrainConfig), data=given.make(DataConfig))
     given.make(LoRAConfig)  # checks them before anything is read
     with joined() as team:

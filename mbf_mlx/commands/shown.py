@@ -82,13 +82,13 @@ class _Progress(Events):
         """Print a warning."""
         console.warn(message)
 
-    def learned(self, record: "TaskRecord") -> None:
+    def learned(self, record: "TaskRecord", seconds: float) -> None:
         """Print what a task has reached."""
         self._end_bar()
         value = record.scores[-1]
         scored = f"scores {100 * value:.1f} %" if value is not None else f"loss {record.losses[-1]}"
         console.err.print(
-            f"learned {record.name} in {units.duration(record.seconds)}: loss {record.loss_before:.3f} ->"
+            f"learned {record.name} in {units.duration(seconds)}: loss {record.loss_before:.3f} ->"
             f" {record.loss_after:.3f}, {scored} on {record.test_rows} test rows"
         )
 

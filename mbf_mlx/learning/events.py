@@ -43,5 +43,5 @@ class Events:
     def note(self, message: str) -> None:
         """Something that the user should know."""
 
-    def learned(self, record: TaskRecord) -> None:
-        """A task is committed."""
+    def learned(self, record: TaskRecord, seconds: float) -> None:
+        """A task is committed; it took `seconds`, from reading its rows to the commit."""

@@ -7,6 +7,7 @@ of a team (worker.py, its start alone) all go it, with the same settings. They d
 A stream stays as it was until the commit. What training has done so far is saved in the stream's `working/`.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from mbf_mlx.learning.after_training import after_training, with_extra
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.learner import Learner, run_conditions
 from mbf_mlx.learning.progress import Progress, Tensors, Training, progress_to_json
-from mbf_mlx.learning.record import differences, notes_on, run_of, task_record
+from mbf_mlx.learning.record import differences, notes_on, run_of, task_record, what_fell
 from mbf_mlx.learning.scores import TestRows, score_all
 from mbf_mlx.learning.team import Team
 from mbf_mlx.learning.team_task import task_message
@@ -264,6 +265,7 @@ def learn_task(
         InputError: rows that do not fit, an interrupted run of something else, numbers that went wrong; the stream
             is as it was.
     """
+    began = time.monotonic()
     stream.require_space()
     generation = stream.current()
     working = Working(stream.working, stream.files)
@@ -276,7 +278,7 @@ def learn_task(
         check_same_run(saved, run, stream.working)
     encoder = Encoder(learner.tokenizer, settings.data, stream.path)
     rows, valid, test = _encoded(task, encoder, tests, settings)
-    notes = [*encoder.warnings(), *notes_on(task, rows)]
+    notes = [*encoder.warnings(), *notes_on(task, rows, settings, learner.context)]
     if saved is not None:
         notes.append(f"goes on after step {saved.progress['step']}")
         notes += differences(saved.machine, run_conditions(team))
@@ -302,10 +304,13 @@ def learn_task(
         learned.scores,
         run_conditions(team),
     )
+    fell = what_fell(stream.history(), learned.scores, stream.path)
     fixed = {"train": settings_of(settings.train), "data": settings_of(settings.data)}
     stream.commit(learned.state, record, str(learner.base.path), fixed)
     working.drop()
-    events.learned(record)
+    events.learned(record, time.monotonic() - began)
+    if fell:
+        events.note(fell)
     return record
 
 

@@ -36,6 +36,12 @@ class Learner:
         """The base's tokenizer, as mlx-lm wraps it."""
         return self.base.tokenizer
 
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the base can read, answer included; None where its config.json does not say."""
+        stated = self.base.config.get("max_position_embeddings")
+        return stated if isinstance(stated, int) and stated > 0 else None
+
     def described(self) -> dict[str, Any]:
         """Return what another process needs to hold the same."""
         base = {"path": str(self.base.path), "fingerprint": self.base.fingerprint}

@@ -5,7 +5,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mbf_mlx.adapters import mlx_lm as adapter
@@ -103,10 +103,10 @@ def check_fixed(
     given: dict[str, Any] = settings_of(lora) if isinstance(lora, LoRAConfig) else dict(lora or {})
     own = settings_of(lora_of(identity))
     asked += [(key, given.get(key), own[key]) for key in ("rank", "scale", "dropout")]
-    if given.get("num_layers", -1) != -1:
-        asked.append(("num_layers", given["num_layers"], identity.num_layers))
-    short = {key.rpartition(".")[2] for key in identity.keys}
-    if not set(given.get("keys", ())) <= short | set(identity.keys):
+    if "num_layers" in given:
+        blocks = identity.base.num_layers if given["num_layers"] == -1 else given["num_layers"]
+        asked.append(("num_layers", blocks, identity.num_layers))
+    if "keys" in given and not _same_keys(given["keys"], identity.keys):
         asked.append(("keys", list(given["keys"]), identity.keys))
     wrong = [f"  {key}: expected {has!r}, got {want!r}" for key, want, has in asked if want not in (None, has)]
     if wrong:
@@ -115,6 +115,12 @@ def check_fixed(
             + "\n".join(wrong)
             + "\nhint: leave them out, or learn into a new stream"
         )
+
+
+def _same_keys(given: Sequence[str], own: Sequence[str]) -> bool:
+    """Return whether names of layers, short or as paths inside a block, are all of a stream's keys and no others."""
+    named = [{key for key in own if name in (key, key.rpartition(".")[2])} for name in given]
+    return all(named) and set().union(*named) == set(own)
 
 
 def own_base(stream: StreamFolder, source: BaseFolder) -> BaseFolder:

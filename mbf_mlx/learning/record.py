@@ -1,5 +1,6 @@
 """What a stream writes down about a task: what decides its training, notes for the user, the record in the history."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from mbf_mlx.data.token_rows import EncodedRows
 from mbf_mlx.learning.evaluate import Score, metric_of
 from mbf_mlx.learning.progress import Training
 from mbf_mlx.stream.records import SCORE_DIGITS, TaskRecord
+
+MUCH_WORSE = 0.2  # of a score in [0, 1]: an old task that loses more by a new one is named
 
 
 def run_of(task: Task, generation: int, settings: LearnConfig) -> dict[str, Any]:
@@ -28,14 +31,52 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"the result may differ in its last bits: {', '.join(changed)}"] if changed else []
 
 
-def notes_on(task: Task, rows: EncodedRows) -> list[str]:
-    """Return what the user should know about a task's rows: warnings, rows held out, rows cut."""
+def notes_on(task: Task, rows: EncodedRows, settings: LearnConfig, context: int | None) -> list[str]:
+    """Return what the user should know about a task's rows: warnings, rows held out or cut, settings without effect.
+
+    Args:
+        task: The task as it was read.
+        rows: Its training rows.
+        settings: How it is learned.
+        context: The most tokens that the base can read; None where its config.json does not say.
+    """
     notes = list(task.warnings)
     if task.held_out:
         notes.append(f"no test rows were given: {task.held_out} rows are held out for scoring")
     if rows.cut_rows:
-        notes.append(f"{rows.cut_rows} rows were too long: their last user message is cut on its left")
+        text = rows[0].row.kind == "text"
+        what = "what comes after is not learned" if text else "their last user message is cut on its left"
+        notes.append(f"{rows.cut_rows} rows have more than {settings.data.max_seq_length:,} tokens: {what}")
+    if context and (beyond := int((rows.lengths > context).sum())):
+        notes.append(
+            f"{beyond} rows have more than the {context:,} tokens that the base can read: what it learns of them is not"
+            f" reliable; --max-seq-length {context} cuts them"
+        )
+    if not len(task.valid):
+        unused = [f"--{name.replace('_', '-')}" for name in ("val_every", "patience") if getattr(settings.train, name)]
+        if unused:
+            notes.append(
+                f"{' and '.join(unused)} without effect: the task has no valid rows (valid.jsonl beside train)"
+            )
     return notes
+
+
+def what_fell(history: Sequence[TaskRecord], scores: Sequence[Score | None], stream: Path) -> str:
+    """Return one line on the old tasks that a new one has made much worse, with the way back; nothing where none is.
+
+    Args:
+        history: The tasks learned before; each has the scores that it ended with.
+        scores: The scores of all tasks now, the new one's last.
+        stream: The stream's folder.
+    """
+    before = history[-1].scores if history else []
+    fell = [
+        f"{record.name} from {100 * old:.0f} % to {100 * new.value:.0f} %"
+        for record, old, new in zip(history, before, scores)
+        if old is not None and new is not None and new.value is not None and old - new.value > MUCH_WORSE
+    ]
+    way_back = f"mbf undo {shlex.quote(str(stream))} goes back"
+    return f"this task made others worse: {', '.join(fell)}; {way_back}" if fell else ""
 
 
 def task_record(

@@ -32,6 +32,7 @@ from mbf_mlx.learning.team import Message, Team
 from mbf_mlx.learning.tuning import Tuning
 
 FLOOR = 0.1  # share of the peak rate at which the decay ends
+GUARD_RISE = 0.5  # nats: a run that ends with so much more loss, and GUARD_FACTOR times as much, has ruined the task
 GUARD_FACTOR, GUARD_STEPS = 3.0, 50  # a loss this many times the first, for so many steps, has exploded
 
 Save = Callable[[Progress, Tensors], None]
@@ -62,7 +63,7 @@ def train(
         report: Called after every optimizer step.
         save: Called with everything that continues the run, as often as `config.save_every` says, and at the end.
         resume: What `save` was called with last.
-        guard: Stop a run whose loss has exploded.
+        guard: Stop a run whose loss has exploded, and refuse one that ends far worse than it began.
         team: The processes that share each step's rows; they have been told of the task.
 
     Raises:
@@ -106,7 +107,10 @@ def train(
             save(progress, run.tensors())
             clock.saved(began, time.monotonic())
     run.restore_best()
-    return Trained(progress=progress, loss_after=run.sample_loss(f"step {progress.step}: the loss after training"))
+    loss_after = run.sample_loss(f"step {progress.step}: the loss after training")
+    if guard and progress.loss_before is not None:
+        run.check_end(progress.loss_before, loss_after)
+    return Trained(progress=progress, loss_after=loss_after)
 
 
 class Sums:
@@ -252,6 +256,19 @@ class _Run:
             real_tokens=progress.real_tokens + sum(batch.real_tokens for batch in group),
             computed_tokens=progress.computed_tokens + sum(batch.computed_tokens for batch in group),
         )
+
+    def check_end(self, before: float, after: float) -> None:
+        """Refuse factors that do far worse on the task's own rows than those that training started from.
+
+        Raises:
+            InputError: the loss, in nats, has grown beyond three times what it was, and by more than GUARD_RISE.
+        """
+        if after > max(GUARD_FACTOR * before, before + GUARD_RISE):
+            raise InputError(
+                f"training has made the task worse: its loss was {before:.3f} before and is {after:.3f}; the stream is"
+                " as it was before this task"
+                f"\nhint: a smaller --learning-rate than {self.config.learning_rate:g} and --restart, or --no-guard"
+            )
 
     def _at_rates(self, old: Arrays, new: Arrays) -> Arrays:
         """Return the arrays after a step, each at its own rate: AdamW's whole step is proportional to the rate."""

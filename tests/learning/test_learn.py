@@ -54,7 +54,7 @@ class Tuned(Events):
     def note(self, message):
         self.notes.append(message)
 
-    def learned(self, record):
+    def learned(self, record, seconds):
         self.records.append(record)
 
 
