@@ -77,7 +77,7 @@ class _Commands(TyperGroup):
 
         module = importlib.import_module(f"{__name__}.{cmd_name}")
         one = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_CONTEXT)
-        one.command(cmd_name, cls=Command)(getattr(module, cmd_name))
+        one.command(cmd_name, cls=Command)(vars(module)[cmd_name])
         return typer.main.get_command(one)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -162,10 +162,9 @@ def main() -> NoReturn:
     # Imports make many objects and no garbage. These two lines make `mbf status` a sixth faster.
     gc.set_threshold(20_000)
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # pydantic would search every installed package
-    for name in ("SIGTERM", "SIGHUP"):
-        # nohup starts us with SIGHUP ignored: it stays ignored.
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), _stop)
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(stop) != signal.SIG_IGN:  # nohup starts us with SIGHUP ignored: it stays ignored
+            signal.signal(stop, _stop)
     app(prog_name="mbf")
     raise AssertionError("typer leaves by SystemExit")
 

@@ -150,7 +150,7 @@ def _print(document: dict[str, Any]) -> None:
     if "seconds" in document:
         console.out.print(
             f"time:   {units.duration(document['seconds'])} ({document['seconds_a_step']:.2f} s a step), estimated from"
-            " a short trial; scoring the tasks named here is included, scoring earlier ones is not"
+            " a short trial; scoring earlier tasks is not included"
         )
     if "disk_bytes" in document:
         console.out.print(f"disk:   {size(document['disk_bytes'])}; {size(document['disk_free_bytes'])} are free")
