@@ -107,7 +107,7 @@ class _Conversation:
         here = self._marked(text, answer.place, last.place, ask=True)
         in_last_place = self._marked(answer.whole, answer.place, answer.place + 1, ask=False)
         span = _unmarked(text, here)
-        if span is None or in_last_place is None or _unmarked(answer.whole, in_last_place) is None:
+        if span is None or in_last_place is None or not answer.whole.endswith(in_last_place.after):
             raise BadRow(CHANGED_EARLIER)
         if not self._is_written(answer.place, text[slice(*span)].strip(), whole=False):
             raise BadRow(CHANGED_EARLIER)
@@ -151,7 +151,7 @@ def _unmarked(text: str, marked: _Marked | None) -> tuple[int, int] | None:
 
 
 def _with_mark(message: dict[str, Any], mark: str) -> dict[str, Any]:
-    """Return a message with a mark for its text, and for the names and arguments of its tool calls."""
+    """Return a message with a mark for its text, and for the names of the tools that it calls."""
     marked = {**message, "content": mark}
     if calls := message.get("tool_calls"):
         marked["tool_calls"] = [_call_with_mark(call, mark) for call in calls]
@@ -159,11 +159,8 @@ def _with_mark(message: dict[str, Any], mark: str) -> dict[str, Any]:
 
 
 def _call_with_mark(call: dict[str, Any], mark: str) -> dict[str, Any]:
-    marks = {"name": mark, "arguments": {mark: mark}}
     function = call.get("function")
-    if isinstance(function, dict):
-        return {**call, "function": {key: marks.get(key, value) for key, value in function.items()}}
-    return {key: marks.get(key, value) for key, value in call.items()}
+    return {**call, "function": {**function, "name": mark}} if isinstance(function, dict) else {**call, "name": mark}
 
 
 def _messages(row: Row) -> Messages:

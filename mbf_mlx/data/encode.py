@@ -203,7 +203,7 @@ def _length(parts: _Parts | BadRow) -> int:
 def _tokens_of(text: str, places: Sequence[tuple[int, int]], span: tuple[int, int]) -> np.ndarray:
     """Return which tokens of a text belong to a part of it, bool (tokens,).
 
-    A token that reaches over an edge of the part belongs to it if white space alone is outside and words are inside.
+    A token that reaches over an edge of the part belongs to it if it holds some of its words, not white space alone.
 
     Args:
         text: The whole text.
@@ -216,8 +216,7 @@ def _tokens_of(text: str, places: Sequence[tuple[int, int]], span: tuple[int, in
     starts = np.minimum(starts, np.concatenate([[0], np.maximum.accumulate(stops)[:-1]]))
     inside: np.ndarray = (starts >= begin) & (stops <= end) & (starts < stops)
     for i in np.flatnonzero(~inside & (starts < end) & (stops > begin)):
-        outside = text[starts[i] : begin] + text[end : stops[i]]
-        inside[i] = bool(not outside.strip() and text[max(starts[i], begin) : min(stops[i], end)].strip())
+        inside[i] = bool(text[max(starts[i], begin) : min(stops[i], end)].strip())
     return inside
 
 

@@ -1,5 +1,6 @@
 """Small tokenizers and chat templates that behave like those of the models people use, made here."""
 
+import functools
 import json
 
 from tests.support.tiny_llama import TEXT
@@ -58,26 +59,48 @@ STYLES = ("bytes", "sentencepiece", "sentencepiece once", "bytes trimmed")
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def make_tokenizer(style="bytes", template="chatml", *, bos=False, ends=("<|im_end|>",), special=()):
-    """Return mlx-lm's wrapper around a BPE of 400 tokens.
+def make_tokenizer(style="bytes", template="chatml", *, bos=False, ends=("<|im_end|>",), special=(), added=()):
+    """Return mlx-lm's wrapper around a BPE of 400 tokens or a few more.
 
     Args:
-        style: "bytes", as SmolLM2's; "bytes trimmed", as Llama 3's, where one token may hold a full stop and line ends,
-        and
-            tokens are placed without the space before them; "sentencepiece", which puts a space before every piece
-            that it is given, as Llama 2's; "sentencepiece once", which puts it before the first piece of a text alone.
+        style: "bytes", as SmolLM2's. "bytes trimmed", as Llama 3's: one token may hold a full stop and line ends, and
+            tokens are placed without the space before them. "sentencepiece", as Llama 2's: it puts a space before every
+            piece that it is given. "sentencepiece once": it puts it before the first piece of a text alone.
         template: A name of TEMPLATES, or None.
         bos: Put <|im_start|> before every text, as Llama's tokenizers do.
         ends: Tokens at which generation stops, the first one the tokenizer's own end token.
         special: Special tokens besides SPECIAL.
+        added: Texts that are one token each, and no special one.
     """
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import AddedToken, Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
-    space, special = "▁", [*SPECIAL, *special]
+    special = (*SPECIAL, *special)
+    inner = Tokenizer.from_str(_trained(style, special))
+    if bos:
+        first = ("<|im_start|>", special.index("<|im_start|>"))
+        first = processors.TemplateProcessing("<|im_start|> $A", None, [first])
+        inner.post_processor = processors.Sequence([inner.post_processor, first]) if style == "bytes trimmed" else first
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<|im_start|>",
+        eos_token=ends[0],
+        clean_up_tokenization_spaces=False,
+        additional_special_tokens=list(special),
+    )
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
+    tokenizer.chat_template = TEMPLATES.get(template)
+    return TokenizerWrapper(tokenizer, eos_token_ids=tokenizer.convert_tokens_to_ids(list(ends)))
+
+
+@functools.cache
+def _trained(style, special):
+    """Return a tokenizer as JSON."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    space, texts = "▁", TEXT.splitlines()
     options = {"vocab_size": 400, "show_progress": False}
-    texts = TEXT.splitlines()
     if style in ("bytes", "bytes trimmed"):
         inner = Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -88,7 +111,7 @@ def make_tokenizer(style="bytes", template="chatml", *, bos=False, ends=("<|im_e
             texts = [TEXT.replace("\n", "\n\n"), "    if a:\n        b()\n" * 3, " yes no Hi It." * 9]
         inner.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, **options)
+        trainer = trainers.BpeTrainer(special_tokens=list(special), initial_alphabet=alphabet, **options)
     else:
         inner = Tokenizer(models.BPE(byte_fallback=True, unk_token=SPECIAL[0], fuse_unk=True))
         if style == "sentencepiece":
@@ -99,22 +122,13 @@ def make_tokenizer(style="bytes", template="chatml", *, bos=False, ends=("<|im_e
         trainer = trainers.BpeTrainer(
             special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))], **{**options, "vocab_size": 600}
         )
+        # As sentencepiece does, no token is made that holds a space between letters.
+        once, inner.pre_tokenizer = inner.pre_tokenizer, pre_tokenizers.Split(space, "merged_with_next")
+        texts = [text.replace(" ", space) for text in texts]
     inner.train_from_iterator(texts, trainer)
+    if style.startswith("sentencepiece"):
+        inner.pre_tokenizer = once
     # The bytes of a character that has no token are tokens like any other, not special ones.
     document = json.loads(inner.to_str())
     document["added_tokens"] = [token for token in document["added_tokens"] if token["content"] in special]
-    inner = Tokenizer.from_str(json.dumps(document))
-    if bos:
-        first = processors.TemplateProcessing(
-            "<|im_start|> $A", None, [("<|im_start|>", special.index("<|im_start|>"))]
-        )
-        inner.post_processor = processors.Sequence([inner.post_processor, first]) if style == "bytes trimmed" else first
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        bos_token="<|im_start|>",
-        eos_token=ends[0],
-        clean_up_tokenization_spaces=False,
-        additional_special_tokens=special,
-    )
-    tokenizer.chat_template = TEMPLATES.get(template)
-    return TokenizerWrapper(tokenizer, eos_token_ids=tokenizer.convert_tokens_to_ids(list(ends)))
+    return json.dumps(document)
