@@ -6,6 +6,7 @@ stream.status()["average_accuracy"]
 stream.export("mlx", "assistant-fused")
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
@@ -189,7 +190,22 @@ class Stream:
                 force=force,
                 again=again,
                 look=self._look,
+                choose_metric=self._choose_metric,
             )
+
+    def _choose_metric(self, task: Task) -> str:
+        """Return the metric that `mbf learn` would score a task by; where no tokenizer is at hand, by its words."""
+        from mbf_mlx.exchange import metric_by_words
+
+        if importlib.util.find_spec("mlx_lm") is None:
+            return metric_by_words(task)
+        backend.setup()
+        from mbf_mlx.learning.scores import metric_of_task
+
+        try:
+            return metric_of_task(task, self.base_folder().path, self.folder.identity.template)
+        except InputError:  # the base is not here, or the rows do not fit its template
+            return metric_by_words(task)
 
     def _look(self, method: Method, state: State, tuned: Factors, source: str) -> dict[str, Seen]:
         """Return the inputs that a method measures in a task's training rows; runs the model."""

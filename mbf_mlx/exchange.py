@@ -9,6 +9,7 @@ run on the unquantized model, so only the base's architecture, its layers and th
 weights.
 """
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import numpy as np
 from mbf_mlx.adapters import mlx_lm as adapter
 from mbf_mlx.adapters import peft
 from mbf_mlx.base.sources import read_config
+from mbf_mlx.data.row import reference_text
+from mbf_mlx.data.task import Task, read_task
 from mbf_mlx.device.machine import freed_memory_kept
 from mbf_mlx.device.threads import one_thread_each
 from mbf_mlx.errors import InputError
@@ -31,8 +34,11 @@ from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.records import TaskRecord
 
 # (method, state, tuned factors, task file) -> what the method measures of the task's inputs; runs the model
+ChooseMetric = Callable[[Task], str]  # "exact_match", "rouge_l" or "loss"
 Look = Callable[[Method, State, Factors, str], dict[str, Seen]]
 
+SHORT_ANSWER_WORDS = 8  # words and marks of the longest answer that is scored by exact match; some 16 tokens
+_WORD = re.compile(r"\w+|[^\w\s]")
 FORMATS = ("peft", "mlx")
 PLAUSIBLE = 0.3  # an adapter with a smaller mean cosine between the start's A and the tuned A did not start from ours
 SAME = {"mistral": "llama"}  # architectures that mlx-lm runs with the same code
@@ -106,6 +112,7 @@ def absorb(
     force: bool = False,
     again: bool = False,
     look: Look | None = None,
+    choose_metric: ChooseMetric | None = None,
 ) -> Absorbed:
     """Merge an adapter tuned elsewhere as the stream's next task, and commit it. Needs the stream's writer lock.
 
@@ -117,6 +124,7 @@ def absorb(
         force: Absorb the adapter even if it did not start from our start, or was trained on another architecture.
         again: Absorb it even if the stream has a task of this name.
         look: Runs the model for a method that measures inputs.
+        choose_metric: Says by which metric the task is scored later. Without it words are counted, not tokens.
 
     Raises:
         InputError: an adapter that does not fit, a name that is taken, or no task file where the method needs one. The
@@ -145,7 +153,7 @@ def absorb(
     inputs = look(method, state, tuned.factors, source) if measures and look else None
     state = method.absorb(state, tuned.factors, inputs)
     _check_finite(state, folder)
-    record = _record(name, state.t, folder, tuned.sha256, source)
+    record = _record(name, state.t, folder, tuned.sha256, source, choose_metric or metric_by_words)
     generation = stream.current().manifest
     stream.commit(state, record, generation.base_path, {"absorbed": str(folder)})
     return Absorbed(record=record, cosine=cosine, notes=tuned.notes)
@@ -249,16 +257,25 @@ def _check_finite(state: State, folder: Path) -> None:
         raise InputError(f"{folder}: the merged factors of {bad[0]} are not finite; the stream is unchanged")
 
 
-def _record(name: str, t: int, folder: Path, digest: str, source: str) -> TaskRecord:
+def metric_by_words(task: Task) -> str:
+    """Return the metric that fits a task's test rows, by its words: there is no tokenizer in a plain install.
+
+    A task of texts is scored by its loss, one of short answers by exact match, any other by ROUGE-L.
+    """
+    if not len(task.test) or task.test[0].kind == "text":
+        return "loss"
+    longest = max(len(_WORD.findall(reference_text(row))) for row in task.test)
+    return "exact_match" if longest <= SHORT_ANSWER_WORDS else "rouge_l"
+
+
+def _record(name: str, t: int, folder: Path, digest: str, source: str, choose_metric: ChooseMetric) -> TaskRecord:
     counts, metric = (0, 0, 0, 0), "loss"
     labels: tuple[str, ...] | str = ()
     if source:
-        from mbf_mlx.data.task import read_task
-
         task = read_task(source, name=name)
         digest, labels = task.sha256, task.labels
         counts = (len(task.train), len(task.valid), len(task.test), task.held_out)
-        metric = "exact_match"
+        metric = choose_metric(task)
     return TaskRecord(
         name=name,
         t=t,

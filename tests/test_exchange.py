@@ -309,3 +309,36 @@ def test_next_and_absorb_run_where_mlx_and_torch_are_not_there(tiny_llama, tmp_p
     done = mbf("status", tmp_path / "s", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tasks"][0]["name"] == "mail"
+
+
+KINDS = {
+    "exact_match": [{"prompt": word, "completion": "yes"} for word in ("red", "green", "blue")],
+    "rouge_l": [
+        {"prompt": word, "completion": "the stream keeps what it has learned " * 4} for word in ("red", "blue")
+    ],
+    "loss": [{"text": text} for text in ("red green", "green blue", "blue red")],
+}
+
+
+@pytest.mark.parametrize("metric", KINDS)
+def test_a_task_tuned_elsewhere_is_scored_by_the_metric_that_fits_it(tmp_path, write_jsonl, metric):
+    """Without a tokenizer by its words; the next test has the base's own."""
+    stream = new_stream(tmp_path / "s")
+    folder, _ = trained(stream, tmp_path / "tuned", "peft")
+    with stream.writer():
+        record = exchange.absorb(stream, folder, "mail", source=str(write_jsonl("mail.jsonl", KINDS[metric]))).record
+    assert record.metric == metric
+
+
+@pytest.mark.parametrize("metric", KINDS)
+def test_an_absorbed_task_has_the_metric_of_a_learned_one(tiny_llama, tmp_path, write_jsonl, metric):
+    from mbf_mlx import Stream
+
+    write_jsonl("mail/test.jsonl", KINDS[metric][:1])
+    task = write_jsonl("mail/train.jsonl", KINDS[metric][1:]).parent
+    learned = Stream.open(tmp_path / "learned", base=str(tiny_llama), method="slao")
+    absorbing = Stream.open(tmp_path / "absorbing", base=str(tiny_llama), method="slao")
+    folder, _ = trained(absorbing.folder, tmp_path / "tuned", "peft")
+    assert absorbing.absorb(folder, "mail", task=task).record.metric == metric
+    assert learned.learn(task, iters=1)[0].metric == metric
+    assert [each["metric"] for each in absorbing.evaluate()["tasks"]] == [metric]

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mbf_mlx.base.load import load_tokenizer
 from mbf_mlx.config import DataConfig, LearnConfig
 from mbf_mlx.data.encode import Encoded, Encoder
 from mbf_mlx.data.task import Task, find_again
@@ -195,3 +196,13 @@ def evaluate_stream(
         )
     values = [row["score"] for row in rows if row["score"] is not None]
     return {"tasks": rows, "average_accuracy": sum(values) / len(values) if values else None}
+
+
+def metric_of_task(task: Task, base: Path, template: str) -> str:
+    """Return the metric that fits a task's test rows, from a base's tokenizer alone.
+
+    Raises:
+        InputError: the tokenizer cannot be read, or rows do not fit.
+    """
+    tokenizer = load_tokenizer(base)
+    return metric_of(TestRows(tokenizer, template).of_task(task, DataConfig()))
