@@ -95,7 +95,7 @@ def make_job(stream: Any, out: Path, *, calibration: Path | None = None, **optio
         tokenizer = load_tokenizer(base.path)
         if calibration is not None:
             return rows_of_file(calibration, tokenizer, identity.template)
-        return rows_of_tasks(stream.folder.history(), tokenizer, identity.template)
+        return rows_of_tasks(stream.folder.history(), tokenizer, identity.template, stream.folder.path)
 
     return Job(
         base=base.path,

@@ -216,7 +216,7 @@ def learn_all(
     with stream.writer():
         learner = load()
         method = make(stream.identity.method, stream.identity.method_options)
-        tests = TestRows(learner.tokenizer, settings.data.template, stream.path)
+        tests = TestRows(learner.tokenizer, settings.data.template, stream.path, stream.path)
         for number, task in enumerate(todo):
             if _skip(stream, task, settings, events):
                 continue  # another process has learned it meanwhile, or it is named twice

@@ -33,13 +33,16 @@ class TestRows:
         tokenizer: The base's tokenizer.
         template: The stream's template, "chat" or "none".
         spill: A folder for tokens that do not fit in memory; None is the system's own.
+        near: The stream's folder, around which a task is looked for that is not where it was.
         limit: Score a learned task on at most this many rows; 0 is all that it was scored on.
     """
 
     __test__ = False  # no test class of pytest's
 
-    def __init__(self, tokenizer: Any, template: str, spill: Path | None = None, limit: int = 0) -> None:
-        self._tokenizer, self._template, self._spill, self._limit = tokenizer, template, spill, limit
+    def __init__(
+        self, tokenizer: Any, template: str, spill: Path | None = None, near: Path | None = None, limit: int = 0
+    ) -> None:
+        self._tokenizer, self._template, self._spill, self._near, self._limit = tokenizer, template, spill, near, limit
         self._rows: dict[tuple[str, int, int], EncodedRows] = {}
 
     def of_task(self, task: Task, data: DataConfig, limit: int = 0) -> EncodedRows:
@@ -65,7 +68,7 @@ class TestRows:
         count = min(self._limit or record.test_rows, record.test_rows)
         if (place := (record.sha256, data.max_seq_length, count)) in self._rows:
             return self._rows[place]
-        found = find_again(record.name, Path(record.path), record.sha256)
+        found = find_again(record.name, Path(record.path), record.sha256, self._near)
         if isinstance(found, str):
             return found
         try:
@@ -174,7 +177,7 @@ def evaluate_stream(
         raise InputError(f"{stream.path}: nothing to score: it has learned no task")
     learner = load()
     learner.deploy(state.deployed)
-    tests = TestRows(learner.tokenizer, settings.data.template, limit=settings.score_rows)
+    tests = TestRows(learner.tokenizer, settings.data.template, near=stream.path, limit=settings.score_rows)
     learned = {record.sha256: record for record in history}
     rows: list[dict[str, Any]] = []
     for each in given or history:

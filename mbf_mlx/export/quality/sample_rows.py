@@ -22,12 +22,12 @@ COMPARE_ROWS = 64  # of all tasks together
 MAX_LENGTH = 512  # tokens of a row
 
 
-def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, template: str) -> ExportRows:
+def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, template: str, stream: Path) -> ExportRows:
     """Return rows of the tasks that a stream has learned, the same number of each."""
     found, notes = [], []
     newest = {record.name: record for record in records}
     for record in newest.values():
-        task = find_again(record.name, Path(record.path), record.sha256)
+        task = find_again(record.name, Path(record.path), record.sha256, stream)
         if isinstance(task, str):
             notes.append(task)
         else:
