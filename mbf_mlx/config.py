@@ -1,6 +1,7 @@
 """Settings: frozen, checked when made, and the only place where defaults are written."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
@@ -150,10 +151,15 @@ class ServeConfig:
     prompt_cache_size: int = 10  # conversations remembered
     prompt_cache_bytes: int | None = None  # how much memory they may take
     allowed_origins: tuple[str, ...] = ()  # web pages that may send requests; mlx-lm's default is all
+    allow_host: tuple[str, ...] = ()  # other names than its address that the server answers to
+    api_key: str | None = field(default=None, repr=False)  # what a request must bring; None lets everybody in
+    no_key: bool = False  # let everybody in, also where other machines reach the server
+    max_seconds: int = 600  # of an answer, with the time that it waits
+    max_connections: int = 128  # open at the same time
 
     def __post_init__(self) -> None:
         counts = ["max_tokens", "max_request_bytes", "decode_concurrency", "prompt_concurrency", "prefill_step_size"]
-        for name in [*counts, "prompt_cache_size", "prompt_cache_bytes"]:
+        for name in [*counts, "max_seconds", "max_connections", "prompt_cache_size", "prompt_cache_bytes"]:
             value = getattr(self, name)
             unset = value is None and name == "prompt_cache_bytes"
             _check(self, name, unset or _is_count(value, 1), "a whole number of at least 1")
@@ -163,6 +169,18 @@ class ServeConfig:
         for name in ("top_p", "min_p"):
             value = getattr(self, name)
             _check(self, name, _is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
+        for name in ("allowed_origins", "allow_host"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for origin in self.allowed_origins:
+            fits = re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+/?", origin.lower())
+            _check(self, "allowed_origins", fits is not None, "origins such as https://app.example:8443, or *")
+        for name in self.allow_host:
+            fits = re.fullmatch(r"[A-Za-z0-9_.-]+|\[?[0-9A-Fa-f:.]+\]?", name)
+            _check(self, "allow_host", fits is not None, "names or addresses, without a port")
+        if self.api_key is not None and not (self.api_key and all("!" <= letter <= "~" for letter in self.api_key)):
+            raise InputError("ServeConfig.api_key: expected letters, digits and signs of ASCII without a space")
+        if self.api_key is not None and self.no_key:
+            raise InputError("ServeConfig.no_key: expected a key or --no-key, got both")
 
 
 def settings_of(config: LoRAConfig | DataConfig | TrainConfig) -> dict[str, object]:

@@ -82,8 +82,19 @@ FLAGS = {
     "host": Flag("Address to listen on; other addresses than the default let other machines in.", "ADDRESS"),
     "port": Flag("Port to listen on; 0: any free port."),
     "allowed_origins": Flag(
-        "Web pages that may call the server, comma-separated; *: all.", "ORIGINS", default="none", read=words_of
+        "Web pages that may call the server, comma-separated; *: all.",
+        "ORIGIN,...",
+        default="none",
+        read=words_of,
+        short="--cors",
     ),
+    "allow_host": Flag(
+        "Other names that the server answers to, comma-separated.", "NAME,...", default="none", read=words_of
+    ),
+    "api_key": Flag("Key that a request must bring as a bearer token.", "KEY", default="$MBF_API_KEY, or none"),
+    "no_key": Flag("Let everybody in without a key, also where --host lets other machines in."),
+    "max_seconds": Flag("Longest time of an answer in seconds; then it ends where it is.", group=LOAD),
+    "max_connections": Flag("Open connections; more are turned away.", group=LOAD),
     "max_tokens": Flag("Longest answer in tokens.", group=SAMPLING, short="-m"),
     "temp": Flag("Sampling temperature; 0: always the likeliest token.", "X", SAMPLING),
     "top_p": Flag("Sample from the likeliest tokens that together have this probability.", "X", SAMPLING),

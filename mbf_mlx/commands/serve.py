@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,8 @@ from mbf_mlx.commands.options import MovedBase, StreamPath
 from mbf_mlx.config import ServeConfig
 
 _FLAGS = (
-    *("host", "port", "allowed_origins", "max_tokens", "temp", "top_p", "top_k", "min_p", "max_request_bytes"),
+    *("host", "port", "allow_host", "allowed_origins", "api_key", "no_key"),
+    *("max_tokens", "temp", "top_p", "top_k", "min_p", "max_seconds", "max_request_bytes", "max_connections"),
     *("decode_concurrency", "prompt_concurrency", "prefill_step_size", "prompt_cache_size", "prompt_cache_bytes"),
 )
 
@@ -36,13 +38,13 @@ def serve(
     from mbf_mlx.api import Stream
 
     opened = Stream.open(stream, base=model)
-    config = given.make(ServeConfig)
+    from_environment = None if given["no_key"] else os.environ.get("MBF_API_KEY") or None
+    key = from_environment if given["api_key"] is None else given["api_key"]
+    config = replace(given.make(ServeConfig), api_key=key)
     try:
         with opened.serving(config, fused=fused, say=console.err.print) as server:
-            if not server.loopback:
-                console.warn(
-                    f"--host {config.host}: whoever reaches this machine can use the model; there is no password"
-                )
+            if not server.loopback and config.api_key is None:
+                console.warn(f"--host {config.host}: whoever reaches this machine can use the model; there is no key")
             console.err.print(f"listening on {server.url}, model {server.model!r}; Ctrl-C ends")
             server.serve_forever()
     except KeyboardInterrupt as error:

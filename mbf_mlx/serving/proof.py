@@ -7,12 +7,16 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import load
 
-from mbf_mlx.base.sources import BaseFolder
+from mbf_mlx.base.sources import BaseFolder, check_folder, read_config
 from mbf_mlx.errors import InputError
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.generations import Generation
 
 PROBE = "The stream learns"
+SIZES = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
+)
 PROBE_TOKENS = 4  # more than one: with a single token, what q and k learned has no effect
 
 
@@ -58,23 +62,48 @@ def prove_fused(stream: StreamFolder, base: BaseFolder, fused: Path) -> str:
     """Check that an export's logits are nearer to the live adapter's than to the base's; return a sentence on it.
 
     Raises:
-        InputError: they are not, or the export is no model folder.
+        InputError: they are not, or the export cannot be loaded.
     """
-    if not (fused / "config.json").is_file():
-        raise InputError(f"--fused {fused}: expected a folder that mbf export {stream.path} mlx wrote")
     adapter = adapter_of(stream.current())
     if adapter is None:
         raise InputError(f"{stream.path}: it has learned no task, so there is no export of it")
-    live, bare, ours = (
-        _probe(*load(str(path), adapter_path=with_adapter)[:2])
-        for path, with_adapter in ((base.path, adapter), (base.path, None), (fused, None))
-    )
+    live, bare = (_probe(*load(str(base.path), adapter_path=path)[:2]) for path in (adapter, None))
+    try:
+        ours = _probe(*load(str(fused))[:2])
+    except Exception as error:  # mlx and the tokenizer raise anything about files that do not fit together
+        raise InputError(
+            f"--fused {fused}: it cannot be loaded: {error}"
+            f"\nhint: mbf export {stream.path} mlx {fused} --force exports it again"
+        ) from error
     if ours.shape != live.shape or not np.abs(ours - live).mean() < np.abs(ours - bare).mean():
         raise InputError(
             f"--fused {fused}: it answers more like the base than like the adapter of {stream.path}"
             f"\nhint: mbf export {stream.path} mlx {fused} --force exports it again"
         )
     return f"{fused}, which answers like the adapter of {_tasks(stream)}, not like the base"
+
+
+def check_export(fused: Path, base: BaseFolder, stream: StreamFolder) -> None:
+    """Check that a folder is a model of the base's sizes, from its files alone.
+
+    Raises:
+        InputError: it is not, or its files are damaged.
+    """
+    if not (fused / "config.json").is_file():
+        raise InputError(f"--fused {fused}: expected a folder that mbf export {stream.path} mlx wrote")
+    check_folder(fused)
+    config, expected = read_config(fused), read_config(base.path)
+    if other := [name for name in SIZES if config.get(name) != expected.get(name)]:
+        name = other[0]
+        raise InputError(
+            f"--fused {fused}: config.json: {name}: expected {expected.get(name)!r} as in {base.name},"
+            f" got {config.get(name)!r}\nhint: mbf export {stream.path} mlx {fused} --force exports it again"
+        )
+
+
+def logits_of(model: Any) -> int:
+    """Return how many logits a model gives."""
+    return int(model(mx.array([[0]])).shape[-1])
 
 
 def _probe(model: Any, tokenizer: Any) -> np.ndarray:

@@ -297,7 +297,7 @@ def test_our_arguments_are_those_of_mlx_lms_own_server(monkeypatch):
 
 def test_the_command_listens_on_loopback_warns_otherwise_and_ends_when_told(taught):
     command = [sys.executable, str(ROOT / "cli.py"), "serve", str(taught.folder.path), "--port", "0"]
-    command += ["--host", "0.0.0.0"]
+    command += ["--host", "0.0.0.0", "--no-key"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=dict(os.environ)) as process:
         try:
             lines = []
