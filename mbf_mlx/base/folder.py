@@ -12,6 +12,8 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
 from mbf_mlx.methods import Layers
 
+# What architectures call their embedding and their head.
+_VOCABULARY_WEIGHT = re.compile(r"(^|\.)(embed_tokens|embed_in|word_embeddings|tok_embeddings|wte|lm_head)\.weight$")
 _BLOCK_WEIGHT = re.compile(r"^.*\blayers\.(?P<block>\d+)\.(?P<key>.+)\.weight$")
 
 
@@ -52,6 +54,25 @@ def chosen_layers(folder: Path, keys: Iterable[str], num_layers: int) -> tuple[L
         available = sorted({key.rpartition(".")[2] for _, key, _ in found})
         raise InputError(f"keys: no layer called {', '.join(unknown)}; expected of {', '.join(available)}")
     return layers, blocks
+
+
+def vocabulary_rows(folder: Path) -> int:
+    """Return how many tokens a model folder has weights for: the fewest rows of its embedding, its head and vocab_size.
+
+    Raises:
+        InputError: config.json or a header cannot be read, or nothing in them says so.
+    """
+    counts = [
+        entry.shape[0]
+        for path in weight_files(folder)
+        for name, entry in read_header(path)[0].items()
+        if _VOCABULARY_WEIGHT.search(name) and len(entry.shape) == 2
+    ]
+    if isinstance(stated := read_config(folder).get("vocab_size"), int):
+        counts.append(stated)
+    if not counts:
+        raise InputError(f"{folder}/config.json: vocab_size: expected the number of tokens, got nothing")
+    return min(counts)
 
 
 def check_template(folder: Path, sha256: str, stream: Path) -> None:

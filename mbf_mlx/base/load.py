@@ -16,7 +16,7 @@ from mlx_lm import utils as mlx_lm
 
 from mbf_mlx.base import unpack
 from mbf_mlx.base.fingerprint import fingerprint
-from mbf_mlx.base.folder import describe_quantization
+from mbf_mlx.base.folder import describe_quantization, vocabulary_rows
 from mbf_mlx.base.sources import check_folder, read_config, weight_files
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
@@ -91,13 +91,34 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     """Return mlx-lm's tokenizer for a model folder. Code in the folder is never run.
 
     Raises:
-        InputError: the tokenizer files cannot be read.
+        InputError: the tokenizer files cannot be read, or a token has no row in the embedding.
     """
     ends = (config if config is not None else mlx_lm.load_config(folder)).get("eos_token_id")
     try:
-        return mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
+        tokenizer = mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
+    _check_vocabulary(folder, tokenizer)
+    return tokenizer
+
+
+def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
+    """Refuse a tokenizer with tokens that have no row in the model's embedding or head.
+
+    mlx does not check such a number: it would read memory that belongs to something else. Rows without a token are
+    padding, and fine.
+    """
+    rows = vocabulary_rows(folder)
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    outside = sorted((number, repr(text[:40])) for text, number in vocabulary.items() if not 0 <= number < rows)
+    outside += sorted((end, "an end token") for end in tokenizer.eos_token_ids if not 0 <= end < rows)
+    if outside:
+        named = ", ".join(f"{number} ({text})" for number, text in outside[:3]) + (", ..." if len(outside) > 3 else "")
+        raise InputError(
+            f"{folder}: its tokenizer does not fit its weights: expected token numbers below {rows}, the rows of the"
+            f" embedding, got {named}\nhint: use the tokenizer that was saved with these weights, or save the weights"
+            " again after resize_token_embeddings"
+        )
 
 
 def settle(model: nn.Module, *, dequantize: bool, float32: bool) -> None:

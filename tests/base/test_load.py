@@ -16,7 +16,7 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from mbf_mlx.base import unpack  # noqa: E402
-from mbf_mlx.base.load import load_base  # noqa: E402
+from mbf_mlx.base.load import load_base, load_tokenizer  # noqa: E402
 from mbf_mlx.base.sources import unpacked_bytes  # noqa: E402
 from mbf_mlx.engine.lora_layers import attach, read_factors, write_factors  # noqa: E402
 from tests.support.lora_factors import random_factors, write_adapter  # noqa: E402
@@ -241,3 +241,46 @@ def test_mlx_lm_still_has_what_we_call():
 
     assert {"lazy"} <= set(inspect.signature(utils.load_model).parameters)
     assert {"tokenizer_config_extra", "eos_token_ids"} <= set(inspect.signature(utils.load_tokenizer).parameters)
+
+
+# --- tokens without weights ---
+
+
+def with_tokens(folder, count):
+    """Add tokens to a model folder's tokenizer, behind those that it has."""
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text())
+    document["added_tokens"] += [
+        {**document["added_tokens"][0], "id": 300 + i, "content": f"<extra_{i}>", "special": False}
+        for i in range(count)
+    ]
+    path.write_text(json.dumps(document))
+
+
+def test_tokens_without_a_row_in_the_embedding_are_refused(tiny_llama, tmp_path):
+    folder = changed_copy(tiny_llama, tmp_path / "changed")
+    with_tokens(folder, 2)
+    message = r"expected token numbers below 300, .* got 300 \('<extra_0>'\), 301 \('<extra_1>'\)\nhint: "
+    with pytest.raises(InputError, match=message):
+        load_base(folder, **STORED)
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(folder)
+
+
+def test_a_token_that_settings_add_and_an_end_without_a_row_are_refused(tiny_llama, tmp_path):
+    padded = changed_copy(tiny_llama, tmp_path / "padded")
+    path = padded / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "<pad>"}))
+    with pytest.raises(InputError, match=r"got 300 \('<pad>'\)"):
+        load_base(padded, **STORED)
+    ends = changed_copy(tiny_llama, tmp_path / "ends", eos_token_id=[2, 4000])
+    with pytest.raises(InputError, match=r"got 4000 \(an end token\)"):
+        load_base(ends, **STORED)
+
+
+def test_rows_without_a_token_are_padding(tmp_path):
+    from tests.support.tiny_llama import write_tiny_llama
+
+    folder = write_tiny_llama(tmp_path / "padded", vocab_size=320)
+    with_tokens(folder, 2)
+    assert len(load_base(folder, **STORED).tokenizer.get_vocab()) == 302
