@@ -443,7 +443,7 @@ def test_any_configuration_of_an_adapter_is_refused_or_read(quick_path, value, c
     key = key or "lora_parameters"
     shutil.rmtree(quick_path / "out", ignore_errors=True)
     (save if config is CONFIG else save_peft)(quick_path / "out", {**config, key: value})
-    read = adapter.read if config is CONFIG else peft.read
+    read = adapter.read_adapter if config is CONFIG else peft.read_peft
     for name in {key, *config, "alpha_pattern", "rank_pattern"}:
         (quick_path / "out/adapter_config.json").write_text(json.dumps({**config, name: value}))
         refused_or_read(lambda: read(quick_path / "out"))
