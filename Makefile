@@ -1,16 +1,17 @@
-# Every target sets itself up: a virtual environment in .venv with the right extra for this machine. All can be repeated.
+# Each target first makes what it needs: a virtual environment in .venv, with the right extra for this machine.
 #
 #   make quickstart     install, then `mbf quickstart`: one small model learns three tasks
 #   make test           formatting, lint, types and tests; at most 10 minutes on two cores
+#   make test-fast      the unit tests alone, without processes and real models; at most a minute on two cores
 #   make test-all       the same with the slow tests: the full quickstart, and what needs torch, peft or npm
-#   make bench          the benchmarks of benchmarks/README.md, on an otherwise idle machine (about two hours)
-#   make bench-check    what no machine changes (operations, bytes, counts) against the committed figures
-#   make soak           200 kills of a run at random moments; the result goes into benchmarks/results/ (about 10 minutes)
-#   make fuzz           ten minutes of fuzzing for each reader of strangers' files
-#   make format         format the code and mend what the linter can
+#   make bench          the benchmarks of benchmarks/README.md; the machine must be idle (about two hours)
+#   make bench-check    compare what no machine changes (operations, bytes, counts) with the committed figures
+#   make soak           kill a run at 200 random moments; the result goes into benchmarks/results/ (about 10 minutes)
+#   make fuzz           fuzz each reader of strangers' files for ten minutes
+#   make format         format the code and fix what the linter can fix
 #   make release-check  build wheel and sdist into dist/, install each into empty environments, run the quickstart there
 #
-# PYTHON=python3.12 says which Python; EXTRA=cpu, cuda12, cuda13 or none says which mlx.
+# PYTHON=python3.12 chooses the Python; EXTRA=cpu, cuda12, cuda13 or none chooses the mlx.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,9 +19,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 comma := ,
 extras = $(subst none,,$(EXTRA))
 
-# Runs it: a version manager leaves names that start nothing.
+# Runs the Python to find out: a version manager leaves names that start nothing.
 fits = $1 -c 'import sys; sys.version_info >= (3, 11) and print("yes")' 2>/dev/null
-# The CUDA that the driver can run; a Mac's mlx needs no extra.
+# Finds the CUDA version that the driver can run; mlx on a Mac needs no extra.
 define find_extra
 case "$$(uname -s)" in \
 Darwin) echo none ;; \
@@ -40,11 +41,11 @@ CASES ?= step one_billion scoring merge flatness startup export memory large_fil
 KILLS ?= 200
 FUZZ_SECONDS ?= 600
 
-# Stamps inside the environment say what is installed in it; one that has lost its Python has to be made again.
+# Stamp files inside the environment say what is installed. An environment that has lost its Python is made again.
 READY := $(VENV)/.installed-$(EXTRA)
 $(shell $(call fits,$(BIN)/python) >/dev/null || rm -f $(READY)*)
 
-.PHONY: help quickstart test test-all bench bench-check soak fuzz format release-check install install-dev install-all venv clean
+.PHONY: help quickstart test test-fast test-all bench bench-check soak fuzz format release-check install install-dev install-all venv clean
 .DEFAULT_GOAL := help
 
 help:
@@ -59,13 +60,16 @@ test: install-dev
 	$(BIN)/mypy mbf_mlx
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
+test-fast: install-dev
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m fast
+
 test-all: install-all
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy mbf_mlx
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not release"
 
-# A case that was interrupted goes on after what it has measured; one that was finished is measured anew.
+# An interrupted case continues after what it has measured; a finished one is measured again.
 bench: install-all
 	@for case in $(CASES); do echo "$$case"; \
 	    $(BIN)/python benchmarks/$$case.py --out benchmarks/results/$$case.json || exit 1; done
@@ -95,7 +99,7 @@ release-check: install-dev
 	$(BIN)/python -m build
 	MBF_DIST=dist $(BIN)/python -m pytest -m release -rA tests/whole/test_release.py
 
-# A changed pyproject.toml installs again.
+# A changed pyproject.toml leads to a new installation.
 install: $(READY)
 install-dev: $(READY)-dev
 install-all: $(READY)-all
@@ -110,7 +114,7 @@ $(READY)-dev: pyproject.toml | venv
 	@$(PIP) install --editable '.[$(if $(extras),$(extras)$(comma))dev]'
 	@touch $@ $(READY)
 
-# torch first and by itself: what comes after would take the newest, with CUDA. PIP_EXTRA_INDEX_URL names another index.
+# torch goes first, in its own call: peft alone would bring the newest one, with CUDA. PIP_EXTRA_INDEX_URL names another index.
 $(READY)-all: $(READY)-dev
 	@echo "installing torch and peft, which only tests use"
 	@$(PIP) install 'torch==2.13.0'

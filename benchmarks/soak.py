@@ -67,7 +67,7 @@ def learn(stream: Path, tasks: list[Path], base: Path, part: Clock, spent: Clock
 
     tell("training", learning, "train")
     tell("saving", Working, "save")
-    tell("merging", learning, "conclude")
+    tell("merging", learning, "after_training")
     tell("scoring", learning, "score_all")
     tell("committing", StreamFolder, "commit")
     tell("pruning", StreamFolder, "clean")

@@ -9,6 +9,8 @@ with the chat template at their natural lengths, 8 at a time (needs the tasks of
 factors on all seven linear layers instead of q and v.
 
     python benchmarks/step.py [--cases last8 all rows] [--peers mlx_lm torch32 torch16] [--repeats 5]
+
+Long, because each peer's step stands beside ours, to be compared line by line.
 """
 
 import argparse

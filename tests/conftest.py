@@ -22,6 +22,7 @@ import pytest
 from filelock import FileLock
 
 from mbf_mlx.device.blas import load_blas
+from tests.support.fast import is_fast, no_processes
 
 load_blas()  # before any test imports mlx
 # A test run in the background of a script, or under nohup, ignores signals, and would hand that on to its children.
@@ -29,6 +30,23 @@ for _signal, _default in ((signal.SIGINT, signal.default_int_handler), (signal.S
     if signal.getsignal(_signal) == signal.SIG_IGN:
         signal.signal(_signal, _default)
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests that `make test-fast` runs."""
+    for item in items:
+        if is_fast(item):
+            item.add_marker("fast")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Let no test that is marked as fast start a process."""
+    if not item.get_closest_marker("fast"):
+        return (yield)
+    with no_processes(item.nodeid):
+        return (yield)
+
 
 # name -> (relative tolerance, absolute tolerance), as numpy.testing takes them
 TOLERANCES = {

@@ -155,8 +155,8 @@ def test_the_way_through_another_tools_files_changes_no_byte_of_the_state(tmp_pa
 def test_a_method_that_takes_part_in_training_says_so(tmp_path, name):
     stream = new_stream(tmp_path / "s", method=name, method_options=make(name).options)
     message = (
-        rf"method {name}: expected one that merges what training leaves \(slao, .*\); this one takes part in the"
-        " training itself, so its tasks cannot be trained elsewhere\nhint: mbf learn trains them here"
+        rf"method {name}: expected a method that only merges \(slao, .*\); this one takes part in the training"
+        " itself, so its tasks cannot be trained elsewhere\nhint: mbf learn trains them here"
     )
     with pytest.raises(InputError, match=message):
         exchange.next_start(stream, "peft")
@@ -197,7 +197,7 @@ def test_an_adapter_of_another_architecture_is_refused_where_its_base_is_here(tm
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"base_model_name_or_path": str(base), "model": str(base)}))
     refused(
-        stream, folder, rf"trained on {base}: expected architecture 'llama', got 'qwen2' \(--force: absorb it still"
+        stream, folder, rf"trained on {base}: expected architecture 'llama', got 'qwen2' \(--force absorbs it anyway"
     )
     (base / "config.json").write_text('{"model_type": "mistral"}')  # what mlx-lm loads as a Llama
     assert exchange.read_tuned(stream, folder)

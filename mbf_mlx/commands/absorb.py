@@ -30,7 +30,7 @@ def absorb(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Merge an adapter that was tuned elsewhere from `mbf next`, as the stream's next task.
+    """Merge an adapter that was trained elsewhere from the start that `mbf next` wrote, as the stream's next task.
 
     Example: mbf absorb assistant tuned --name mail
     """

@@ -50,7 +50,7 @@ def examine() -> dict[str, Any]:
         "memory_bytes": machine.total_memory(),
         "available_bytes": machine.available_memory(),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
-        # On a CPU mx.compile calls a compiler while we run; Metal and CUDA bring theirs.
+        # On a CPU mx.compile calls a compiler at run time; Metal and CUDA bring their own.
         "compiler": next((name for name in ("g++", "clang++") if shutil.which(name)), None),
         "packages": packages,
         "missing": [name for name, version in packages.items() if version is None],
@@ -79,7 +79,7 @@ def examine() -> dict[str, Any]:
 
 
 def measure_matmul() -> float:
-    """Return the best float32 matrix product of half a second on the chosen device, in 10^9 operations a second."""
+    """Return how fast the chosen device multiplies float32 matrices, in 10^9 operations a second: the best of many."""
     import mlx.core as mx
 
     a = mx.random.normal((MATMUL_SIZE, MATMUL_SIZE))

@@ -1,4 +1,4 @@
-"""`mbf experiment`: methods, orders and seeds on sequences of tasks, from one file into one table."""
+"""`mbf experiment`: compare methods, task orders and seeds, from one file into one table."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +10,7 @@ from mbf_mlx.commands import console
 from mbf_mlx.commands.options import Json
 
 if TYPE_CHECKING:
-    from mbf_mlx.experiment.results import Row
+    from mbf_mlx.experiment.results import CellRow
 
 
 def experiment(
@@ -54,33 +54,34 @@ def experiment(
         from mbf_mlx.experiment.differences import reference_name
 
         against = reference_name((cell.name for cell in plan.cells), against)
-    folder = out if out is not None else Path(f"{plan.name}-results")
+    folder = out if out is not None else plan.results_folder
     for name, task in plan.tasks.items():
         for warning in task.warnings:
             console.warn(f"{name}: {warning}")
     if show:
-        from mbf_mlx.experiment.results import called, read_results
+        from mbf_mlx.experiment.results import cell_key, read_results
 
-        found = {called(row): row for row in read_results(folder)}
-        planned = [(*cell.called, (plan.file.score_on, plan.file.test_rows)) for cell in plan.cells]
+        found = {cell_key(row): row for row in read_results(folder)}
+        planned = [(*cell.cell_key, (plan.file.score_on, plan.file.test_rows)) for cell in plan.cells]
         rows = [found[place] for place in planned if place in found]
     else:
         rows = _run(plan, folder)
     _print(plan.name, rows, against, json, markdown)
 
 
-def _run(plan: Any, folder: Path) -> "list[Row]":
+def _run(plan: Any, folder: Path) -> "list[CellRow]":
     from mbf_mlx.device import backend
 
-    backend.setup()  # loads the fast BLAS, which mlx takes only where it is there first
-    from mbf_mlx.experiment.run import Experiment, Watch
+    backend.setup()  # loads the fast BLAS, which must be there before mlx is
+    from mbf_mlx.experiment.cell import Watch
+    from mbf_mlx.experiment.run import Experiment
     from mbf_mlx.files.storage import Files
 
     Files().make_folder(folder)
     running = Experiment(plan, folder, Watch())
 
     class Shown(Watch):
-        """One bar over all cells; its unit is a task learned in a cell, here or by another process."""
+        """One bar over all cells. It counts the tasks learned in them, here or by another process."""
 
         def __init__(self, update: Any, total: int) -> None:
             self.update, self.total, self.done, self.what = update, total, 0, ""
@@ -109,7 +110,7 @@ def _run(plan: Any, folder: Path) -> "list[Row]":
     return rows
 
 
-def _print(name: str, rows: "list[Row]", against: str | None, json: bool, markdown: bool) -> None:
+def _print(name: str, rows: "list[CellRow]", against: str | None, json: bool, markdown: bool) -> None:
     from mbf_mlx.experiment import differences as compared
     from mbf_mlx.experiment import table as tables
 

@@ -1,4 +1,4 @@
-"""`mbf fetch`: a base model from a recipe into models/, or the list of recipes."""
+"""`mbf fetch`: put a base model from a recipe into models/, or list the recipes."""
 
 from typing import Annotated, Any
 

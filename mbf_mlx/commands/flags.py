@@ -13,8 +13,9 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 
 from mbf_mlx.commands.help import AGAIN, LOAD, MEMORY, NEW, SAMPLING, SAVING, TRAINING
-from mbf_mlx.commands.options import bytes_of, words_of
+from mbf_mlx.commands.options import words_of
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, TrainConfig
+from mbf_mlx.units import bytes_of
 
 _FIELDS = {
     field.name: (config, field)
@@ -66,7 +67,7 @@ FLAGS = {
         "SIZE",
         MEMORY,
         default="80 % of what is available",
-        read=partial(bytes_of, flag="--memory-limit"),
+        read=partial(bytes_of, where="--memory-limit"),
     ),
     "save_every": Flag(
         "How often to save, so that a killed run resumes exactly: 200 (steps), 60s (seconds) or 0 (never).",

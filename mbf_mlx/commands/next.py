@@ -1,4 +1,4 @@
-"""`mbf next`: the start of the next task, to be trained elsewhere."""
+"""`mbf next`: write the start of the next task, which is then trained elsewhere."""
 
 from pathlib import Path
 from typing import Annotated

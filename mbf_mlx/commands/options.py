@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +13,10 @@ from mbf_mlx.files.documents import toml
 
 
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Take a TOML file's values as this command's defaults; flags win.
+    """Make the values of a TOML file the defaults of this command; flags on the command line win.
 
     Raises:
-        InputError: no such file, no TOML, or a name that is not one of the command's flags.
+        InputError: the file is missing or not TOML, or names a flag that the command does not have.
     """
     if path is None:
         return None
@@ -37,7 +36,7 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
 
 
 def options_of(text: str | None) -> dict[str, Any] | None:
-    """Return a method's options from "key=value,key=value"; values are JSON where they can be read so, else words.
+    """Return a method's options from "key=value,key=value"; a value that is not JSON is a word.
 
     Raises:
         InputError: a part without a key or a value.
@@ -59,21 +58,6 @@ def options_of(text: str | None) -> dict[str, Any] | None:
 def words_of(text: str) -> tuple[str, ...]:
     """Return the parts of a comma-separated flag, without spaces around them and without empty ones."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def bytes_of(text: str, flag: str) -> int:
-    """Return a size as people write it, "16GB" or "900 MB", in bytes.
-
-    Raises:
-        InputError: it is none.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", text)
-    if match is None:
-        raise InputError(f"{flag}: expected a size as in 16GB or 900MB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 StreamPath = Annotated[Path, typer.Argument(metavar="STREAM", help="Folder of the stream.")]

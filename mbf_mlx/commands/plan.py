@@ -8,7 +8,7 @@ import typer
 from mbf_mlx import units
 from mbf_mlx.commands import console
 from mbf_mlx.commands.flags import Given, takes
-from mbf_mlx.commands.options import Config, Json, KeepQuantized, bytes_of, words_of
+from mbf_mlx.commands.options import Config, Json, KeepQuantized, words_of
 from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 
@@ -88,7 +88,7 @@ def plan(
         time=time,
         report=console.err.print,
     )
-    sizes = [bytes_of(size, "--memory") for size in memory.split(",")] if memory else [None]
+    sizes = [units.bytes_of(size, "--memory") for size in memory.split(",")] if memory else [None]
     if stream is not None:
         document = forecaster.for_tasks(stream, tasks or [], model, sizes[0])
     elif model:
@@ -150,7 +150,7 @@ def _print(document: dict[str, Any]) -> None:
     if "seconds" in document:
         console.out.print(
             f"time:   {units.duration(document['seconds'])} ({document['seconds_a_step']:.2f} s a step), estimated from"
-            f" a short trial; scoring {document['scored_rows']} rows is included, generating long answers is not"
+            " a short trial; scoring the tasks named here is included, scoring earlier ones is not"
         )
     if "disk_bytes" in document:
         console.out.print(f"disk:   {size(document['disk_bytes'])}; {size(document['disk_free_bytes'])} are free")

@@ -1,4 +1,4 @@
-"""`mbf quickstart`: everything once, on a small model."""
+"""`mbf quickstart`: do everything once, with a small model."""
 
 import json as json_library
 import time
@@ -21,8 +21,8 @@ MODEL = "smollm2-135m-instruct"
 FOLDER = Path(__file__).parents[1] / "quickstart"
 TASKS = ("home", "inbox", "bins")
 RIVAL = "sequential"
-EPOCHS = 2  # measured on three seeds, as the recipe's LoRA settings; see quickstart/README.md
-FAST_LEARNING_RATE = 3e-3  # in the one epoch of --fast, three steps a task
+EPOCHS = 2  # chosen on three seeds, like the recipe's LoRA settings; see quickstart/README.md
+FAST_LEARNING_RATE = 3e-3  # --fast has one epoch of three steps a task
 FAST_ROWS = {"train": 24, "test": 6}  # of a task
 
 
@@ -86,14 +86,14 @@ def quickstart(
 
 
 def fetched() -> Path:
-    """Return the folder of the small model, fetching it where it is missing."""
+    """Return the folder of the small model; fetch it if it is missing."""
     from mbf_mlx.base.sources import resolve_base
 
     return resolve_base(MODEL, report=console.err.print).path
 
 
 def _shortened(folder: Path, target: Path) -> Path:
-    """Return a copy of a task with its first rows alone."""
+    """Return a copy of a task that has only its first rows."""
     target.mkdir(parents=True, exist_ok=True)
     for split, count in FAST_ROWS.items():
         rows = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -112,7 +112,7 @@ def _base_scores(stream: "Stream", folders: list[Path], cache: Path) -> dict[str
 
 
 def _ask(model: Path, prompt: str) -> str:
-    """Return the fused folder's answer, through mlx-lm alone."""
+    """Return the fused model's answer; only mlx-lm is used."""
     from mlx_lm import generate, load
 
     loaded, tokenizer = load(str(model))[:2]
@@ -133,7 +133,7 @@ def _print(result: dict[str, Any], stream: Path, fused: Path) -> None:
         table = matrix(result[name], console.out.width)
         table.title = title
         tables.append(table)
-    console.out.print(Columns(tables, padding=(0, 2)))  # beside each other where the terminal is wide enough
+    console.out.print(Columns(tables, padding=(0, 2)))  # side by side if the terminal is wide enough
     for line in summary(result["assistant"]):
         console.out.print(line)
     own, other = (result[name]["average_accuracy"] for name in ("assistant", RIVAL))

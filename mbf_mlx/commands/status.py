@@ -1,4 +1,4 @@
-"""`mbf status`: what a stream knows of itself."""
+"""`mbf status`: a stream's tasks, scores and sizes."""
 
 from typing import Annotated
 

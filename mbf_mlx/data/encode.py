@@ -1,11 +1,11 @@
-"""Rows become tokens: which of them are supervised, and what is cut from a row that is too long.
+"""Turns rows into tokens: which tokens are supervised, and what is cut from a row that is too long.
 
-A row's tokens are a prompt, exactly the one from which an answer is generated, and the answer that continues it, which
-ends with the token that ends a turn and holds nothing after it. The answer is tokenized apart from the prompt: no
-token may reach over the seam, or training would see a prompt that generation never sees.
+A row's tokens are a prompt, exactly the one from which an answer is generated, and the answer that continues it. The
+answer ends with the token that ends a turn; nothing follows it. It is tokenized apart from the prompt: if a token
+reached over the seam, training would see a prompt that generation never sees.
 
-What a template writes is left to chat_template.py, pieces of text and their tokens to tokenizer_pieces.py, how tokens
-are kept to token_rows.py, batches to batches.py.
+The text of a conversation, and where its answers are, come from answer_places.py, tokens of pieces of text from
+tokenizer_pieces.py. token_rows.py keeps the tokens, batches.py puts rows together.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mbf_mlx.config import DataConfig
-from mbf_mlx.data.chat_template import MOVED, Answer, ChatTemplate, Rendered
+from mbf_mlx.data.answer_places import Rendered, render
+from mbf_mlx.data.chat_template import ChatTemplate
 from mbf_mlx.data.problems import Problems
 from mbf_mlx.data.row import BadRow, Row
 from mbf_mlx.data.token_rows import Encoded as Encoded
@@ -105,7 +106,7 @@ class Encoder:
             texts = map(self._pieces.ended, self._pieces.begun([row.text for row in rows]))
             return [_Parts(tokens[:1], [False], tokens[1:]) for tokens in texts]
         if self._template is not None:
-            return self._chat_parts(self._template.render(rows))
+            return self._chat_parts(render(rows, self._template, self._pieces))
         if rows[0].kind == "messages":
             why = "--template none" if self.data.template == "none" else "the model has none"
             reason = f"messages need a chat template ({why}): expected prompt/completion or text rows"
@@ -116,36 +117,32 @@ class Encoder:
 
     def _chat_parts(self, rendered: "list[Rendered | BadRow]") -> "list[_Parts | BadRow]":
         good = [text for text in rendered if isinstance(text, Rendered)]
-        tokens = self._pieces.continued([text.answer for text in good])
-        found = zip(self._prompts(good), map(self._pieces.turn, tokens), strict=True)
+        turns = [self._pieces.turn(text.answer) for text in good]
+        answers = self._pieces.continued([said for said, _ in turns])
+        found = zip(self._prompts(good), answers, turns, strict=True)
         parts: list[_Parts | BadRow] = []
         for text in rendered:
             if isinstance(text, BadRow):
                 parts.append(text)
                 continue
-            prompt, (answer, ends) = next(found)
+            prompt, answer, (_, ends) = next(found)
             answer = answer if ends else self._pieces.ended(answer)
             parts.append(prompt if isinstance(prompt, BadRow) else _Parts(*prompt, answer))
         return parts
 
     def _prompts(self, rendered: Sequence[Rendered]) -> list[tuple[list[int], list[bool]] | BadRow]:
-        """Return each prompt's tokens, and which of them earlier answers hold."""
+        """Return each prompt's tokens, and which of them belong to earlier answers."""
         texts = [text.prompt for text in rendered]
         if not any(text.earlier for text in rendered):
             return [(tokens, [False] * len(tokens)) for tokens in self._pieces.plain(texts)]
-        said = iter(self._pieces.turns([answer.written for text in rendered for answer in text.earlier]))
         prompts: list[tuple[list[int], list[bool]] | BadRow] = []
         for text, tokens, places in zip(rendered, *self._pieces.placed(texts), strict=True):
-            spans = [_span(text.prompt, answer, next(said)) for answer in text.earlier]
-            starts, stops = np.array(places).reshape(-1, 2).T
-            inside = [(starts >= begin) & (stops <= end) & (starts < stops) for begin, end in filter(None, spans)]
-            if len(inside) < len(spans):
-                prompts.append(BadRow(MOVED))
-            elif not all(self._pieces.says_something([tokens[i] for i in np.flatnonzero(each)]) for each in inside):
-                prompts.append(BadRow(NOTHING))
-            else:
+            inside = [_tokens_of(text.prompt, places, span) for span in text.earlier]
+            if all(self._pieces.says_something([tokens[i] for i in np.flatnonzero(each)]) for each in inside):
                 supervised = np.any([np.zeros(len(tokens), bool), *inside], axis=0)
                 prompts.append((tokens, supervised.tolist()))
+            else:
+                prompts.append(BadRow(NOTHING))
         return prompts
 
     def _fitted(self, rows: Sequence[Row], parts: "list[_Parts | BadRow]") -> "tuple[list[_Parts | BadRow], list[int]]":
@@ -203,17 +200,25 @@ def _length(parts: _Parts | BadRow) -> int:
     return parts.length if isinstance(parts, _Parts) else 0
 
 
-def _span(prompt: str, answer: Answer, said: str) -> tuple[int, int] | None:
-    """Return where an earlier answer, which the model says as `said`, stands in the prompt of the last one."""
-    if prompt.startswith(said, answer.begin):
-        return answer.begin, answer.begin + len(said)
-    if answer.content and answer.content in said:
-        # A template that leaves the thoughts out of earlier answers: what stays of this one must begin here.
-        said = said[said.rindex(answer.content) :]
-        begin = len(prompt) - len(prompt[answer.begin :].lstrip())
-        if prompt.startswith(said, begin):
-            return begin, begin + len(said)
-    return None
+def _tokens_of(text: str, places: Sequence[tuple[int, int]], span: tuple[int, int]) -> np.ndarray:
+    """Return which tokens of a text belong to a part of it, bool (tokens,).
+
+    A token that reaches over an edge of the part belongs to it if white space alone is outside and words are inside.
+
+    Args:
+        text: The whole text.
+        places: Where each token begins and ends in it.
+        span: Where the part begins and ends.
+    """
+    begin, end = span
+    starts, stops = np.array(places).reshape(-1, 2).T
+    # Some tokenizers leave white space out of a token's place: a token begins where the one before it ended.
+    starts = np.minimum(starts, np.concatenate([[0], np.maximum.accumulate(stops)[:-1]]))
+    inside: np.ndarray = (starts >= begin) & (stops <= end) & (starts < stops)
+    for i in np.flatnonzero(~inside & (starts < end) & (stops > begin)):
+        outside = text[starts[i] : begin] + text[end : stops[i]]
+        inside[i] = bool(not outside.strip() and text[max(starts[i], begin) : min(stops[i], end)].strip())
+    return inside
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -27,10 +27,13 @@ class PieceTokenizer:
         if not self.ends:
             raise InputError("the model's tokenizer: expected a token that ends an answer (eos_token), got none")
         self._end: int = min(self.ends) if end is None else end
-        added = {token: x.content for token, x in self._tokenizer.added_tokens_decoder.items() if x.special}
-        self._special = self.ends | added.keys()
-        self._marks = re.compile("|".join(map(re.escape, added.values())) or "(?!)")
-        self._blank: dict[int, bool] = {}
+        added = self._tokenizer.added_tokens_decoder.items()
+        marks: dict[int, str] = {token: x.content for token, x in added if x.special or token in self.ends}
+        self._special = self.ends | marks.keys()
+        self._end_marks = {text for token, text in marks.items() if token in self.ends}
+        # Longest first: where one begins like another, the longer one is read.
+        self._marks = sorted(filter(str.strip, marks.values()), key=len, reverse=True)
+        self._mark = re.compile("|".join(map(re.escape, self._marks)) or "(?!)")
         self._begin = self._find_begin()
         self._anchors = self._find_anchors()
 
@@ -67,30 +70,39 @@ class PieceTokenizer:
         """Return tokens that end with a token at which generation stops; it is added if it is missing."""
         return tokens if tokens and tokens[-1] in self.ends else [*tokens, self._end]
 
-    def turn(self, tokens: list[int]) -> tuple[list[int], bool]:
+    def turn(self, text: str) -> tuple[str, bool]:
         """Return an answer up to the token that ends its turn, and whether there is such a token.
 
         What templates write after that token, most of all a line end, is never generated.
         """
-        begin = len(tokens)
-        while begin and (tokens[begin - 1] in self._special or self._is_blank(tokens[begin - 1])):
-            begin -= 1
-        tail = range(begin, len(tokens))
-        stops = [i for i in tail if tokens[i] in self.ends][:1] or [i for i in tail if tokens[i] in self._special][-1:]
-        return (tokens[: stops[0] + 1], True) if stops else (tokens[:begin], False)
+        stops: list[tuple[str, int]] = []  # special tokens behind the answer and where each ends, the last one first
+        end = len(text.rstrip())
+        while mark := next((mark for mark in self._marks if text.endswith(mark, 0, end)), None):
+            stops.append((mark, end))
+            end = len(text[: end - len(mark)].rstrip())
+        if not stops:
+            return text[:end], False
+        firsts = [place for mark, place in stops if mark in self._end_marks][-1:]
+        return text[: firsts[0] if firsts else stops[0][1]], True
 
-    def turns(self, texts: Sequence[str]) -> list[str]:
-        """Return answers as texts, each up to the end of the token that ends its turn."""
-        tokens, places = self.placed(texts)
-        counts = [len(self.turn(each)[0]) for each in tokens]
-        return [
-            text[: place[count - 1][1]] if count else ""
-            for text, place, count in zip(texts, places, counts, strict=True)
-        ]
+    def end_of_turn(self, text: str, tail: str) -> int:
+        """Return how many characters of `text`, which follows an answer, end the answer's turn.
+
+        Args:
+            text: What follows the answer in the middle of a conversation.
+            tail: What ends its turn where the conversation ends, too.
+        """
+        if text.startswith(tail):
+            return len(tail)
+        for mark in reversed(list(self._mark.finditer(tail))):
+            if text.startswith(tail[: mark.end()]):
+                return mark.end()
+        first = self._mark.match(text, len(text) - len(text.lstrip()))
+        return first.end() if first and first[0] in self._end_marks else 0
 
     def mark_in(self, text: str) -> str:
         """Return the first piece of a text that is read as a special token; "" if there is none."""
-        found = self._marks.search(text)
+        found = self._mark.search(text)
         return found[0] if found else ""
 
     def says_something(self, tokens: Sequence[int]) -> bool:
@@ -100,11 +112,6 @@ class PieceTokenizer:
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""
         return str(self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-
-    def _is_blank(self, token: int) -> bool:
-        if token not in self._blank:
-            self._blank[token] = not self.text([token]).strip()
-        return self._blank[token]
 
     def _find_begin(self) -> list[int]:
         """Return the tokens that the tokenizer puts before every text."""

@@ -44,7 +44,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            text = file.read(_header_bytes(file.read(8), size, path))
+            text = file.read(_header_length(file.read(8), size, path))
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror}") from error
     return _check_header(text, size, path)
@@ -52,11 +52,11 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def header_of(data: Data, where: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Return what `read_header` returns, for a file's bytes. `where` is the file's name in errors."""
-    length = _header_bytes(data[:8], len(data), where)
+    length = _header_length(data[:8], len(data), where)
     return _check_header(bytes(data[8 : 8 + length]), len(data), where)
 
 
-def _header_bytes(head: Data, size: int, path: Path) -> int:
+def _header_length(head: Data, size: int, path: Path) -> int:
     """Return the header's length, which the first 8 bytes of a file hold."""
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
     if length < 2:
@@ -71,7 +71,7 @@ def _header_bytes(head: Data, size: int, path: Path) -> int:
 
 def _check_header(text: bytes, size: int, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     header = _parse(text, path)
-    metadata = header.pop("__metadata__", None) or {}  # mlx writes null where it has none
+    metadata = header.pop("__metadata__", None) or {}  # mlx writes null if it has none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "__metadata__: expected strings by name")
     begin = 8 + len(text)
@@ -91,12 +91,12 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise _damaged(path, f"{twice} is there twice")
+            raise _damaged(path, f"{twice} appears twice")
         return dict(pairs)
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=once)
-        json.dumps(header, ensure_ascii=False).encode()  # half a pair of surrogates, which JSON can spell, is no text
+        json.dumps(header, ensure_ascii=False).encode()  # refuses lone surrogates, which no text has
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
@@ -186,7 +186,7 @@ def write(path: Path, declared: list[Declared], arrays: "Iterable[np.ndarray]") 
 
 
 def header_bytes(declared: Iterable[Declared], metadata: Mapping[str, str]) -> tuple[bytes, int]:
-    """Return what stands before a file's first tensor, and how many bytes the tensors take, in the declared order."""
+    """Return the bytes before a file's first tensor, and how many bytes the tensors take, in the declared order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in declared:

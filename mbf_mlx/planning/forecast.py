@@ -157,7 +157,7 @@ class Forecaster:
         if self.time and document["device"] == this_device() and document["verdict"] != NO:
             from mbf_mlx.base.sources import read_config
 
-            rate = work.measure(read_config(folder), self._lora_for(model, folder), run, works[0].typical)
+            rate = work.measured_rate(read_config(folder), self._lora_for(model, folder), run, works[0].typical)
             document["seconds"] = sum(rate.seconds(each) for each in works)
             document["seconds_a_step"] = rate.step * works[0].train_tokens / works[0].steps
         return document

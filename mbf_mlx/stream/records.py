@@ -180,7 +180,7 @@ def read_identity(path: Path) -> Identity:
     """Return what the stream.json of a stream's folder says.
 
     Raises:
-        NewerFormatError: a later version of ours wrote it.
+        NewerFormatError: a later version of mbf-mlx wrote it.
         InputError: there is no stream, or the file is damaged; the message says how to restore it.
     """
     where = path / IDENTITY

@@ -56,7 +56,7 @@ class Working:
             step: Training steps done so far.
             run: What decides the result: the task, its data, the settings.
             machine: What the run was computed with.
-            progress: Where the run stands.
+            progress: How far the run has come.
             tensors: NumPy arrays by name.
 
         Raises:

@@ -1,4 +1,7 @@
-"""A name becomes a local model folder, or one sentence that says why not; nothing half-written stays."""
+"""A name becomes a local model folder, or one sentence that says why not; nothing half-written stays.
+
+Long, because it is a table of names and folders, each with the whole message.
+"""
 
 import hashlib
 import http.server

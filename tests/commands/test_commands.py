@@ -1,4 +1,7 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line as a user meets it: in a process of its own.
+
+Long, because each case is a command with all that it must print.
+"""
 
 import ast
 import io

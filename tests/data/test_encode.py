@@ -1,3 +1,8 @@
+"""Rows become tokens: what is supervised, what is cut, and which rows are refused.
+
+Long, because each template's shape stands beside the rows that it is tried with.
+"""
+
 import json
 import re
 from dataclasses import replace
@@ -137,8 +142,7 @@ THINKS = "thinks when it begins"
 def test_supervised_tokens_go_on_exactly_where_generation_starts(style, template, bos):
     tokenizer = tokenizer_of(style, template, bos)
     rows = [row(prompt="Is it good?", completion=" yes"), talk("Is it good?", "yes")]
-    if template != THINKS:
-        rows.append(talk("Hello", "Hi there", "Is it good?", "no, it is late"))
+    rows.append(talk("Hello", "Hi there", "Is it good?", "no, it is late"))
     for one in rows:
         encoded = encode(one, tokenizer)
         asked = list(one.messages[:-1]) or [{"role": "user", "content": one.prompt}]
@@ -156,11 +160,13 @@ def test_what_is_supervised_is_the_answers_and_their_end(style, template, bos):
     space = " " if template == "llama2" else ""
     one = encode(row(prompt="Is it good?", completion=" yes"), tokenizer)
     assert supervised(tokenizer, one) == [f"{space}{thought}yes{space}<|im_end|>"]
-    if template == THINKS:
-        return
     many = encode(talk("Hello", "Hi there", "Is it good?", "yes"), tokenizer)
+    found = supervised(tokenizer, many)
+    if template in ("words", THINKS):
+        # The space before the answer, the template's or the tokenizer's, may share a token with its first word.
+        found[0] = found[0].lstrip(" ")
     end = "" if template == "words" else "<|im_end|>"
-    assert supervised(tokenizer, many) == [f"{space}Hi there{space}{end}", f"{space}{thought}yes{space}<|im_end|>"]
+    assert found == [f"{space}Hi there{space}{end}", f"{space}{thought}yes{space}<|im_end|>"]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -239,14 +245,14 @@ REFUSED = {
         {"messages": [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]},
         "the model's chat template refuses the row: only user and assistant roles are supported",
     ),
-    "a template that hides where earlier answers begin": (
-        THINKS,
-        {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]},
-        "the model's chat template writes an earlier answer not where it is generated: expected rows with one answer",
+    "a template that shortens earlier answers": (
+        "{% for m in messages %}[{{ m.content if loop.last else m.content[:1] }}]{% endfor %}",
+        {"messages": [{"role": role, "content": "a thing"} for role in ("user", "assistant") * 2]},
+        "the model's chat template changes an earlier answer: expected rows with one answer",
     ),
-    "an answer of thoughts alone": (
+    "an answer that the template shortens": (
         THINKS,
-        {"prompt": "a", "completion": "<think>b</think>"},
+        {"prompt": "a", "completion": "a</think>b"},
         "the model's chat template changes the answer: expected to find it behind the prompt",
     ),
     "an answer that a template drops": (

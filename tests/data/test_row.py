@@ -1,4 +1,7 @@
-"""One row: which JSON values fit, and what is said of those that do not."""
+"""One row: which JSON values fit, and what is said of those that do not.
+
+Long, because it is a table of values, each with the whole message.
+"""
 
 import json
 from pathlib import Path

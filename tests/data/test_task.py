@@ -1,3 +1,8 @@
+"""A task's files become rows of train, valid and test.
+
+Long, because each case writes the files that it reads.
+"""
+
 import gc
 import json
 import os

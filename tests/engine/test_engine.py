@@ -1,4 +1,7 @@
-"""The engine's loss, gradients and scores against a plain computation with all logits."""
+"""The engine's loss, gradients and scores against a plain computation with all logits.
+
+Long, because every case runs both engines through the same helpers above it.
+"""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor

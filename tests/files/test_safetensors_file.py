@@ -54,7 +54,7 @@ DAMAGED_FILES = {
     "overlap": (
         safetensors({**one(), "y": one(offsets=(8, 24))["x"]}, bytes(24)), "y: expected its data at byte 16, got 8"
     ),
-    "twice": (safetensors(b'{"x": 1, "x": 2}'), "x is there twice"),
+    "twice": (safetensors(b'{"x": 1, "x": 2}'), "x appears twice"),
     "half a character": (safetensors(b'{"\\ud800": 1}'), "not JSON: .* surrogates not allowed"),
 }  # fmt: skip
 

@@ -1,4 +1,7 @@
-"""Every continual method learns through the real way of learning, and what takes part in training does what it says."""
+"""Every continual method learns through the real way of learning, and what takes part in training does what it says.
+
+Long, because one table of methods drives all of it.
+"""
 
 import dataclasses
 
@@ -27,7 +30,7 @@ from mbf_mlx.engine import cpu_ops  # noqa: E402
 from mbf_mlx.engine.choose import prepare  # noqa: E402
 from mbf_mlx.engine.lora_layers import lora_layers  # noqa: E402
 from mbf_mlx.engine.taps import called_by  # noqa: E402
-from mbf_mlx.learning.after_training import conclude, with_extra  # noqa: E402
+from mbf_mlx.learning.after_training import after_training, with_extra  # noqa: E402
 from mbf_mlx.learning.learner import load_learner  # noqa: E402
 from mbf_mlx.learning.measure import input_moments, squared_gradients  # noqa: E402
 from mbf_mlx.learning.train import train  # noqa: E402
@@ -76,14 +79,18 @@ def encoded(learner, tasks):
 
 
 @pytest.fixture
-def open_stream(tmp_path, tiny_llama, learner, monkeypatch):
+def open_stream(tmp_path, tiny_llama, learner):
     """`open_stream(name, options)`: a new stream that uses the one loaded model."""
-    import mbf_mlx.learning.learner
-
-    monkeypatch.setattr(mbf_mlx.learning.learner, "load_learner", lambda *_: learner)
 
     def open_stream(name, options=None, folder="s"):
-        return Stream.open(tmp_path / folder, base=str(tiny_llama), method=name, method_options=options, lora=LORA)
+        return Stream.open(
+            tmp_path / folder,
+            base=str(tiny_llama),
+            method=name,
+            method_options=options,
+            lora=LORA,
+            load_learner=lambda *_: learner,
+        )
 
     return open_stream
 
@@ -130,7 +137,7 @@ def two_tasks(name, options, learner, encoded, config=QUICK):
         train(tuning, learner.engine, with_extra(method, state, encoded), [], config)
         if last:
             return method, state, tuning
-        state = conclude(method, state, tuning, learner.engine, encoded, 4)
+        state = after_training(method, state, tuning, learner.engine, encoded, 4)
     raise AssertionError
 
 
@@ -363,4 +370,4 @@ def test_status_says_where_rows_are_kept(name, said, open_stream, tasks):
 
     stream = open_stream(name)
     stream.learn(tasks[0], train=QUICK)
-    assert any("rows of its tasks are kept" in line for line in summary(stream.status())) == said
+    assert any("this method keeps rows of its tasks" in line for line in summary(stream.status())) == said

@@ -53,31 +53,42 @@ TEMPLATES = {
     ),
 }
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>"]
-STYLES = ("bytes", "sentencepiece", "sentencepiece once")
+STYLES = ("bytes", "sentencepiece", "sentencepiece once", "bytes trimmed")
+# As Llama 3's tokenizer splits a text: a word with the space or sign before it, signs with the line ends after them.
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def make_tokenizer(style="bytes", template="chatml", *, bos=False, ends=("<|im_end|>",)):
+def make_tokenizer(style="bytes", template="chatml", *, bos=False, ends=("<|im_end|>",), special=()):
     """Return mlx-lm's wrapper around a BPE of 400 tokens.
 
     Args:
-        style: "bytes", as of Llama 3 and SmolLM2; "sentencepiece", which puts a space before every piece that it is
-            given, as of Llama 2; "sentencepiece once", before the first piece of a text alone.
+        style: "bytes", as SmolLM2's; "bytes trimmed", as Llama 3's, where one token may hold a full stop and line ends,
+        and
+            tokens are placed without the space before them; "sentencepiece", which puts a space before every piece
+            that it is given, as Llama 2's; "sentencepiece once", which puts it before the first piece of a text alone.
         template: A name of TEMPLATES, or None.
         bos: Put <|im_start|> before every text, as Llama's tokenizers do.
-        ends: Tokens at which generation stops.
+        ends: Tokens at which generation stops, the first one the tokenizer's own end token.
+        special: Special tokens besides SPECIAL.
     """
     from mlx_lm.tokenizer_utils import TokenizerWrapper
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    space = "▁"
+    space, special = "▁", [*SPECIAL, *special]
     options = {"vocab_size": 400, "show_progress": False}
-    if style == "bytes":
+    texts = TEXT.splitlines()
+    if style in ("bytes", "bytes trimmed"):
         inner = Tokenizer(models.BPE())
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if style == "bytes trimmed":
+            splits = pre_tokenizers.Split(Regex(WORDS), "isolated")
+            inner.pre_tokenizer = pre_tokenizers.Sequence([splits, pre_tokenizers.ByteLevel(False, use_regex=False)])
+            inner.post_processor = processors.ByteLevel(trim_offsets=True)
+            texts = [TEXT.replace("\n", "\n\n"), "    if a:\n        b()\n" * 3, " yes no Hi It." * 9]
         inner.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(special_tokens=SPECIAL, initial_alphabet=alphabet, **options)
+        trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, **options)
     else:
         inner = Tokenizer(models.BPE(byte_fallback=True, unk_token=SPECIAL[0], fuse_unk=True))
         if style == "sentencepiece":
@@ -86,21 +97,24 @@ def make_tokenizer(style="bytes", template="chatml", *, bos=False, ends=("<|im_e
             inner.pre_tokenizer = pre_tokenizers.Metaspace(space, prepend_scheme="first", split=False)
         inner.decoder = decoders.Sequence([decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse()])
         trainer = trainers.BpeTrainer(
-            special_tokens=[*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))], **{**options, "vocab_size": 600}
+            special_tokens=[*special, *(f"<0x{byte:02X}>" for byte in range(256))], **{**options, "vocab_size": 600}
         )
-    inner.train_from_iterator(TEXT.splitlines(), trainer)
+    inner.train_from_iterator(texts, trainer)
     # The bytes of a character that has no token are tokens like any other, not special ones.
     document = json.loads(inner.to_str())
-    document["added_tokens"] = [token for token in document["added_tokens"] if token["content"] in SPECIAL]
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["content"] in special]
     inner = Tokenizer.from_str(json.dumps(document))
     if bos:
-        inner.post_processor = processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1)])
+        first = processors.TemplateProcessing(
+            "<|im_start|> $A", None, [("<|im_start|>", special.index("<|im_start|>"))]
+        )
+        inner.post_processor = processors.Sequence([inner.post_processor, first]) if style == "bytes trimmed" else first
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner,
         bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
+        eos_token=ends[0],
         clean_up_tokenization_spaces=False,
-        additional_special_tokens=SPECIAL,
+        additional_special_tokens=special,
     )
     tokenizer.chat_template = TEMPLATES.get(template)
     return TokenizerWrapper(tokenizer, eos_token_ids=tokenizer.convert_tokens_to_ids(list(ends)))

@@ -1,6 +1,9 @@
 """What users get wrong, one row each, with the whole message: adapters, streams, names, flags.
 
-Task files stand in tests/data/, model folders and GGUF files in tests/base/."""
+Task files stand in tests/data/, model folders and GGUF files in tests/base/.
+
+Long, because it is a table: one row for each thing that users get wrong.
+"""
 
 # ruff: noqa: E501  a message stands in its row
 
@@ -17,8 +20,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from mbf_mlx import exchange
-from mbf_mlx.adapters import mlx_lm as adapter
-from mbf_mlx.adapters import peft
+from mbf_mlx.adapters.mlx_lm import adapter_files, decode_tensors, read_adapter
+from mbf_mlx.adapters.peft import read_peft
 from mbf_mlx.commands import app
 from mbf_mlx.data.task import read_task
 from mbf_mlx.errors import InputError
@@ -274,7 +277,7 @@ FLAGS = {
     "no prompt for no stream": (["generate", S, "hi"], 1, NONE),
     "a name over 255 bytes": (["status", LONG], 1, f"{LONG}/stream.json: cannot read: the name is too long\nhint: choose another path"),
     "a name over 255 bytes to undo": (["undo", "é" * 200], 1, f"{'é' * 200}/stream.json: cannot use: the name is too long\nhint: choose another path"),
-    "no task": (["learn", S], 2, "Missing argument 'tasks'"),
+    "no task": (["learn", S], 2, "Missing argument 'TASK...'"),
     "no task there": (["learn", S, "mail.jsonl"], 1, NO_TASK),
     "one name for two tasks": (["learn", S, "a", "b", "--name", "c"], 1, "--name: expected one task to name, got 2"),
     "rank zero": (["learn", S, "TASK", "--model", "m", "--rank", "0"], 1, f"LoRAConfig.rank: {COUNT} 1, got 0"),
@@ -349,7 +352,10 @@ def test_a_recipe_that_is_none_is_told_all_there_are():
 
     done = CliRunner().invoke(app, ["fetch", "gpt-7"])
     names = ", ".join(recipes())
-    assert done.stderr == f"error: gpt-7: no such recipe: expected one of {names}\nhint: --model takes hub ids, too\n"
+    assert (
+        done.stderr
+        == f"error: gpt-7: no such recipe: expected one of {names}\nhint: mbf learn --model takes hub ids, too\n"
+    )
 
 
 def test_the_tables_hold_well_over_100_wrong_inputs_with_their_whole_messages():
@@ -378,7 +384,7 @@ def test_a_task_s_name_that_could_be_mistaken_for_something_else_is_refused(quic
 @pytest.mark.parametrize("name", ["two words", "é", "日本語", "a.b.c", "-x", "a" * 100, "it's", "100%", "$HOME", "*"])
 def test_streams_and_tasks_of_any_printable_name_work(quick_path, name):
     stream = new_stream(quick_path / name)
-    files = adapter.adapter_files(tune(stream.state(), StreamTools.start(stream)), scale=2.0, num_layers=2, base="tiny")
+    files = adapter_files(tune(stream.state(), StreamTools.start(stream)), scale=2.0, num_layers=2, base="tiny")
     out = quick_path / f"{name} out"
     out.mkdir()
     for file, data in files.items():
@@ -428,7 +434,7 @@ def test_any_change_to_a_record_is_refused_or_read(data):
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused_as_a_record_a_task_or_tensors(quick_path, data):
     refused_or_read(lambda: parse(Manifest, data, "here"))
-    refused_or_read(lambda: adapter.decode_tensors(data, "here"))
+    refused_or_read(lambda: decode_tensors(data, "here"))
     for suffix in (".jsonl", ".csv", ".tsv", ".json"):
         file = quick_path / f"task{suffix}"
         file.write_bytes(data)
@@ -443,7 +449,7 @@ def test_any_configuration_of_an_adapter_is_refused_or_read(quick_path, value, c
     key = key or "lora_parameters"
     shutil.rmtree(quick_path / "out", ignore_errors=True)
     (save if config is CONFIG else save_peft)(quick_path / "out", {**config, key: value})
-    read = adapter.read_adapter if config is CONFIG else peft.read_peft
+    read = read_adapter if config is CONFIG else read_peft
     for name in {key, *config, "alpha_pattern", "rank_pattern"}:
         (quick_path / "out/adapter_config.json").write_text(json.dumps({**config, name: value}))
         refused_or_read(lambda: read(quick_path / "out"))
@@ -460,4 +466,4 @@ def test_any_changed_byte_of_an_adapter_is_refused_or_read(quick_path, at, byte)
     data = bytearray(path.read_bytes())
     data[at % len(data)] = byte
     path.write_bytes(data)
-    refused_or_read(lambda: adapter.read_adapter(quick_path / "out"))
+    refused_or_read(lambda: read_adapter(quick_path / "out"))

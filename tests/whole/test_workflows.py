@@ -1,4 +1,4 @@
-"""What GitHub runs and asks for: the files in .github, held against this checkout and against what they promise."""
+"""The files in .github: what they run exists in this checkout, and they do what they promise."""
 
 import re
 import tomllib
@@ -33,6 +33,18 @@ def test_every_target_and_file_that_a_workflow_runs_is_here():
     called, files = set(re.findall(r"\bmake ([a-z-]+)", runs)), set(re.findall(r"\bbenchmarks/\w+\.py", runs))
     assert {"test", "test-all", "release-check"} <= called <= targets
     assert files and all((ROOT / file).is_file() for file in files)
+
+
+def test_every_file_that_the_makefile_runs_is_here():
+    files = set(re.findall(r"\b(?:tests|benchmarks)/[\w/]+\.py", (ROOT / "Makefile").read_text()))
+    assert {"tests/fuzz/fuzz.py", "tests/whole/test_release.py"} <= files
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+def test_linux_and_apple_silicon_run_the_same_tests():
+    assert "make test PYTHON=python" in commands("test", "test").splitlines()
+    (job,) = WORKFLOWS["mac"]["jobs"]
+    assert "make test PYTHON=python " in commands("mac", job)
 
 
 def test_nothing_may_write_but_what_publishes_and_that_holds_no_secret():

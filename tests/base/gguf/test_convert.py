@@ -1,4 +1,7 @@
-"""A GGUF file becomes an MLX folder with the same weights and the same tokens, or is refused with the reason."""
+"""A GGUF file becomes an MLX folder with the same weights and the same tokens, or is refused with the reason.
+
+Long, because it is a table of files that fit or are refused, each with the whole message.
+"""
 
 import json
 import re

@@ -1,6 +1,8 @@
 """The GGUF file of a whole model: every weight in its place, its type and its order, read with gguf's own reader.
 
 test_llama_cpp.py runs such files in llama.cpp itself.
+
+Long, because all cases read back files of one writer with the same helpers.
 """
 
 import json
