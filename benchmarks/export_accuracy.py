@@ -166,7 +166,7 @@ def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) 
         began = time.monotonic()
         rounders = (lambda layer: rounder(inputs[layer])) if rounder else no_rounder
         report = write_mlx_folder(make_job(stream, out, bits=bits), rounders)
-        return ask(name, report.retention, time.monotonic() - began)
+        return ask(name, float(np.mean([layer.retention for layer in report.layers])), time.monotonic() - began)
 
     def plain() -> dict[str, Any]:
         adapter = stream.folder.path / "adapter"

@@ -50,11 +50,6 @@ class FolderReport:
     bytes_out: int
     layers: list[Fused] = field(default_factory=list)  # those with factors
 
-    @property
-    def retention(self) -> float:
-        """The mean over the layers with factors; 1 if there is none."""
-        return float(np.mean([layer.retention for layer in self.layers])) if self.layers else 1.0
-
 
 def write_mlx_folder(
     job: Job, rounders: Rounders = no_rounder, finish: Callable[[Path, FolderReport], None] | None = None

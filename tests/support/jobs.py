@@ -20,3 +20,8 @@ def job_of(base: Path, factors: Factors, out: Path, **options: Any) -> Job:
     about = options.pop("about", About(base.name))
     settings = {"base_name": str(base), "scale": SCALE, "num_layers": 2, "num_blocks": 2, **options}
     return Job(base=base, factors=factors, out=out, about=about, **settings)
+
+
+def mean_retention(report):
+    """The mean retention of the layers with factors in a writer's report."""
+    return sum(layer.retention for layer in report.layers) / len(report.layers)

@@ -9,7 +9,7 @@ Source: docs/gguf.md of ggml-org/ggml; block layouts from its ggml-common.h.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,7 @@ class Target(NamedTuple):
     quantize: int  # bits to quantize it to again, else 0
 
 
-def convert(path: Path, folder: Path, *, quantize: int = 0, report: Callable[[int, int], None] | None = None) -> None:
+def convert(path: Path, folder: Path, *, quantize: int = 0) -> None:
     """Write the MLX model folder of a GGUF file.
 
     Args:
@@ -53,7 +53,6 @@ def convert(path: Path, folder: Path, *, quantize: int = 0, report: Callable[[in
         folder: A new, empty folder; the caller renames it when it is complete.
         quantize: Bits for matrices of 16 and 32 bits and of types that MLX lacks; 0 keeps the former and refuses
             the latter.
-        report: Called with the bytes read so far and the total.
 
     Raises:
         InputError: a damaged file, another architecture, types that MLX lacks, or an unknown tokenizer.
@@ -70,7 +69,7 @@ def convert(path: Path, folder: Path, *, quantize: int = 0, report: Callable[[in
     if quantization := _quantization(targets):
         config["quantization"] = quantization
     write_tokenizer(vocabulary, folder, config["max_position_embeddings"])
-    _write_weights(file, targets, folder, report or (lambda done, total: None))
+    _write_weights(file, targets, folder)
     text = json.dumps({key: value for key, value in config.items() if value is not None}, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -173,7 +172,7 @@ def _group(target: Target) -> int:
     return QUANTIZE_GROUP if target.quantize and target.source.shape[-1] % QUANTIZE_GROUP == 0 else GROUP
 
 
-def _write_weights(file: GGUFFile, targets: list[Target], folder: Path, report: Callable[[int, int], None]) -> None:
+def _write_weights(file: GGUFFile, targets: list[Target], folder: Path) -> None:
     """Write the safetensors files, one tensor in memory at a time."""
     shards: list[list[Target]] = [[]]
     held = 0
@@ -184,16 +183,12 @@ def _write_weights(file: GGUFFile, targets: list[Target], folder: Path, report: 
         shards[-1].append(target)
         held += target.source.nbytes
     total = sum(target.source.nbytes for target in targets)
-    done = 0
     index: dict[str, str] = {}
 
     def arrays(shard: list[Target]) -> Iterator[np.ndarray]:
-        nonlocal done
         for target in shard:
             for _, _, array in _convert(file, target):
                 yield array
-            done += target.source.nbytes
-            report(done, total)
 
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -43,13 +43,7 @@ class GGUFReport:
     error: float  # the largest |stored - W| / |W| of a layer without factors
     layers: list[Fused]  # those with factors
     matrices: list[Matrix]  # all matrices of the file
-    pre_tokenizer: str
     notes: list[str] = field(default_factory=list)  # where llama.cpp differs from mlx-lm
-
-    @property
-    def retention(self) -> float:
-        """The mean over the layers with factors; 1 if there is none."""
-        return float(np.mean([layer.retention for layer in self.layers])) if self.layers else 1.0
 
 
 def write_gguf(
@@ -91,7 +85,6 @@ def write_gguf(
             error=found.error,
             layers=found.fused,
             matrices=[tensor for tensor in tensors if isinstance(tensor, Matrix)],
-            pre_tokenizer=vocabulary.pre,
             notes=list(vocabulary.notes),
         )
         if finish:
