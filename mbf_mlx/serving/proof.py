@@ -9,7 +9,8 @@ from mlx_lm import load
 
 from mbf_mlx.base.sources import BaseFolder
 from mbf_mlx.errors import InputError
-from mbf_mlx.stream.folder import Generation, StreamFolder
+from mbf_mlx.stream.folder import StreamFolder
+from mbf_mlx.stream.generations import Generation
 
 PROBE = "The stream learns"  # what the adapter is tried on
 
