@@ -6,7 +6,6 @@ stream.status()["average_accuracy"]
 stream.export("mlx", "assistant-fused")
 """
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, TrainConfig
 from mbf_mlx.data.task import Task, read_task
 from mbf_mlx.device import backend
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, MissingPackageError
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.team import Team
 from mbf_mlx.methods import Factors, Method, Seen, State, make
@@ -194,17 +193,15 @@ class Stream:
             )
 
     def _choose_metric(self, task: Task) -> str:
-        """Return the metric that `mbf learn` would score a task by; where no tokenizer is at hand, by its words."""
+        """Return the metric that `mbf learn` would score a task by; where base or mlx are missing, by its words."""
         from mbf_mlx.exchange import metric_by_words
 
-        if importlib.util.find_spec("mlx_lm") is None:
-            return metric_by_words(task)
-        backend.setup()
-        from mbf_mlx.learning.scores import metric_of_task
-
         try:
+            backend.setup()
+            from mbf_mlx.learning.scores import metric_of_task
+
             return metric_of_task(task, self.base_folder().path, self.folder.identity.template)
-        except InputError:  # the base is not here, or the rows do not fit its template
+        except (MissingPackageError, InputError):
             return metric_by_words(task)
 
     def _look(self, method: Method, state: State, tuned: Factors, source: str) -> dict[str, Seen]:
