@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, TrainConfig
 from mbf_mlx.data.task import Task, read_task
 from mbf_mlx.device import backend
-from mbf_mlx.errors import InputError, MissingPackageError
+from mbf_mlx.errors import InputError
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.team import Team
 from mbf_mlx.methods import Factors, Method, Seen, State, make
@@ -201,7 +201,7 @@ class Stream:
             from mbf_mlx.learning.scores import metric_of_task
 
             return metric_of_task(task, self.base_folder().path, self.folder.identity.template)
-        except (MissingPackageError, InputError):
+        except InputError:  # MissingPackageError is one, too
             return metric_by_words(task)
 
     def _look(self, method: Method, state: State, tuned: Factors, source: str) -> dict[str, Seen]:
