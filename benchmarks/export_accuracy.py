@@ -111,10 +111,11 @@ def taught(path: Path, base: Path, tasks: list[Path], options: argparse.Namespac
 
 def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) -> Iterator[dict[str, Any]]:
     """Yield one row of the table for the base, the live adapter and each export in `only`, on so many rows a task."""
-    from mbf_mlx.base import load as model
+    from mbf_mlx.base.load import load_base
     from mbf_mlx.config import DataConfig, LoRAConfig
     from mbf_mlx.data.encode import Encoder
     from mbf_mlx.data.task import read_task
+    from mbf_mlx.export import make_job
     from mbf_mlx.export.mlx_folder import write_mlx_folder
     from mbf_mlx.export.quality import compare as quality
     from mbf_mlx.export.quality.input_moments import moments
@@ -125,7 +126,7 @@ def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) 
 
     identity, factors = stream.folder.identity, stream.folder.state().deployed
     quality.KEPT_BYTES = 1 << 30  # all rows count
-    live = model.load_base(base, dequantize=True, dtype="float32")
+    live = load_base(base, dequantize=True, dtype="float32")
     attach(live.model, LoRAConfig(rank=identity.rank, scale=identity.scale, keys=tuple(identity.keys)))
     write_factors(live.model, factors)
     encoder = Encoder(live.tokenizer, DataConfig(template=identity.template))
@@ -155,7 +156,7 @@ def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) 
     del live
 
     def ask(name: str, retention: float | None = None, seconds: float = 0.0) -> dict[str, Any]:
-        found = reference.compare(model.load_base(out, dequantize=True, dtype="float32").model)
+        found = reference.compare(load_base(out, dequantize=True, dtype="float32").model)
         row = row_of(name, found, bare, weight_bytes(out), size)
         print(f"  {name}: {found.exported:.3f}, KL {found.kl:.4f}", file=sys.stderr, flush=True)
         shutil.rmtree(out)
@@ -164,8 +165,8 @@ def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) 
     def ours(name: str, bits: int | None, rounder: Callable[[np.ndarray], Any] | None) -> dict[str, Any]:
         began = time.monotonic()
         rounders = (lambda layer: rounder(inputs[layer])) if rounder else no_rounder
-        report = write_mlx_folder(base, factors, identity.scale, out, bits=bits, rounders=rounders)
-        return ask(name, report.retention, time.monotonic() - began)
+        report = write_mlx_folder(make_job(stream, out, bits=bits), rounders)
+        return ask(name, float(np.mean([layer.retention for layer in report.layers])), time.monotonic() - began)
 
     def plain() -> dict[str, Any]:
         adapter = stream.folder.path / "adapter"
@@ -175,12 +176,12 @@ def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) 
         return ask("mlx_lm.fuse, 4 bits")
 
     def anew(name: str, shrink: tuple[float, ...]) -> dict[str, Any]:
-        kept = fuse._encode_on_grid
-        fuse._encode_on_grid = new_grid(shrink)
+        kept = fuse._round_on_grid
+        fuse._round_on_grid = new_grid(shrink)
         try:
             return ours(f"4 bits: codes chosen together, {name}", 4, Rounder)
         finally:
-            fuse._encode_on_grid = kept
+            fuse._round_on_grid = kept
 
     exports: dict[str, Callable[[], dict[str, Any]]] = {
         "default": lambda: ours("default: touched layers at 8 bits", None, None),
@@ -215,7 +216,7 @@ def OneByOne(moment: np.ndarray) -> Any:
 
 
 def new_grid(shrink: tuple[float, ...]) -> Callable[..., Any]:
-    """Return `fuse._encode_on_grid` for a grid that is fitted to the sum, its range the best of some shares."""
+    """Return `fuse._round_on_grid` for a grid that is fitted to the sum, its range the best of some shares."""
     from mbf_mlx.export.weights import affine, fuse
 
     def encode(layer: Any, form: Any, target: np.ndarray, rows: tuple[int, int], rounder: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Case d: merging the factors of an 8B model (32 blocks, 7 targets, rank 16) from disk to disk, and `mbf absorb`.
+"""Case d: the time to merge one task for an 8B model (32 blocks, 7 targets, rank 16), and that of `mbf absorb`.
 
-The factors are random; the merge is the product's own, NumPy alone. Disk to disk is: read the state and the tuned
-adapter, merge, write and sync the new generation, switch to it.
+The factors are random; the merge is the product's own, in NumPy. "Disk to disk" reads the state and the tuned adapter,
+merges, writes and syncs the new generation, and switches to it.
 
     python benchmarks/merge.py [--shape llama-8b] [--rank 16] [--repeats 5] [--out FILE]
 """
@@ -53,7 +53,7 @@ def new_stream(path: Path, layers: dict[str, tuple[int, int]], rank: int, blocks
 
 
 def tuned_adapter(stream: Any, folder: Path) -> Path:
-    """Write the next start, changed a little, as an adapter in mlx-lm's layout."""
+    """Write the next start with small random changes, as an adapter in mlx-lm's layout."""
     from mbf_mlx.adapters import mlx_lm as adapter
     from mbf_mlx.methods import Pair, make
 
@@ -68,7 +68,9 @@ def tuned_adapter(stream: Any, folder: Path) -> Path:
     }
     folder.mkdir()
     own = stream.identity
-    for name, data in adapter.encode(tuned, scale=own.scale, num_layers=own.num_layers, base="synthetic").items():
+    for name, data in adapter.adapter_files(
+        tuned, scale=own.scale, num_layers=own.num_layers, base="synthetic"
+    ).items():
         (folder / name).write_bytes(data)
     return folder
 

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by kind of operation, on the CPU path: the table of the README.
+"""Where the time of a training step goes, by kind of operation, on the CPU path: the table in benchmarks/README.md.
 
 Every matrix product is evaluated as soon as it is asked for, and it and the functions between the products are timed
 one by one; what is left is Python, mlx's graph, additions and copies. Seconds are the process's CPU time, summed over
@@ -9,6 +9,7 @@ beside them. The products' floating-point operations are counted, and give their
 """
 
 import argparse
+import importlib
 import statistics
 import time
 from collections import defaultdict
@@ -25,17 +26,17 @@ from mbf_mlx.device.machine import freed_memory_kept
 
 # (module of mbf_mlx, function) -> what it is in the table
 KINDS = {
-    ("cpu_ops", "swiglu"): "SwiGLU: exp",
-    ("cpu_ops", "swiglu_backward_"): "SwiGLU: exp",
-    ("attention", "softmax_"): "attention: softmax",
-    ("attention", "softmax_backward_"): "attention: softmax",
-    ("attention", "to_rows"): "attention: rotary angles, rows and tokens",
-    ("attention", "to_tokens"): "attention: rotary angles, rows and tokens",
-    ("cpu_ops", "rms_norm"): "norms",
-    ("cpu_ops", "rms_norm_backward_"): "norms",
-    ("cpu_ops", "cross_entropy_"): "loss: exp and gradient",
-    ("unpack", "_rows"): "unpacking weights",
-    ("batches", "make_batch"): "the batch",
+    ("engine.cpu_ops", "swiglu"): "SwiGLU: exp",
+    ("engine.cpu_ops", "swiglu_backward_"): "SwiGLU: exp",
+    ("engine.llama_attention", "softmax_"): "attention: softmax",
+    ("engine.llama_attention", "softmax_backward_"): "attention: softmax",
+    ("engine.llama_attention", "to_rows"): "attention: rotary angles, rows and tokens",
+    ("engine.llama_attention", "to_tokens"): "attention: rotary angles, rows and tokens",
+    ("engine.cpu_ops", "rms_norm"): "norms",
+    ("engine.cpu_ops", "rms_norm_backward_"): "norms",
+    ("engine.cpu_ops", "cross_entropy_"): "loss: exp and gradient",
+    ("base.unpack", "_rows"): "unpacking weights",
+    ("data.batches", "make_batch"): "the batch",
 }
 LINEAR, LORA = "products: linear layers", "products: LoRA"
 LOGITS, ATTENTION = "products: logits", "products: attention"
@@ -63,11 +64,6 @@ class Clock:
 @contextmanager
 def watched(clock: Clock, mx: Any, rank: int, vocabulary: int) -> Iterator[None]:
     """Time products and the functions of KINDS while this is open."""
-    import mbf_mlx.base.unpack
-    import mbf_mlx.data.batches
-    import mbf_mlx.engine.cpu_ops
-    import mbf_mlx.engine.llama_attention
-
     addmm, matmul = mx.addmm, mx.array.__matmul__
     before: list[tuple[Any, str, Any]] = [(mx, "addmm", addmm), (mx.array, "__matmul__", matmul)]
 
@@ -95,7 +91,7 @@ def watched(clock: Clock, mx: Any, rank: int, vocabulary: int) -> Iterator[None]
     mx.addmm = lambda c, a, b: product(lambda: addmm(c, a, b), a, b, c)
     mx.array.__matmul__ = lambda a, b: product(lambda: matmul(a, b), a, b)
     for (module, name), kind in KINDS.items():
-        owner = getattr(mbf_mlx, module)
+        owner = importlib.import_module(f"mbf_mlx.{module}")
         before.append((owner, name, getattr(owner, name)))
         setattr(owner, name, of(kind, getattr(owner, name)))
     try:

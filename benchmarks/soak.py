@@ -67,10 +67,10 @@ def learn(stream: Path, tasks: list[Path], base: Path, part: Clock, spent: Clock
 
     tell("training", learning, "train")
     tell("saving", Working, "save")
-    tell("merging", learning, "conclude")
+    tell("merging", learning, "after_training")
     tell("scoring", learning, "score_all")
     tell("committing", StreamFolder, "commit")
-    tell("pruning", StreamFolder, "_clean")
+    tell("pruning", StreamFolder, "clean")
     part.value = PARTS.index("loading")
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -82,9 +82,10 @@ def learn(stream: Path, tasks: list[Path], base: Path, part: Clock, spent: Clock
 def contents(stream: Path) -> dict[str, Any]:
     """What a finished stream holds, timings aside."""
     from mbf_mlx.stream.folder import StreamFolder
+    from mbf_mlx.stream.repair import verify_all
 
     folder = StreamFolder.open(stream)
-    folder.verify_all()
+    verify_all(folder)
     current = folder.current().folder
     found: dict[str, Any] = {
         str(path.relative_to(current)): path.read_bytes()
@@ -193,12 +194,13 @@ def look(stream: Path) -> Iterator[str]:
     """Yield what is wrong with a stream just after a kill."""
     from mbf_mlx.errors import InputError
     from mbf_mlx.stream.folder import StreamFolder
+    from mbf_mlx.stream.repair import verify_all
 
     if not (stream / "stream.json").exists():
         return  # killed before it was made
     try:
         folder = StreamFolder.open(stream)
-        folder.verify_all()
+        verify_all(folder)
         assert folder.state().t == len(folder.history())
     except (InputError, OSError, AssertionError) as error:
         yield f"{type(error).__name__}: {error}"

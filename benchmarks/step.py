@@ -9,6 +9,8 @@ with the chat template at their natural lengths, 8 at a time (needs the tasks of
 factors on all seven linear layers instead of q and v.
 
     python benchmarks/step.py [--cases last8 all rows] [--peers mlx_lm torch32 torch16] [--repeats 5]
+
+Long, because each peer's step stands beside ours, to be compared line by line.
 """
 
 import argparse
@@ -55,7 +57,7 @@ def ours(model: Path, keys: list[str]) -> Any:
     from mbf_mlx.base.load import load_base
     from mbf_mlx.config import LoRAConfig
     from mbf_mlx.data.batches import make_batch
-    from mbf_mlx.engine.engine import prepare
+    from mbf_mlx.engine.choose import prepare
     from mbf_mlx.engine.lora_layers import attach
 
     base = load_base(model, dequantize=device.kind == "cpu", dtype=device.dtype)

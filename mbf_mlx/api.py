@@ -6,44 +6,47 @@ stream.status()["average_accuracy"]
 stream.export("mlx", "assistant-fused")
 """
 
-import hashlib
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbf_mlx.adapters import mlx_lm as adapter
-from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, TrainConfig, settings_of
-from mbf_mlx.data.encode import Encoder
+from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, TrainConfig
 from mbf_mlx.data.task import Task, read_task
 from mbf_mlx.device import backend
 from mbf_mlx.errors import InputError
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.team import Team
-from mbf_mlx.methods import Factors, Layers, Method, Seen, State, make
+from mbf_mlx.methods import Factors, Method, Seen, State, make
 from mbf_mlx.methods.registry import DEFAULT_METHOD, UNLOADED_METHOD
 from mbf_mlx.stream.folder import StreamFolder
-from mbf_mlx.stream.records import FORMAT_VERSION, BaseRecord, Identity, TaskRecord
+from mbf_mlx.stream.records import TaskRecord
 from mbf_mlx.stream.status import status_document
 
 if TYPE_CHECKING:
     from mbf_mlx.base.sources import BaseFolder
     from mbf_mlx.exchange import Absorbed
+    from mbf_mlx.learning.learner import Learner, LoadLearner
+    from mbf_mlx.serving.speaker import Speaker
 
-    Find = Callable[[str], BaseFolder]  # where the base model of a name is
+    Find = Callable[[str], BaseFolder]  # from a base model's name to its folder
 
 
 class Stream:
-    """One base model that learns task after task into one folder."""
+    """One base model that learns task after task into one folder. `Stream.open` returns one."""
 
     def __init__(
-        self, folder: StreamFolder, find: "Find", base: str | None = None, keep_quantized: bool = False
+        self,
+        folder: StreamFolder,
+        find: "Find",
+        base: str | None = None,
+        keep_quantized: bool = False,
+        load_learner: "LoadLearner | None" = None,
     ) -> None:
         self.folder, self._find = folder, find
-        self._base_name, self._keep_quantized = base, keep_quantized
-        self._learner: Any = None
+        self._base_name, self._keep_quantized, self._load_learner = base, keep_quantized, load_learner
+        self._learner: Learner | None = None
 
     @classmethod
     def open(
@@ -59,25 +62,28 @@ class Stream:
         keep_quantized: bool = False,
         quantize: int = 0,
         load: bool = True,
+        load_learner: "LoadLearner | None" = None,
         report: Callable[[str], None] = lambda line: None,
     ) -> "Stream":
-        """Open a stream, or make one where there is none and `base` says on which model.
+        """Open a stream, or make a new one if there is none and `base` names a model.
 
         Args:
             path: The stream's folder.
-            base: A recipe's name, a model folder, a GGUF file or a hub id; for a stream that is there
-                already it must be its own base, and tells where that has moved to.
-            method, method_options, lora, template: Fixed when a stream is made; where given for one that is there
-                already, they have to be its own. The method is DEFAULT_METHOD, or UNLOADED_METHOD without `load`.
-                `lora` is all of its settings, or those that differ from what we have tried for this base.
-            seed: Of the first A.
-            keep_quantized: On a CPU, keep quantized weights as they are: less memory, much slower.
-            quantize: Bits for those tensors of a GGUF base whose type MLX lacks; 0 refuses such a file.
-            load: Whether a new stream's base is loaded and tried; without it no mlx is needed.
-            report: Told in one line what takes time: a download, a conversion.
+            base: A recipe's name, a model folder, a GGUF file or a hub id. A stream that exists has to have been made
+                with this model; `base` then says where the model is now.
+            method, method_options, lora, template: Fixed when a stream is made. If they are given for a stream that
+                exists, they have to be its own. The default method is DEFAULT_METHOD, or UNLOADED_METHOD without
+                `load`. `lora` holds all of its settings, or only those that differ from what was tried for this base.
+            seed: The seed of the first A.
+            keep_quantized: On a CPU, keep quantized weights packed: less memory, much slower.
+            quantize: Bits for the tensors of a GGUF base whose type MLX lacks; 0 refuses such a file.
+            load: Load and try the base of a new stream; without it no mlx is needed.
+            load_learner: Loads the base with its factors, in place of `learning.learner.load_learner`; streams on one
+                base can share one loaded model in this way.
+            report: Called with one line before something that takes time: a download, a conversion.
 
         Raises:
-            InputError: no such stream and no base, a base or setting that is not the stream's, damage.
+            InputError: no stream and no base, a base or setting that is not the stream's own, damage.
         """
         path = Path(path)
 
@@ -87,68 +93,35 @@ class Stream:
             return resolve_base(name, quantize=quantize if name == base else 0, report=report)
 
         if (path / "stream.json").exists() or base is None:
-            stream = cls(StreamFolder.open(path), find, base, keep_quantized)
-            stream._check_fixed(method, method_options, lora, template)
+            from mbf_mlx.learning.new_stream import check_fixed
+
+            stream = cls(StreamFolder.open(path), find, base, keep_quantized, load_learner)
+            check_fixed(stream.folder, method, method_options, lora, template)
             return stream
         data = DataConfig(template=template) if template else DataConfig()
         chosen = make(method or (DEFAULT_METHOD if load else UNLOADED_METHOD), method_options)
         if load:
-            backend.setup()  # before anything of the base's is converted or loaded
+            backend.setup()  # before anything of the base is converted or loaded
         else:
             from mbf_mlx.exchange import check_method
 
             check_method(chosen)
         from mbf_mlx.base.recipe import lora_config
         from mbf_mlx.base.sources import tried
+        from mbf_mlx.learning.new_stream import identity_from_files, identity_from_learner
 
         source = find(base)
         if not isinstance(lora, LoRAConfig):
             lora = lora_config(tried(source.path), lora or {})
-        if load:
-            identity, learner = cls._loaded(source, chosen, lora, data, keep_quantized)
+        learner = _load_with(load_learner, source.path, lora, keep_quantized) if load else None
+        if learner is None:
+            identity = identity_from_files(source, chosen, lora, data)
         else:
-            identity, learner = cls._unloaded(source, chosen, lora, data), None
-        stream = cls(StreamFolder.create(path, identity, str(source.path), seed), find, base, keep_quantized)
+            identity = identity_from_learner(source, chosen, lora, data, learner)
+        made = StreamFolder.create(path, identity, str(source.path), seed)
+        stream = cls(made, find, base, keep_quantized, load_learner)
         stream._learner = learner
         return stream
-
-    @staticmethod
-    def _loaded(
-        source: "BaseFolder", method: Method, lora: LoRAConfig, data: DataConfig, keep_quantized: bool
-    ) -> tuple[Identity, Any]:
-        """Return what a new stream is, of a base that is loaded and tried, and the learner."""
-        from mbf_mlx.learning.learner import load_learner
-
-        learner = load_learner(source.path, lora, keep_quantized)
-        loaded, layers = learner.base, learner.layers
-        template = loaded.tokenizer.chat_template if data.template == "chat" else None
-        record = BaseRecord(
-            name=source.name,
-            fingerprint=loaded.fingerprint,
-            quantization=loaded.quantization,
-            architecture=str(loaded.config.get("model_type")),
-            num_layers=len(loaded.model.layers),
-        )
-        return _identity(record, method, lora, layers, template), learner
-
-    @staticmethod
-    def _unloaded(source: "BaseFolder", method: Method, lora: LoRAConfig, data: DataConfig) -> Identity:
-        """Return what a new stream is, from the base's files alone."""
-        from mbf_mlx.base import folder as outline
-        from mbf_mlx.base.fingerprint import fingerprint
-        from mbf_mlx.base.sources import read_config
-
-        config = read_config(source.path)
-        layers, blocks = outline.chosen_layers(source.path, lora.keys, lora.num_layers)
-        record = BaseRecord(
-            name=source.name,
-            fingerprint=fingerprint(source.path),
-            quantization=outline.describe_quantization(config),
-            architecture=str(config.get("model_type")),
-            num_layers=blocks,
-        )
-        template = outline.template_text(source.path) if data.template == "chat" else None
-        return _identity(record, method, lora, layers, template)
 
     # What it does
 
@@ -164,46 +137,31 @@ class Stream:
         """Learn tasks in order; each is committed before the next one starts.
 
         Args:
-            tasks: Files or folders, or tasks that were read already.
-            name: Of a single task, in place of its file's.
-            config: How; the template is the stream's whatever it says. Without it, the rate is `learning_rate`.
+            tasks: Files or folders, or tasks that have been read.
+            name: The name of a single task, in place of its file's name.
+            config: How tasks are learned; the template is always the stream's own. Without it, the rate is
+                `learning_rate`.
             events: An `events.Events` that is told what happens.
-            team: Processes that share each step's rows, `parallel.joined()`; this one is the first, the others work.
+            team: Processes that share each step's rows, from `team.joined()`; this process is the first of them.
             overrides: Fields of LearnConfig, TrainConfig and DataConfig, in place of those of `config`:
                 `learn("mail.jsonl", epochs=5, again=True)`.
 
         Returns:
-            The records of the tasks that were learned now; one that the stream has already is skipped.
+            The records of the tasks that were learned now; a task that the stream has already is skipped.
 
         Raises:
-            InputError: anything of the user's that does not fit; the stream keeps what was committed before.
+            InputError: something of the user's does not fit; the stream keeps what was committed before.
             TypeError: an override that is no such field.
         """
         backend.setup()
-        from mbf_mlx.learning import learn as learning
-        from mbf_mlx.learning.scores import TestRows
+        from mbf_mlx.learning.learn import learn_all
 
         if name is not None and len(tasks) != 1:
             raise InputError(f"--name: expected one task to name, got {len(tasks)}")
         config = config or LearnConfig(train=TrainConfig(learning_rate=self.learning_rate))
         settings = _with(config, {**overrides, "template": self.folder.identity.template})
-        events = events or Events()
         read = [task if isinstance(task, Task) else read_task(Path(task), name=name) for task in tasks]
-        todo = [task for task in read if not self._skip(task, settings.again, events)]
-        records = []
-        if not todo:
-            self.folder.tidy()  # a run killed just after its last commit is over with this
-        else:
-            with self.folder.writer():
-                learner = self._load()
-                method = make(self.folder.identity.method, self.folder.identity.method_options)
-                tests = TestRows(learner.tokenizer, settings.data.template, self.folder.path)
-                for number, task in enumerate(todo):
-                    if self._skip(task, settings.again, events):
-                        continue  # another process has learned it meanwhile, or it is named twice
-                    chosen = replace(settings, restart=settings.restart and number == 0)
-                    records.append(learning.learn_task(self.folder, learner, method, task, chosen, events, tests, team))
-        return records
+        return learn_all(self.folder, self._load, read, settings, events or Events(), team)
 
     def absorb(
         self, adapter: str | Path, name: str, *, task: str | Path = "", force: bool = False, again: bool = False
@@ -211,10 +169,10 @@ class Stream:
         """Merge an adapter tuned elsewhere as the next task: see `exchange.absorb`.
 
         Args:
-            adapter: Its folder, in PEFT's or mlx-lm's layout.
-            name: The task's.
-            task: Its file or folder, to be scored on later; a method that measures a task's inputs needs it.
-            force, again: As for `mbf absorb`.
+            adapter: The adapter's folder, in PEFT's or mlx-lm's layout.
+            name: The task's name.
+            task: The task's file or folder, to be scored on later; a method that measures a task's inputs needs it.
+            force, again: The same as the flags of `mbf absorb`.
 
         Raises:
             InputError: an adapter that does not belong, a name that is taken; the stream is as it was.
@@ -231,37 +189,39 @@ class Stream:
                 force=force,
                 again=again,
                 look=self._look,
+                choose_metric=self._choose_metric,
             )
 
+    def _choose_metric(self, task: Task) -> str:
+        """Return the metric that `mbf learn` would score a task by; where base or mlx are missing, by its words."""
+        from mbf_mlx.exchange import metric_by_words
+
+        try:
+            backend.setup()
+            from mbf_mlx.learning.scores import metric_of_task
+
+            return metric_of_task(task, self.base_folder().path, self.folder.identity.template)
+        except InputError:  # MissingPackageError is one, too
+            return metric_by_words(task)
+
     def _look(self, method: Method, state: State, tuned: Factors, source: str) -> dict[str, Seen]:
-        """Return the inputs that a task's training rows have, the model applying what was tuned."""
+        """Return the inputs that a method measures in a task's training rows; runs the model."""
         backend.setup()
-        from mbf_mlx.learning.measure import seen
-        from mbf_mlx.learning.tuning import Tuning
+        from mbf_mlx.learning.measure import inputs_of_task
 
-        learner, task = self._load(), read_task(Path(source))
-        data = DataConfig(template=self.folder.identity.template)
-        rows = Encoder(learner.tokenizer, data, self.folder.path).all(task.train, task.path)
-        tuning = Tuning(learner.base.model, method, state)
-        tuning.update({f"{name}.{field}": x for name, pair in tuned.items() for field, x in pair._asdict().items()})
-        learner.base.model.eval()
-        directions: dict[str, Any] = method.measure(state, tuned)  # type: ignore[attr-defined]
-        return seen(tuning, learner.engine, rows, directions, batch_size=1)
-
-    def _skip(self, task: Task, again: bool, events: Any) -> bool:
-        from mbf_mlx.learning.learn import known
-
-        if not known(self.folder, task, again):
-            return False
-        events.note(f"{task.name}: learned already, skipped (--again learns it once more)")
-        return True
+        template = self.folder.identity.template
+        return inputs_of_task(self._load(), method, state, tuned, Path(source), template, self.folder.path)
 
     def status(self) -> dict[str, Any]:
         """Return the document that `mbf status --json` prints: tasks, scores, sizes, settings."""
         return status_document(self.folder)
 
     def evaluate(
-        self, *tasks: str | Path | Task, events: Any = None, data: DataConfig | None = None, score_rows: int = 0
+        self,
+        *tasks: str | Path | Task,
+        events: Events | None = None,
+        data: DataConfig | None = None,
+        score_rows: int = 0,
     ) -> dict[str, Any]:
         """Score the deployed adapter on the test rows of the given tasks, or of all that were learned.
 
@@ -270,56 +230,20 @@ class Stream:
             rows are gone. A task that was learned is scored on the rows, and at the length, that it was learned with.
         """
         backend.setup()
-        from mbf_mlx.engine.lora_layers import write_factors
-        from mbf_mlx.learning.evaluate import Score, metric_of
-        from mbf_mlx.learning.scores import TestRows, score_all
+        from mbf_mlx.learning.scores import evaluate_stream
 
-        settings = LearnConfig(
-            data=replace(data or DataConfig(), template=self.folder.identity.template), score_rows=score_rows
-        )
-        events = events or Events()
+        data = replace(data or DataConfig(), template=self.folder.identity.template)
+        settings = LearnConfig(data=data, score_rows=score_rows)
         given = [task if isinstance(task, Task) else read_task(Path(task)) for task in tasks]
-        history, state = self.folder.history(), self.folder.state()
-        if not given and not history:
-            raise InputError(f"{self.folder.path}: nothing to score: it has learned no task")
-        learner = self._load()
-        learner.base.model.eval()
-        if state.t:
-            write_factors(learner.base.model, state.deployed)
-        tests = TestRows(learner.tokenizer, settings.data.template, limit=score_rows)
-        scores: list[Score | None] = []
-        names: list[str] = []
-        kinds: list[str] = []
-        learned = {record.sha256: record for record in history}  # a task is scored as it was learned
-        for each in given or history:
-            record = learned.get(each.sha256) if isinstance(each, Task) else each
-            if record is None and isinstance(each, Task):
-                scores += score_all([], each, learner, settings, events, tests)
-                kinds.append(metric_of(tests.of_task(each, settings.data, score_rows)))
-            elif record is not None:
-                scores += score_all([record], None, learner, settings, events, tests)
-                kinds.append(record.metric)
-            names.append(each.name)
-        rows = [
-            {
-                "name": name,
-                "metric": score.metric if score else kind,
-                "score": score.value if score else None,
-                "loss": score.loss if score else None,
-                "rows": score.rows if score else 0,
-            }
-            for name, kind, score in zip(names, kinds, scores, strict=True)
-        ]
-        values = [score.value for score in scores if score and score.value is not None]
-        return {"tasks": rows, "average_accuracy": sum(values) / len(values) if values else None}
+        return evaluate_stream(self.folder, self._load, given, settings, events or Events())
 
     def undo(self) -> TaskRecord:
         """Go back to before the last task; returns what was undone."""
         with self.folder.writer():
             return self.folder.undo()
 
-    def speaker(self) -> Any:
-        """Return what answers with the deployed adapter, loaded as mlx-lm loads it; see `serving.speaker.Speaker`."""
+    def speaker(self) -> "Speaker":
+        """Load the base with the deployed adapter, as mlx-lm does, to answer with; see `serving.speaker.Speaker`."""
         backend.setup()
         from mbf_mlx.serving.speaker import Speaker
 
@@ -364,7 +288,7 @@ class Stream:
 
     @property
     def learning_rate(self) -> float:
-        """The peak rate tried for this base, where a recipe vouches for it; else the default."""
+        """The peak rate that was tried for this base, if a recipe names one; else the default."""
         from mbf_mlx.base.sources import tried
 
         known = tried(self.base_path)
@@ -375,97 +299,39 @@ class Stream:
         """Where the base model is: what the caller said, or where the stream last found it."""
         return self._base_name or self.folder.current().manifest.base_path
 
-    def _load(self) -> Any:
-        """Return the learner, loading the base model once and checking that it is the stream's own."""
+    def _load(self) -> "Learner":
+        """Return the learner. The base model is loaded once, after checking that it is the stream's own."""
         if self._learner is None:
-            from mbf_mlx.learning.learner import load_learner
+            from mbf_mlx.learning.new_stream import lora_of
 
-            identity = self.folder.identity
-            lora = LoRAConfig(
-                rank=identity.rank,
-                scale=identity.scale,
-                keys=tuple(identity.keys),
-                num_layers=identity.num_layers,
-                dropout=identity.dropout,
-            )
-            source = self.base_folder()
-            self._learner = load_learner(source.path, lora, self._keep_quantized)
+            path, lora = self.base_folder().path, lora_of(self.folder.identity)
+            self._learner = _load_with(self._load_learner, path, lora, self._keep_quantized)
         return self._learner
 
     def base_folder(self) -> "BaseFolder":
-        """Return where the stream's own base model is.
+        """Return the folder of the stream's own base model.
 
         Raises:
-            InputError: it is not where it was, another model is, or it has another chat template now.
+            InputError: it is not where it was, another model is there, or its chat template is another one now.
         """
-        from mbf_mlx.base.fingerprint import fingerprint
-        from mbf_mlx.base.folder import check_template
+        from mbf_mlx.learning.new_stream import own_base
 
-        own = self.folder.identity.base
         try:
             source = self._find(self.base_path)
         except InputError as error:
             if self._base_name is not None:
                 raise
             raise InputError(
-                f"{self.folder.path}: its base model {own.name} is not where it was ({self.base_path})"
-                "\nhint: say where it is now with --model"
+                f"{self.folder.path}: its base model {self.folder.identity.base.name} is not where it was"
+                f" ({self.base_path})\nhint: say where it is now with --model"
             ) from error
-        found = fingerprint(source.path)
-        if found != own.fingerprint:
-            raise InputError(
-                f"{source.path} is not the base model of {self.folder.path}: expected {own.name} with fingerprint"
-                f" {own.fingerprint[:12]}, got {found[:12]}\nhint: --model names the base that the stream was made with"
-            )
-        check_template(source.path, self.folder.identity.template_sha256, self.folder.path)
-        return source
-
-    def _check_fixed(
-        self,
-        method: str | None,
-        options: dict[str, Any] | None,
-        lora: LoRAConfig | Mapping[str, Any] | None,
-        template: str | None,
-    ) -> None:
-        identity, wrong = self.folder.identity, []
-        asked: list[tuple[str, Any, Any]] = [("method", method, identity.method)]
-        if options is not None:
-            asked.append(("method options", make(identity.method, options).options, identity.method_options))
-        if template is not None:
-            asked.append(("template", template, identity.template))
-        given: dict[str, Any] = settings_of(lora) if isinstance(lora, LoRAConfig) else dict(lora or {})
-        asked += [(key, given.get(key), getattr(identity, key)) for key in ("rank", "scale", "dropout")]
-        if given.get("num_layers", -1) != -1:
-            asked.append(("num_layers", given["num_layers"], identity.num_layers))
-        short = {key.rpartition(".")[2] for key in identity.keys}
-        if not set(given.get("keys", ())) <= short | set(identity.keys):
-            asked.append(("keys", list(given["keys"]), identity.keys))
-        wrong = [f"  {key}: expected {has!r}, got {want!r}" for key, want, has in asked if want not in (None, has)]
-        if wrong:
-            raise InputError(
-                f"{self.folder.path} was made with other settings, which stay for its life:\n"
-                + "\n".join(wrong)
-                + "\nhint: leave them out, or learn into a new stream"
-            )
+        return own_base(self.folder, source)
 
 
-def _identity(base: BaseRecord, method: Method, lora: LoRAConfig, layers: Layers, template: str | None) -> Identity:
-    lora.check_rank(layers)
-    return Identity(
-        format_version=FORMAT_VERSION,
-        id=uuid.uuid4().hex,
-        base=base,
-        method=method.name,
-        method_options=method.options,
-        rank=lora.rank,
-        scale=lora.scale,
-        keys=list(adapter.block_keys(layers)),
-        num_layers=lora.num_layers if lora.num_layers > 0 else base.num_layers,
-        dropout=lora.dropout,
-        template="chat" if template else "none",
-        template_sha256=hashlib.sha256(str(template or "").encode()).hexdigest(),
-        layers=layers,
-    )
+def _load_with(load: "LoadLearner | None", path: Path, lora: LoRAConfig, keep_quantized: bool) -> "Learner":
+    from mbf_mlx.learning.learner import load_learner
+
+    return (load or load_learner)(path, lora, keep_quantized)
 
 
 def _with(config: LearnConfig, overrides: dict[str, Any]) -> LearnConfig:

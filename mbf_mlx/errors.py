@@ -1,16 +1,16 @@
-"""The one exception for what a user gave us and that does not fit."""
+"""The exceptions for input that does not fit."""
 
 
 class InputError(ValueError):
-    """A file, flag, setting or folder of the user's does not fit.
+    """A file, flag, setting or folder that the user gave does not fit.
 
-    The message says where, what was expected, what was got and what to do. The command line prints it without a
-    traceback and leaves with exit code 1; every other exception is a bug of ours and keeps its traceback.
+    The message says where, what was expected, what was found and what to do. The command line prints it without a
+    traceback and exits with 1. Every other exception is a bug of ours and keeps its traceback.
     """
 
 
 class MemoryLimitError(InputError):
-    """What comes next would take more memory than the run may have; the message names the flags that would fit."""
+    """The next step would take more memory than the run may have; the message names flags with which it would fit."""
 
 
 class MissingPackageError(InputError):

@@ -1,37 +1,47 @@
-"""Adapters trained elsewhere: hand out the start of the next task, absorb the tuned result. NumPy alone, no model:
-where a method looks at a task's inputs, whoever calls brings what runs the model.
+"""Adapters trained elsewhere: hand out the start of the next task, and absorb the tuned adapter.
 
-Shapes: A (rank, in), B (out, rank). What PEFT, Unsloth, axolotl, LLaMA-Factory or mlx-lm trained from our start comes
-back as one adapter, whose update is brought to the stream's own scale: B' = B * their scale / ours. The base is
-compared by its architecture, its layers and their shapes, because elsewhere training may run on the unquantized model.
+This module needs NumPy alone and runs no model. If a method measures a task's inputs, the caller passes a function that
+runs the model.
+
+Shapes: A (rank, in), B (out, rank). PEFT, Unsloth, axolotl, LLaMA-Factory or mlx-lm train from our start and give
+back one adapter. Its update is brought to the stream's own scale: B' = B * their scale / ours. Training elsewhere may
+run on the unquantized model, so only the base's architecture, its layers and their shapes are compared, not its
+weights.
 """
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mbf_mlx.adapters import mlx_lm as adapter
 from mbf_mlx.adapters import peft
 from mbf_mlx.base.sources import read_config
+from mbf_mlx.data.row import reference_text
+from mbf_mlx.data.task import Task, read_task
 from mbf_mlx.device.machine import freed_memory_kept
 from mbf_mlx.device.threads import one_thread_each
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.storage import Data
-from mbf_mlx.methods import Factors, Method, Pair, Seen, State, hooks, make, names, not_finite
+from mbf_mlx.methods import Factors, Method, Pair, Seen, State, make, names, not_finite
 from mbf_mlx.methods.slao import Slao
 from mbf_mlx.reference import orthogonal_init
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.records import TaskRecord
 
-Look = Callable[[Method, State, Factors, str], dict[str, Seen]]  # what a task's file shows the tuned layers
+# (method, state, tuned factors, task file) -> what the method measures of the task's inputs; runs the model
+ChooseMetric = Callable[[Task], str]  # "exact_match", "rouge_l" or "loss"
+Look = Callable[[Method, State, Factors, str], dict[str, Seen]]
 
+SHORT_ANSWER_WORDS = 8  # words and marks of the longest answer that is scored by exact match; some 16 tokens
+_WORD = re.compile(r"\w+|[^\w\s]")
 FORMATS = ("peft", "mlx")
-PLAUSIBLE = 0.3  # mean cosine between the rows of the start's A and of the tuned one, under which it started elsewhere
-SAME = {"mistral": "llama"}  # what mlx-lm computes with one code
+PLAUSIBLE = 0.3  # an adapter with a smaller mean cosine between the start's A and the tuned A did not start from ours
+SAME = {"mistral": "llama"}  # architectures that mlx-lm runs with the same code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,39 +49,35 @@ class Absorbed:
     """What was merged."""
 
     record: TaskRecord
-    cosine: float  # mean over the rows of all layers, between the start's A and the tuned one
+    cosine: float  # between a row of the start's A and of the tuned A, mean over the rows of all layers
     notes: tuple[str, ...] = ()
 
 
-class Tuned(NamedTuple):
+class TunedAdapter(NamedTuple):
     """An adapter tuned elsewhere, in the stream's own scale and order of layers."""
 
     factors: Factors
-    sha256: str  # of the file that they come from
-    notes: tuple[str, ...]  # what had to be changed
+    sha256: str  # of the weights file
+    notes: tuple[str, ...]  # one line for each thing that had to be changed
 
 
 def check_method(method: Method) -> None:
-    """Check that a method can do with what was tuned elsewhere, at most a look at the task's inputs.
+    """Check that a method's tasks can be trained elsewhere.
 
     Raises:
-        InputError: it takes part in the training itself.
+        InputError: the method takes part in the training itself.
     """
-    if not _absorbs(method):
-        plain = ", ".join(name for name in names() if _absorbs(make(name)))
+    if not method.absorbs:
+        plain = ", ".join(name for name in names() if make(name).absorbs)
         raise InputError(
-            f"method {method.name}: expected one that merges what training leaves ({plain}); this one takes part in the"
-            " training itself, so its tasks cannot be trained elsewhere\nhint: mbf learn trains them here"
+            f"method {method.name}: expected a method that only merges ({plain}); this one takes part in the training"
+            " itself, so its tasks cannot be trained elsewhere\nhint: mbf learn trains them here"
         )
 
 
-def _absorbs(method: Method) -> bool:
-    return set(hooks(method)) <= {"measure"} or hasattr(method, "absorb")
-
-
 def wants_rows(stream: StreamFolder) -> bool:
-    """Return whether absorbing needs the rows that the task was trained on, and runs the model on them."""
-    return hasattr(_method(stream), "measure")
+    """Return whether absorbing needs the rows that the task was trained on, to run the model on them."""
+    return "inputs" in _method(stream).needs
 
 
 def next_start(stream: StreamFolder, kind: str) -> dict[str, Data]:
@@ -79,19 +85,19 @@ def next_start(stream: StreamFolder, kind: str) -> dict[str, Data]:
 
     Args:
         stream: The stream that the task will be absorbed into.
-        kind: "peft" or "mlx": whose layout.
+        kind: The adapter's layout, "peft" or "mlx".
 
     Raises:
-        InputError: no such layout, or a method that takes part in the training itself.
+        InputError: another layout, or a method that takes part in the training itself.
     """
     if kind not in FORMATS:
         raise InputError(f"--format: expected {' or '.join(FORMATS)}, got {kind!r}")
     state, identity = stream.state(), stream.identity
     start = _method(stream).start(state)
     if kind == "peft":
-        return peft.encode(start, identity.scale, base=identity.base.name, num_blocks=identity.base.num_layers)
+        return peft.peft_files(start, identity.scale, base=identity.base.name, num_blocks=identity.base.num_layers)
     extra = {"stream": identity.id, "start_of_task": state.t + 1}
-    return adapter.encode(
+    return adapter.adapter_files(
         start, scale=identity.scale, num_layers=identity.num_layers, base=identity.base.name, extra=extra
     )
 
@@ -106,21 +112,23 @@ def absorb(
     force: bool = False,
     again: bool = False,
     look: Look | None = None,
+    choose_metric: ChooseMetric | None = None,
 ) -> Absorbed:
     """Merge an adapter tuned elsewhere as the stream's next task, and commit it. Needs the stream's writer lock.
 
     Args:
-        stream: The stream whose start it was trained from.
+        stream: The stream that handed out the start.
         folder: The adapter, in PEFT's or mlx-lm's layout.
-        name: Of the task.
-        source: The task's file or folder, to be scored on later; may be left out unless the method measures inputs.
-        force: Absorb an adapter that does not look as if it started from our start, or on our architecture.
-        again: Absorb under a name that the stream has already.
+        name: The task's name.
+        source: The task's file or folder, for later scoring. A method that measures inputs needs it.
+        force: Absorb the adapter even if it did not start from our start, or was trained on another architecture.
+        again: Absorb it even if the stream has a task of this name.
         look: Runs the model for a method that measures inputs.
+        choose_metric: Says by which metric the task is scored later. Without it words are counted, not tokens.
 
     Raises:
-        InputError: an adapter that does not belong, a name that is taken, no rows where the method measures their
-            inputs; the stream is as it was.
+        InputError: an adapter that does not fit, a name that is taken, or no task file where the method needs one. The
+            stream is unchanged.
     """
     history = stream.history()
     if not again and any(record.name == name for record in history):
@@ -128,8 +136,8 @@ def absorb(
     method, measures = _method(stream), wants_rows(stream)
     if measures and not (source and look):
         raise InputError(
-            f"--task: method {method.name} measures the inputs that a task has; expected the task file that the adapter"
-            " was trained on, got none"
+            f"--task: method {method.name} measures a task's inputs; expected the task file that the adapter was"
+            " trained on, got none"
         )
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_tuned, stream, folder, force=force)
@@ -140,33 +148,30 @@ def absorb(
         raise InputError(
             f"{folder}: expected an adapter trained from this stream's start of task {state.t + 1} (mean cosine of A's"
             f" rows at least {PLAUSIBLE}), got {cosine:.2f}\nhint: mbf next {stream.path} OUT writes that start;"
-            " --force absorbs the adapter all the same"
+            " --force absorbs the adapter anyway"
         )
-    if measures and look:
-        finish: Any = getattr(method, "absorb", method.finish)
-        state = finish(state, tuned.factors, inputs=look(method, state, tuned.factors, source))
-    else:
-        state = method.finish(state, tuned.factors)
+    inputs = look(method, state, tuned.factors, source) if measures and look else None
+    state = method.absorb(state, tuned.factors, inputs)
     _check_finite(state, folder)
-    record = _record(name, state.t, folder, tuned.sha256, source)
+    record = _record(name, state.t, folder, tuned.sha256, source, choose_metric or metric_by_words)
     generation = stream.current().manifest
     stream.commit(state, record, generation.base_path, {"absorbed": str(folder)})
     return Absorbed(record=record, cosine=cosine, notes=tuned.notes)
 
 
-def read_tuned(stream: StreamFolder, folder: Path, *, force: bool = False) -> Tuned:
+def read_tuned(stream: StreamFolder, folder: Path, *, force: bool = False) -> TunedAdapter:
     """Read an adapter for a stream.
 
     Raises:
-        InputError: another architecture (not with `force`), rank, layers or shapes; everything wrong is named at once.
+        InputError: another architecture (unless `force`), rank, layers or shapes; the message names all of them.
     """
     if not (folder / peft.WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise InputError(f"{folder}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
     if (folder / peft.WEIGHTS).exists():
-        theirs = peft.read(folder)
+        theirs = peft.read_peft(folder)
         factors, scale, digest, notes, base = theirs.factors, theirs.scale, theirs.sha256, theirs.notes, theirs.base
     else:
-        own = adapter.read(folder)
+        own = adapter.read_adapter(folder)
         factors, scale, digest, notes, base = own.factors, own.scale, own.sha256, (), own.config.get("model")
     identity = stream.identity
     problems = [] if force else _other_architecture(base, identity.base.architecture)
@@ -186,25 +191,27 @@ def read_tuned(stream: StreamFolder, folder: Path, *, force: bool = False) -> Tu
             + "\n".join(shown)
         )
     if scale == identity.scale:
-        return Tuned({layer: factors[layer] for layer in identity.layers}, digest, notes)
+        return TunedAdapter({layer: factors[layer] for layer in identity.layers}, digest, notes)
     share = np.float32(scale / identity.scale)
     notes = (*notes, f"its scale is {scale:g}, the stream's {identity.scale:g}: the ratio goes into B")
     scaled = {layer: Pair(factors[layer].a, factors[layer].b * share) for layer in identity.layers}
-    return Tuned(scaled, digest, notes)
+    return TunedAdapter(scaled, digest, notes)
 
 
 def _other_architecture(base: object, expected: str) -> list[str]:
-    """Return the line that says so where an adapter's base is a folder here and of another architecture.
+    """Return a problem line if the adapter's base is a folder on this machine with another architecture.
 
-    A hub id is not looked up: what it trained on is then seen by its layers and their shapes alone.
+    A hub id is not looked up; then only the layers and their shapes are compared.
     """
     try:
         found = str(read_config(Path(str(base)))["model_type"])
     except (InputError, OSError, KeyError):
-        return []  # it is not here, or does not say
+        return []  # the folder is not here, or does not name its architecture
     if SAME.get(found, found) == SAME.get(expected, expected):
         return []
-    return [f"  it was trained on {base}: expected architecture {expected!r}, got {found!r} (--force: absorb it still)"]
+    return [
+        f"  it was trained on {base}: expected architecture {expected!r}, got {found!r} (--force absorbs it anyway)"
+    ]
 
 
 def _method(stream: StreamFolder) -> Method:
@@ -214,9 +221,9 @@ def _method(stream: StreamFolder) -> Method:
 
 
 def _cosine(method: Method, state: State, tuned: Factors) -> float:
-    """Return the mean over all layers and rows of the cosine between a row of the start's A and the tuned one's."""
+    """Return the cosine between a row of the start's A and the same row of the tuned A, mean over layers and rows."""
     if state.t and isinstance(method, Slao) and method.settings["start_a"] == "qr":
-        with one_thread_each():  # one layer after the other: they are too small for threads to gain
+        with one_thread_each():  # the layers are too small to gain from threads
             found = [_basis_cosines(method.tuned(state, layer).a, a) for layer, (a, _) in tuned.items()]
     else:
         start = method.start(state)
@@ -225,39 +232,50 @@ def _cosine(method: Method, state: State, tuned: Factors) -> float:
 
 
 def _cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return the cosines between the rows of two matrices, (rank,)."""
+    """Return the cosines between the rows of two (rank, in) matrices, (rank,)."""
     one, other = one.astype(np.float64), other.astype(np.float64)
     lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    return np.einsum("ri,ri->r", one, other) / np.maximum(lengths, 1e-30)
+    cosines: np.ndarray = np.einsum("ri,ri->r", one, other) / np.maximum(lengths, 1e-30)
+    return cosines
 
 
 def _basis_cosines(a: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Return what `_cosines` does of `orthogonal_init(a)` and `other`, in a fifth of the time: QR is left out.
+    """Return `_cosines(orthogonal_init(a), other)` without the QR, in a fifth of the time.
 
-    With a a^T = L L^T, L lower triangular, that basis is L^-1 a, and its products with `other` are L^-1 (a other^T).
+    With a a^T = L L^T and L lower triangular, the basis is L^-1 a, and its products with `other` are L^-1 (a other^T).
     """
     gram, shared = (a @ a.T).astype(np.float64), (a @ other.T).astype(np.float64)
-    if np.linalg.cond(gram) > 1e4:  # rows that nearly depend on each other: float32 lost their difference when squared
+    if np.linalg.cond(gram) > 1e4:  # the rows are nearly dependent, and squaring in float32 lost their difference
         return _cosines(orthogonal_init(a.astype(np.float64)), other)
     products = np.diagonal(np.linalg.solve(np.linalg.cholesky(gram), shared))
-    return products / np.maximum(np.linalg.norm(other, axis=1), 1e-30)
+    cosines: np.ndarray = products / np.maximum(np.linalg.norm(other, axis=1), 1e-30)
+    return cosines
 
 
 def _check_finite(state: State, folder: Path) -> None:
     if bad := not_finite(state):
-        raise InputError(f"{folder}: the merged factors of {bad[0]} are not finite; the stream is as it was")
+        raise InputError(f"{folder}: the merged factors of {bad[0]} are not finite; the stream is unchanged")
 
 
-def _record(name: str, t: int, folder: Path, digest: str, source: str) -> TaskRecord:
+def metric_by_words(task: Task) -> str:
+    """Return the metric that fits a task's test rows, by its words: there is no tokenizer in a plain install.
+
+    A task of texts is scored by its loss, one of short answers by exact match, any other by ROUGE-L.
+    """
+    if not len(task.test) or task.test[0].kind == "text":
+        return "loss"
+    longest = max(len(_WORD.findall(reference_text(row))) for row in task.test)
+    return "exact_match" if longest <= SHORT_ANSWER_WORDS else "rouge_l"
+
+
+def _record(name: str, t: int, folder: Path, digest: str, source: str, choose_metric: ChooseMetric) -> TaskRecord:
     counts, metric = (0, 0, 0, 0), "loss"
     labels: tuple[str, ...] | str = ()
     if source:
-        from mbf_mlx.data.task import read_task
-
         task = read_task(source, name=name)
         digest, labels = task.sha256, task.labels
         counts = (len(task.train), len(task.valid), len(task.test), task.held_out)
-        metric = "exact_match"
+        metric = choose_metric(task)
     return TaskRecord(
         name=name,
         t=t,

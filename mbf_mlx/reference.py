@@ -1,9 +1,9 @@
 """The shared math on LoRA factors: one code for NumPy, MLX and CuPy arrays.
 
-Shapes: A (rank, in), B (out, rank), delta (out, in); base/load.py turns MLX's transposed storage. t is a task's place
-in its stream, from 1. Every function keeps the namespace and the dtype of the arrays it is given, and imports none of
-their libraries. QR and SVD run in float32 or float64; where a library has them on one device only (MLX: the CPU), the
-caller makes that device the default, as `backend.linalg_device` does.
+Shapes: A (rank, in), B (out, rank), delta (out, in); engine/lora_layers.py turns MLX's transposed storage. t is a
+task's place in its stream, from 1. Every function keeps the namespace and the dtype of the arrays it is given, and
+imports none of their libraries. QR and SVD run in float32 or float64; where a library has them on one device only (MLX:
+the CPU), the caller makes that device the default, as `mx.stream(mx.cpu)` does.
 
 Source: Qiao and Mahdavi, "Merge before Forget", arXiv:2512.23017, Algorithm 1; the merge of products is ours.
 """

@@ -1,8 +1,30 @@
-"""Bytes and seconds as a person says them."""
+"""Bytes and seconds in words that people use."""
+
+import re
+
+from mbf_mlx.errors import InputError
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def bytes_of(text: str, where: str) -> int:
+    """Return the bytes of a size as people write it: "16GB", "900 MB".
+
+    Args:
+        text: The size.
+        where: The flag or setting that it was given with, for the message.
+
+    Raises:
+        InputError: the text is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", text)
+    if match is None:
+        raise InputError(f"{where}: expected a size as in 16GB or 900MB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as a person says it, in powers of 1000: "812 kB", "1.3 GB"."""
+    """Return a number of bytes in a unit that people use, in powers of 1000: "812 kB", "1.3 GB"."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if count < 999.5 or unit == "TB":
             break
@@ -11,7 +33,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time as a person says it: "42 s", "3 min 05 s", "2 h 10 min"."""
+    """Return a length of time in units that people use: "42 s", "3 min 05 s", "2 h 10 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -18,7 +18,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers with two BLAS threads each are several times slower than with one thread each.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -69,25 +68,6 @@ TOLERANCES = {
 def tolerance():
     """`tolerance("float32")` gives the keyword arguments of numpy.testing.assert_allclose."""
     return lambda name: dict(zip(("rtol", "atol"), TOLERANCES[name], strict=True))
-
-
-@pytest.fixture(params=["numpy", "mlx-cpu", "mlx-gpu"])
-def xp(request):
-    """The array library that the code under test runs on; for MLX, on the device that its name says.
-
-    QR and SVD of mlx-gpu need `backend.linalg_device()` around them, as in the package.
-    """
-    if request.param == "numpy":
-        yield np
-        return
-    mx = import_mlx()
-    device = mx.cpu if request.param == "mlx-cpu" else mx.gpu
-    if device == mx.gpu and not mx.is_available(mx.gpu):
-        pytest.skip("this machine has no GPU that mlx can use")
-    before = mx.default_device()
-    mx.set_default_device(device)
-    yield mx
-    mx.set_default_device(before)
 
 
 def import_mlx():

@@ -26,7 +26,7 @@ def test_a_task_trained_elsewhere_is_merged_as_one_trained_here(tmp_path, kind, 
     stream = learn(new_stream(tmp_path / "s"), tasks)
     start = make("slao").start(stream.state())
     handed = write(exchange.next_start(stream, kind), tmp_path / "start")
-    read = peft.read(handed) if kind == "peft" else adapter.read(handed)
+    read = peft.read_peft(handed) if kind == "peft" else adapter.read_adapter(handed)
     for name, pair in start.items():
         np.testing.assert_array_equal(read.factors[name].a, pair.a)
         np.testing.assert_array_equal(read.factors[name].b, pair.b)
@@ -72,7 +72,9 @@ def test_an_absorbed_task_is_undone_and_absorbed_again_to_the_same_bytes(tmp_pat
     with stream.writer():
         assert stream.undo().name == "mail"
         assert contents(stream.current().folder) == before
-        with pytest.raises(InputError, match="one step back is kept, and it was taken|nothing to undo: it has learned"):
+        with pytest.raises(
+            InputError, match="only one step back is kept, and it is used up|nothing to undo: it has learned"
+        ):
             stream.undo()
     again = absorb()
     assert again == absorbed
@@ -153,8 +155,8 @@ def test_the_way_through_another_tools_files_changes_no_byte_of_the_state(tmp_pa
 def test_a_method_that_takes_part_in_training_says_so(tmp_path, name):
     stream = new_stream(tmp_path / "s", method=name, method_options=make(name).options)
     message = (
-        rf"method {name}: expected one that merges what training leaves \(slao, .*\); this one takes part in the"
-        " training itself, so its tasks cannot be trained elsewhere\nhint: mbf learn trains them here"
+        rf"method {name}: expected a method that only merges \(slao, .*\); this one takes part in the training"
+        " itself, so its tasks cannot be trained elsewhere\nhint: mbf learn trains them here"
     )
     with pytest.raises(InputError, match=message):
         exchange.next_start(stream, "peft")
@@ -195,7 +197,7 @@ def test_an_adapter_of_another_architecture_is_refused_where_its_base_is_here(tm
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"base_model_name_or_path": str(base), "model": str(base)}))
     refused(
-        stream, folder, rf"trained on {base}: expected architecture 'llama', got 'qwen2' \(--force: absorb it still"
+        stream, folder, rf"trained on {base}: expected architecture 'llama', got 'qwen2' \(--force absorbs it anyway"
     )
     (base / "config.json").write_text('{"model_type": "mistral"}')  # what mlx-lm loads as a Llama
     assert exchange.read_tuned(stream, folder)
@@ -228,7 +230,7 @@ def test_an_adapter_that_started_elsewhere_is_refused_unless_forced(tmp_path):
         name: Pair(*(generator.normal(size=f.shape).astype(np.float32) for f in pair))
         for name, pair in make("slao").start(stream.state()).items()
     }
-    folder = write(adapter.encode(other, scale=2.0, num_layers=2, base="tiny"), tmp_path / "other")
+    folder = write(adapter.adapter_files(other, scale=2.0, num_layers=2, base="tiny"), tmp_path / "other")
     refused(stream, folder, r"start of task 2 \(mean cosine of A's rows at least 0.3\), got -?0\.\d\d\nhint: mbf next")
     with stream.writer():
         assert exchange.absorb(stream, folder, "mail", force=True).cosine < 0.3
@@ -242,7 +244,7 @@ def test_an_adapter_that_does_not_fit_is_refused_with_everything_that_is_wrong(t
     del wrong[layers[0]]
     wrong[layers[1]] = Pair(tuned[layers[1]].a[:, :-1], tuned[layers[1]].b)
     wrong["model.layers.7.mlp.up_proj"] = tuned[layers[2]]
-    folder = write(adapter.encode(wrong, scale=2.0, num_layers=2, base="tiny"), tmp_path / "wrong")
+    folder = write(adapter.adapter_files(wrong, scale=2.0, num_layers=2, base="tiny"), tmp_path / "wrong")
     message = (
         rf"does not fit .*rank 4, base tiny.*:\n  {layers[0]}: missing\n  {layers[1]}: expected A \(4, 16\) and B"
         r" \(24, 4\), got \(4, 15\) and \(24, 4\)\n  model.layers.7.mlp.up_proj: not a layer of this stream"
@@ -254,12 +256,12 @@ def test_an_adapter_of_another_rank_or_with_nan_is_refused(tmp_path):
     stream = learn(new_stream(tmp_path / "s"), 1)
     _, tuned = trained(stream, tmp_path / "good", "mlx")
     short = {name: Pair(pair.a[:2], pair.b[:, :2]) for name, pair in tuned.items()}
-    folder = write(adapter.encode(short, scale=2.0, num_layers=2, base="tiny"), tmp_path / "short")
+    folder = write(adapter.adapter_files(short, scale=2.0, num_layers=2, base="tiny"), tmp_path / "short")
     refused(stream, folder, r"expected A \(4, 16\) and B \(24, 4\), got \(2, 16\) and \(24, 2\)")
     nan = {name: Pair(pair.a, pair.b * np.nan) for name, pair in tuned.items()}
     refused(
         stream,
-        write(adapter.encode(nan, scale=2.0, num_layers=2, base="tiny"), tmp_path / "nan"),
+        write(adapter.adapter_files(nan, scale=2.0, num_layers=2, base="tiny"), tmp_path / "nan"),
         "holds NaN or infinite values",
     )
 
@@ -298,12 +300,45 @@ def test_next_and_absorb_run_where_mlx_and_torch_are_not_there(tiny_llama, tmp_p
 
     done = mbf("next", tmp_path / "s", tmp_path / "start", "--model", tiny_llama, "--rank", 4)
     assert done.returncode == 0, done.stderr
-    start = peft.read(tmp_path / "start")
+    start = peft.read_peft(tmp_path / "start")
     tuned = tune(StreamFolder.open(tmp_path / "s").state(), start.factors)
-    write(peft.encode(tuned, 2.0, base="tiny", num_blocks=2), tmp_path / "tuned")
+    write(peft.peft_files(tuned, 2.0, base="tiny", num_blocks=2), tmp_path / "tuned")
     done = mbf("absorb", tmp_path / "s", tmp_path / "tuned", "--name", "mail")
     assert done.returncode == 0, done.stderr
     assert "absorbed mail as task 1" in done.stdout
     done = mbf("status", tmp_path / "s", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tasks"][0]["name"] == "mail"
+
+
+KINDS = {
+    "exact_match": [{"prompt": word, "completion": "yes"} for word in ("red", "green", "blue")],
+    "rouge_l": [
+        {"prompt": word, "completion": "the stream keeps what it has learned " * 4} for word in ("red", "blue")
+    ],
+    "loss": [{"text": text} for text in ("red green", "green blue", "blue red")],
+}
+
+
+@pytest.mark.parametrize("metric", KINDS)
+def test_a_task_tuned_elsewhere_is_scored_by_the_metric_that_fits_it(tmp_path, write_jsonl, metric):
+    """Without a tokenizer by its words; the next test has the base's own."""
+    stream = new_stream(tmp_path / "s")
+    folder, _ = trained(stream, tmp_path / "tuned", "peft")
+    with stream.writer():
+        record = exchange.absorb(stream, folder, "mail", source=str(write_jsonl("mail.jsonl", KINDS[metric]))).record
+    assert record.metric == metric
+
+
+@pytest.mark.parametrize("metric", KINDS)
+def test_an_absorbed_task_has_the_metric_of_a_learned_one(tiny_llama, tmp_path, write_jsonl, metric):
+    from mbf_mlx import Stream
+
+    write_jsonl("mail/test.jsonl", KINDS[metric][:1])
+    task = write_jsonl("mail/train.jsonl", KINDS[metric][1:]).parent
+    learned = Stream.open(tmp_path / "learned", base=str(tiny_llama), method="slao")
+    absorbing = Stream.open(tmp_path / "absorbing", base=str(tiny_llama), method="slao")
+    folder, _ = trained(absorbing.folder, tmp_path / "tuned", "peft")
+    assert absorbing.absorb(folder, "mail", task=task).record.metric == metric
+    assert learned.learn(task, iters=1)[0].metric == metric
+    assert [each["metric"] for each in absorbing.evaluate()["tasks"]] == [metric]

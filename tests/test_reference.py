@@ -1,4 +1,7 @@
-"""The shared math against hand-worked matrices, golden values, a dense computation, and its own properties."""
+"""The shared math against hand-worked matrices, golden values, a dense computation, and its own properties.
+
+Long, because reference.py is one contract: each function's hand-worked values stand here beside its properties.
+"""
 
 import math
 

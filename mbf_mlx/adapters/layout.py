@@ -1,3 +1,3 @@
 """File names of an adapter folder in mlx-lm's layout."""
 
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"  # of an adapter, in mlx-lm's layout
+WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"

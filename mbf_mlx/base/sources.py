@@ -1,6 +1,6 @@
 """Where a base model comes from: a recipe, a local folder, a GGUF file or a hub id becomes a local MLX model folder.
 
-A folder is written as a temporary neighbour and renamed when it is whole. Loading it is load.py's business.
+A folder is written under a temporary name beside its place and renamed when it is complete. load.py loads it.
 """
 
 import json
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mbf_mlx import units
-from mbf_mlx.base import config_checks as model_config
+from mbf_mlx.base.card import CARD, front_matter
+from mbf_mlx.base.config_checks import CONFIG, check_fields, check_other_files
 from mbf_mlx.base.download import fetch_hub_model, fetch_packaged_file
 from mbf_mlx.base.recipe import HubSource, Recipe, TriedLoRA, models_folder, recipes
 from mbf_mlx.errors import InputError
@@ -24,7 +25,7 @@ from mbf_mlx.files.documents import read_object
 from mbf_mlx.files.safetensors_file import read_header
 from mbf_mlx.files.storage import Files, refusal, sha256_file
 
-ORIGIN = "mbf_origin.json"  # in a folder that we made: what it was made from
+ORIGIN = "mbf_origin.json"  # in a folder that we made: its source
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 QUANTIZE_BITS = (2, 3, 4, 5, 6, 8)
 Report = Callable[[str], None]
@@ -33,7 +34,7 @@ _files = Files()
 
 
 class BaseFolder(NamedTuple):
-    """A local MLX or Hugging Face model folder, and what the user called it."""
+    """A local MLX or Hugging Face model folder, and the name that the user gave."""
 
     path: Path
     name: str
@@ -47,17 +48,17 @@ def resolve_base(
     offline: bool = False,
     report: Report = lambda line: None,
 ) -> BaseFolder:
-    """Return the local folder of a base model, fetching or converting it where it is not there yet.
+    """Return the local folder of a base model; fetch or convert the model first where that is needed.
 
     Args:
         name: A model folder, a GGUF file, a recipe's name, or a hub id, "mlx-community/Llama-3.2-1B-Instruct-4bit".
-        quantize: For a GGUF file: bits for tensors of types that MLX cannot hold (2, 3, 4, 5, 6 or 8); 0 refuses them.
+        quantize: For a GGUF file: bits (2, 3, 4, 5, 6 or 8) for tensors of types that MLX lacks; 0 refuses them.
         revision: For a hub id: a branch, tag or commit.
         offline: Do not download.
-        report: Told in one line what takes time.
+        report: Called with one line before a step that takes time.
 
     Raises:
-        InputError: no such model, one that cannot be had, or a folder or file that is not a model.
+        InputError: no such model, a model that cannot be downloaded, or a folder or file that is not a model.
     """
     path, kind = _look(name)
     if kind != "file" and quantize:
@@ -85,7 +86,7 @@ def resolve_base(
 
 
 def _look(name: str | Path) -> tuple[Path, str]:
-    """Return the path that `name` is, and whether a "folder", a "file" or "nothing" is there."""
+    """Return `name` as a path, and whether a "folder", a "file" or "nothing" is there."""
     try:
         path = Path(name).expanduser()
         return path, "folder" if path.is_dir() else "file" if path.is_file() else "nothing"
@@ -94,17 +95,17 @@ def _look(name: str | Path) -> tuple[Path, str]:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a folder holds a model that mlx-lm can load without running code of the folder's.
+    """Check that a folder holds a model that mlx-lm can load without running code from the folder.
 
     Raises:
         InputError: its JSON files, weights or tokenizer are missing or damaged, or it needs its own Python files.
     """
     config = read_config(folder)
     if config.get("model_file"):
-        raise InputError(f"{folder}: config.json: model_file: this model runs its own Python code, which is never done")
+        raise InputError(f"{folder}: config.json: model_file: this model needs its own Python code, which we never run")
     if not isinstance(config.get("model_type"), str):
         raise InputError(f"{folder}/config.json: model_type: expected a name, got {config.get('model_type')!r}")
-    model_config.check_others(folder)
+    check_other_files(folder)
     weights = weight_files(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES) and not any(folder.glob("*.tiktoken")):
         raise InputError(f"{folder}: no tokenizer: expected tokenizer.json or tokenizer.model")
@@ -117,10 +118,10 @@ def check_folder(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that mlx-lm loads from a model folder, by name.
+    """Return the safetensors files that mlx-lm loads from a model folder, in the order of their names.
 
     Raises:
-        InputError: there are none, or something else has such a name.
+        InputError: there are none, or something that is no file has such a name.
     """
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
@@ -129,10 +130,10 @@ def weight_files(folder: Path) -> list[Path]:
         if any(name.endswith(".gguf") for name in others):
             hint += "\nhint: give the .gguf file itself"
         elif others:
-            hint += "\nhint: pickled weights are never read; use a copy with safetensors"
+            hint += "\nhint: we never read pickled weights; use a copy with safetensors"
         raise InputError(f"{folder}: no weights: expected model.safetensors or model-*.safetensors{hint}")
     for path in files:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would wait forever
             raise InputError(f"{path}: cannot read: expected a file")
     return files
 
@@ -141,22 +142,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read a model folder's config.json.
 
     Raises:
-        InputError: it is missing, no JSON object, or has sizes that no model has.
+        InputError: it is missing, no JSON object, or has impossible sizes.
     """
     where = folder / "config.json"
     try:
         config = read_object(where)
     except FileNotFoundError:
         raise InputError(f"{folder}: not a model folder: expected a config.json in it") from None
-    model_config.check(config, where, model_config.CONFIG)
+    check_fields(config, where, CONFIG)
     return config
 
 
 def fetch(recipe: Recipe, *, offline: bool = False, report: Report = lambda line: None) -> Path:
-    """Return the folder of a recipe's model, `models/NAME`, fetching it where it is missing.
+    """Return the folder of a recipe's model, `models/NAME`; fetch the model first where it is missing.
 
     Raises:
-        InputError: it cannot be had, or is not what the recipe says.
+        InputError: it cannot be downloaded, or is not what the recipe says.
     """
     folder = models_folder() / recipe.name
     if folder.exists():
@@ -184,7 +185,7 @@ def fetch(recipe: Recipe, *, offline: bool = False, report: Report = lambda line
 
 
 def _converted(path: Path, quantize: int, report: Report) -> Path:
-    """Return the MLX folder of a GGUF file, converted once into `models/`."""
+    """Return the MLX folder of a GGUF file, which is converted into `models/` once."""
     if quantize and quantize not in QUANTIZE_BITS:
         raise InputError(f"--quantize: expected one of {', '.join(map(str, QUANTIZE_BITS))}, got {quantize}")
     if path.suffix == ".safetensors":
@@ -216,7 +217,7 @@ def _convert(path: Path, folder: Path, quantize: int) -> None:
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary neighbour that becomes `folder` when the block ends well, and else is removed."""
+    """Give a temporary folder that becomes `folder` when the block succeeds, and is removed otherwise."""
     _files.make_folder(folder.parent)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -225,7 +226,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         for path in partial.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        if not folder.exists():  # somebody else may have been faster
+        if not folder.exists():  # another process may have been faster
             _files.rename(partial, folder)
             _files.sync_folder(folder.parent)
     except OSError as error:
@@ -241,7 +242,7 @@ def _umask() -> int:
 
 
 def _copy_snapshot(snapshot: Path, folder: Path) -> None:
-    """Copy a hub snapshot; weights are linked where the file system allows it, as they never change."""
+    """Copy a hub snapshot. Weights never change, so they are linked where the file system allows it."""
     for path in snapshot.rglob("*"):
         if not path.is_file():
             continue
@@ -257,12 +258,12 @@ def _copy_snapshot(snapshot: Path, folder: Path) -> None:
 
 
 def _describe(folder: Path, origin: dict[str, Any], recipe: Recipe | None) -> None:
-    """Write what the folder was made from, and a model card with the licence where a recipe knows it."""
+    """Write down the folder's source, and a model card with the licence that the recipe names."""
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if recipe and not (folder / "README.md").exists():
-        card = f"---\nlicense: {recipe.licence.lower()}\nbase_model: {recipe.original}\nlibrary_name: mlx\n---\n\n"
-        card += f"# {recipe.name}\n\n{recipe.summary}. {recipe.quantization}. Licence: {recipe.licence}.\n"
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    if recipe and not (folder / CARD).exists():
+        head = front_matter(license=recipe.licence.lower(), base_model=recipe.original, library_name="mlx")
+        body = f"# {recipe.name}\n\n{recipe.summary}. {recipe.quantization}. Licence: {recipe.licence}.\n"
+        (folder / CARD).write_text(f"{head}\n{body}", encoding="utf-8")
 
 
 def _read_origin(folder: Path) -> dict[str, Any]:
@@ -274,14 +275,14 @@ def _read_origin(folder: Path) -> dict[str, Any]:
 
 
 def tried(name: str | Path) -> TriedLoRA | None:
-    """Return the settings that a recipe, given by name or by its fetched folder, was tried with; None for others."""
+    """Return the settings tried with a recipe, given by its name or its fetched folder; None for other models."""
     path, kind = _look(name)
     recipe = recipes().get(str(_read_origin(path).get("recipe") if kind == "folder" else name))
     return recipe.lora if recipe else None
 
 
 def unpacked_bytes(folder: Path) -> int:
-    """Return what a model's weights take in float32, quantized ones unpacked; read from the headers alone."""
+    """Return the bytes of a model's weights in float32, quantized ones unpacked; reads only the headers."""
     quantization = read_config(folder).get("quantization") or {}
     tensors = {name: entry for path in weight_files(folder) for name, entry in read_header(path)[0].items()}
     values = 0

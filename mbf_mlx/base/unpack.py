@@ -1,13 +1,13 @@
-"""Quantized layers where there is no fast kernel for them.
+"""Quantized layers on devices that have no fast kernel for them, and evaluating what mlx computes lazily.
 
-On a CPU mlx multiplies packed weights at a hundredth of the speed of plain float32 ones. They are unpacked once, or,
-where that does not fit in memory, anew in every pass.
+On a CPU mlx multiplies packed weights at a hundredth of the speed of plain float32 ones. So they are unpacked once; or,
+if that does not fit in memory, in every pass.
 
-Shapes: a weight is (out, in). The values are those of the packed weight, in float32.
+Shapes: a weight is (out, in). Unpacked, it holds the values of the packed weight in float32.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,11 +15,15 @@ import numpy as np
 
 from mbf_mlx.device.budgets import PIECE_BYTES
 
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
-def plain(module: Any) -> nn.Module:
-    """Return the linear layer or embedding whose weight a quantized one holds."""
+
+def plain(module: nn.Module) -> nn.Module:
+    """Return the plain linear layer or embedding with the weight of a quantized one."""
+    made: nn.Module
     if isinstance(module, nn.QuantizedEmbedding):
-        made: nn.Module = nn.Embedding(1, 1)
+        made = nn.Embedding(1, 1)
     else:
         made = nn.Linear(1, 1, bias="bias" in module)
         if "bias" in module:
@@ -29,14 +33,14 @@ def plain(module: Any) -> nn.Module:
 
 
 def to_float32(value: mx.array) -> mx.array:
-    """Return numbers in float32, packed codes and counts as they are."""
+    """Return floating-point numbers in float32, and integers (packed codes, counts) as they are."""
     return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
 
 
-def _rows(module: Any, first: int, last: int) -> mx.array:
+def _rows(module: nn.Module, first: int, last: int) -> mx.array:
     """Return rows of the weight, (last - first, in)."""
     biases = module.get("biases")
-    # Scales in float32 first: in float16 a code times its scale is rounded, and the kernels on a GPU do not do that.
+    # Scales in float32 first: in float16 a code times its scale would be rounded, as kernels on a GPU do not.
     return mx.dequantize(
         module.weight[first:last],
         to_float32(module.scales[first:last]),
@@ -50,7 +54,7 @@ def _rows(module: Any, first: int, last: int) -> mx.array:
 
 
 class UnpackingLinear(nn.QuantizedLinear):
-    """A quantized linear layer that unpacks its weight in every forward and backward pass and keeps nothing of it."""
+    """A quantized linear layer that unpacks its weight in every forward and backward pass, and then drops it."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return x W^T + bias for x (..., in)."""
@@ -59,7 +63,7 @@ class UnpackingLinear(nn.QuantizedLinear):
 
 
 class UnpackingEmbedding(nn.QuantizedEmbedding):
-    """The same for an embedding that is also the model's head."""
+    """A quantized embedding that unpacks itself when it serves as the model's head."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the logits, x W^T, for x (..., dims)."""
@@ -67,12 +71,12 @@ class UnpackingEmbedding(nn.QuantizedEmbedding):
 
 
 def keep_packed(module: nn.Module) -> None:
-    """Turn a quantized linear layer or embedding into one that unpacks itself."""
+    """Turn a quantized linear layer or embedding into one that unpacks itself, in place."""
     module.__class__ = UnpackingEmbedding if isinstance(module, nn.QuantizedEmbedding) else UnpackingLinear
 
 
 class SteppingLinear(UnpackingLinear):
-    """The same where nothing is differentiated: one piece after the other, and no second one begun before."""
+    """For forward passes only: unpacks one piece after another, and never two at a time."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return x W^T + bias for x (..., in)."""
@@ -81,7 +85,7 @@ class SteppingLinear(UnpackingLinear):
 
 
 class SteppingEmbedding(UnpackingEmbedding):
-    """The same for an embedding that is also the model's head."""
+    """For forward passes only: the same for an embedding that is also the model's head."""
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the logits, x W^T, for x (..., dims)."""
@@ -89,9 +93,9 @@ class SteppingEmbedding(UnpackingEmbedding):
 
 
 def step_by_step(model: nn.Module) -> None:
-    """Let the layers that unpack themselves do so one after the other, for forward passes alone.
+    """Make the layers that unpack themselves do so one after another. The model is then for forward passes only.
 
-    Left to itself, mlx unpacks ahead of the products, in the end the whole model.
+    Otherwise mlx unpacks ahead of the products, in the end the whole model.
     """
     for _, module in model.named_modules():
         if type(module) is UnpackingLinear:
@@ -100,29 +104,42 @@ def step_by_step(model: nn.Module) -> None:
             module.__class__ = SteppingEmbedding
 
 
-def _product(module: Any, x: mx.array) -> mx.array:
+def _product(module: nn.Module, x: mx.array) -> mx.array:
+    """Return x W^T, differentiable with respect to x."""
+
     def forward(x: mx.array) -> mx.array:
         parts = [x @ rows.T for _, _, rows in _pieces(module)]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
-    def backward(inputs: Any, gradient: mx.array, output: mx.array) -> mx.array:
+    def backward(_: mx.array, gradient: mx.array, __: mx.array) -> mx.array:
         parts = [gradient[..., first:last] @ rows for first, last, rows in _pieces(module)]
         return parts[0] if len(parts) == 1 else mx.stack(parts).sum(axis=0)
 
-    # Differentiated automatically, the product would keep every weight of the model until its backward pass.
-    product: Any = mx.custom_function(forward)
-    product.vjp(backward)
-    return product(x)
+    # Differentiated by mlx, the product would keep every weight of the model until its backward pass.
+    return with_gradient(forward, backward)(x)
 
 
-def product(module: Any, x: mx.array) -> mx.array:
-    """Return x W^T of a layer that unpacks itself, evaluated piece by piece, so that one piece is alive at a time."""
+def with_gradient(function: Callable[Given, Result], gradient: Callable[..., Any]) -> Callable[Given, Result]:
+    """Return a function whose gradient mlx takes from another function instead of differentiating it.
+
+    Args:
+        function: From arrays to arrays.
+        gradient: From the arguments, the gradients of the results, and the results, to the gradients of the arguments.
+            Each is an array if it is one, and a tuple or list if there are several.
+    """
+    made = mx.custom_function(function)
+    made.vjp(gradient)
+    return cast(Callable[Given, Result], made)  # mlx's stub says that it returns an object
+
+
+def product(module: nn.Module, x: mx.array) -> mx.array:
+    """Return x W^T of a layer that unpacks itself, evaluated piece by piece: one piece is in memory at a time."""
     parts = [evaluated(x @ rows.T) for _, _, rows in _pieces(module)]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
 
-def product_back(module: Any, d_y: mx.array) -> mx.array:
-    """Return the gradient of x, d_y W, in the same way."""
+def product_back(module: nn.Module, d_y: mx.array) -> mx.array:
+    """Return the gradient of x, d_y W, evaluated piece by piece."""
     d_x = mx.array(0.0)
     for first, last, rows in _pieces(module):
         d_x = evaluated(d_x + d_y[..., first:last] @ rows)
@@ -130,7 +147,7 @@ def product_back(module: Any, d_y: mx.array) -> mx.array:
 
 
 def evaluated(array: mx.array) -> mx.array:
-    """Return an array after it was computed."""
+    """Compute an array, and return it."""
     mx.eval(array)
     return array
 
@@ -138,7 +155,7 @@ def evaluated(array: mx.array) -> mx.array:
 def evaluate(model: nn.Module) -> None:
     """Compute every array that a model holds, also those that `parameters()` leaves out: their names start with "_".
 
-    Another thread cannot compute an array that this one has only described, and some rotary embeddings keep their
+    Another thread cannot compute an array that this thread has only described. Some rotary embeddings keep their
     frequencies in such a private array.
     """
     found: list[mx.array] = []
@@ -160,14 +177,15 @@ def evaluate(model: nn.Module) -> None:
 
 
 def without_history(array: mx.array) -> mx.array:
-    """Return an evaluated copy.
+    """Return an evaluated copy that does not hold what the array was computed from.
 
-    While mlx takes gradients, an array holds all that it was made of for as long as it lives: here whole weights.
+    While mlx takes gradients, an array keeps all that for as long as it lives: here whole weights.
     """
     return mx.array(np.array(array.astype(mx.float32))).astype(array.dtype)  # NumPy has no bfloat16
 
 
-def _pieces(module: Any) -> Iterator[tuple[int, int, mx.array]]:
+def _pieces(module: nn.Module) -> Iterator[tuple[int, int, mx.array]]:
+    """Yield the first and last + 1 of some rows of the weight, and these rows, unpacked: PIECE_BYTES at a time."""
     out, words = module.weight.shape
     step = max(1, PIECE_BYTES // (words * 32 // module.bits * 4))
     for first in range(0, out, step):

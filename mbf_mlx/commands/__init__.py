@@ -1,10 +1,10 @@
-"""The command line: the parser, the exit codes, and where each command lives.
+"""The command line: its parser, its exit codes, and the table of its commands.
 
-Each command is one module, `commands/NAME.py`, with one public function of the same name, whose signature typer reads.
-A module is imported when its command is called and not before: `mbf --help` prints COMMANDS and imports nothing else.
+Each command is one module, `commands/NAME.py`, with one public function of the same name; typer reads its signature. A
+module is imported only when its command is called: `mbf --help` prints COMMANDS and imports no command.
 
-Exit codes: 0 done; 1 the user's input does not fit; 2 wrong usage; 130 stopped by Ctrl-C, SIGTERM or SIGHUP; 141 when
-whoever read our output closed it. Every other exception is a bug of ours and keeps its traceback.
+Exit codes: 0 done; 1 the user's input does not fit; 2 wrong usage; 130 stopped by Ctrl-C, SIGTERM or SIGHUP; 141 the
+reader of our output closed it. Every other exception is a bug of ours and keeps its traceback.
 """
 
 import gc
@@ -23,11 +23,11 @@ from typer.core import TyperGroup
 from mbf_mlx import __version__
 from mbf_mlx.errors import InputError
 
-# name -> its line in `mbf --help`, in the order in which a user meets them; a command is there when its module is
+# name -> its line in `mbf --help`, in the order in which users meet them; a command without a module is left out
 COMMANDS = {
-    "quickstart": "Everything once, on a small model: fetch, three tasks, the matrix, an export, an answer.",
+    "quickstart": "Do everything once with a small model: fetch, three tasks, the matrix, an export, an answer.",
     "fetch": "Put a base model from a recipe into models/ (without a name: list the recipes).",
-    "check": "Show what training would see of a task, and every line of it that does not fit.",
+    "check": "Show what training would see of a task, and every line that does not fit.",
     "plan": "Say how much memory, time and disk learning would take on this machine.",
     "learn": "Learn tasks, in order, into a stream (--model BASE makes a new one).",
     "status": "Show a stream's tasks, its matrix of scores, its sizes and where it stands.",
@@ -44,25 +44,25 @@ COMMANDS = {
     "doctor": "Show what this machine has, what would run where, and what is missing.",
 }
 ENVIRONMENT = {
-    "MBF_MODELS": "Where recipes' models are put and looked for; models/ of the working folder without it.",
-    "MBF_DEVICE": "Where to compute: auto, cpu, gpu, metal or cuda.",
-    "OPENBLAS_NUM_THREADS": "Threads of a CPU's matrix products; with another number the last bits differ.",
-    "HF_HUB_OFFLINE": "1: ask no hub for anything.",
+    "MBF_MODELS": "Folder of the fetched models; models/ in the working folder if this is not set.",
+    "MBF_DEVICE": "Device to compute on: auto, cpu, gpu, metal or cuda.",
+    "OPENBLAS_NUM_THREADS": "Threads for matrix products on a CPU; another number changes the last bits.",
+    "HF_HUB_OFFLINE": "1: never ask the Hugging Face hub.",
 }
 EXIT_CODES = {
     "0": "Done.",
-    "1": "What was given does not fit; one message says what and where. A traceback is a fault of ours.",
+    "1": "The input does not fit; one message says what and where. (A traceback is a bug of ours.)",
     "2": "Wrong usage.",
     "130": "Stopped by Ctrl-C, SIGTERM or SIGHUP; what was saved is kept.",
 }
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, which take the same way out as Ctrl-C."""
+    """SIGTERM or SIGHUP; both end a command as Ctrl-C does."""
 
 
 class _Commands(TyperGroup):
-    """The commands of the table, each imported when it is called; and one place where errors become exit codes."""
+    """Imports a command of the table when it is called, and turns errors into exit codes."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -73,9 +73,11 @@ class _Commands(TyperGroup):
         """Return the command called `cmd_name`, or None where there is none."""
         if cmd_name not in self.commands:
             return None
+        from mbf_mlx.commands.help import Command  # `mbf --help` does without
+
         module = importlib.import_module(f"{__name__}.{cmd_name}")
         one = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_CONTEXT)
-        one.command(cmd_name)(getattr(module, cmd_name))
+        one.command(cmd_name, cls=Command)(vars(module)[cmd_name])
         return typer.main.get_command(one)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -92,7 +94,7 @@ class _Commands(TyperGroup):
                 formatter.write_dl(list(rows.items()))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; the exceptions that are no bug leave with their exit code and without a traceback."""
+        """Run the command. Exceptions that are no bug become an exit code and have no traceback."""
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -109,7 +111,7 @@ class _Commands(TyperGroup):
         except OSError as error:
             from mbf_mlx.files.storage import refusal  # `mbf --help` does without
 
-            # A full disk, a path that cannot be entered: wherever it was met, it is no bug. A missing file may be one.
+            # A full disk or a path without permission is no bug, wherever it happens. A missing file may be one.
             if not error.filename or isinstance(error, (FileNotFoundError, FileExistsError)):
                 raise
             if not isinstance(said := refusal(error, Path(os.fsdecode(error.filename)), verb="use"), InputError):
@@ -118,11 +120,12 @@ class _Commands(TyperGroup):
             raise SystemExit(1) from error
 
 
-_CONTEXT = {"help_option_names": ["--help", "-h"]}
+_CONTEXT: dict[str, Any] = {"help_option_names": ["--help", "-h"], "max_content_width": 100}
 app = typer.Typer(
     cls=_Commands,
     context_settings=_CONTEXT,
     rich_markup_mode=None,
+    subcommand_metavar="COMMAND ...",
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
@@ -137,15 +140,15 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def mbf(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Teach one quantized Llama task after task on your own machine, in constant memory.
 
     Example: mbf learn assistant mail.jsonl --model smollm2-135m-instruct
 
-    mbf COMMAND --help says what a command takes, with an example. The shell completes commands and options after
-    mbf --install-completion.
+    mbf COMMAND --help says what a command takes, with an example. To have your shell complete commands and options, run
+    mbf --install-completion once.
     """
 
 
@@ -156,13 +159,12 @@ def available() -> list[str]:
 
 def main() -> NoReturn:
     """Run the command line on this process's arguments; leaves with an exit code."""
-    # Imports make many objects and no garbage; with these two `mbf status` takes a sixth less time.
+    # Imports make many objects and no garbage. These two lines make `mbf status` a sixth faster.
     gc.set_threshold(20_000)
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would look through every installed package
-    for name in ("SIGTERM", "SIGHUP"):
-        # nohup starts us with SIGHUP ignored, and means it.
-        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:
-            signal.signal(getattr(signal, name), _stop)
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # pydantic would search every installed package
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(stop) != signal.SIG_IGN:  # nohup starts us with SIGHUP ignored: it stays ignored
+            signal.signal(stop, _stop)
     app(prog_name="mbf")
     raise AssertionError("typer leaves by SystemExit")
 
@@ -172,7 +174,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _say(message: str) -> None:
-    # Progress may have left the cursor in a line; and stderr may be the pipe that broke.
+    # stderr may be the pipe that broke.
     try:
         print(message, file=sys.stderr, flush=True)
     except OSError:
@@ -180,6 +182,6 @@ def _say(message: str) -> None:
 
 
 def _silence(*streams: TextIO) -> None:
-    # Python flushes them at exit, would complain there once more and leave with a code of its own.
+    # Python flushes these streams at exit. It would complain once more there and exit with a code of its own.
     for stream in streams:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

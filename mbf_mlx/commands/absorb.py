@@ -6,23 +6,31 @@ from typing import Annotated
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Base, Json
+from mbf_mlx.commands.options import Json, MovedBase, StreamPath
 
 
 def absorb(
-    stream: Annotated[Path, typer.Argument(help="The stream's folder.")],
-    adapter: Annotated[Path, typer.Argument(help="The tuned adapter's folder, in PEFT's or mlx-lm's layout.")],
-    name: Annotated[str, typer.Option("--name", help="The task's name.")],
+    stream: StreamPath,
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Folder of the tuned adapter, in PEFT's or mlx-lm's layout.")
+    ],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the task.")],
     task: Annotated[
         Path | None,
-        typer.Option("--task", help="Its task file, to be scored on later; anchored measures its inputs."),
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            help="File or folder with the task's rows: for scoring later, and for methods that measure inputs.",
+        ),
     ] = None,
-    model: Base = None,
-    again: Annotated[bool, typer.Option("--again", help="Absorb under a name that the stream has already.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Absorb what does not look trained from our start.")] = False,
+    model: MovedBase = None,
+    again: Annotated[bool, typer.Option("--again", help="Absorb a task whose name the stream already has.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Absorb an adapter that does not look trained from the stream's start.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Merge an adapter that was tuned elsewhere from `mbf next`, as the stream's next task.
+    """Merge an adapter that was trained elsewhere from the start that `mbf next` wrote, as the stream's next task.
 
     Example: mbf absorb assistant tuned --name mail
     """

@@ -1,4 +1,4 @@
-"""`mbf check`: what training would see of a task, and every line of it that does not fit."""
+"""`mbf check`: what training would see of a task, and every line that does not fit."""
 
 from array import array
 from contextlib import nullcontext
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbf_mlx.commands.console import err, out, print_json, progress, warn
+from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import Base, Config, Json, Quantize
 from mbf_mlx.config import DataConfig
 
@@ -16,29 +17,29 @@ if TYPE_CHECKING:
     from mbf_mlx.data.row import BadRow, Row
     from mbf_mlx.data.task import Task
 
-_DEFAULTS = DataConfig()
-_MARKS = ("⟦", "⟧")  # around what is supervised, for those who see no colours
+_MARKS = ("⟦", "⟧")  # around the text that is trained on, for people who see no colours
 _SHOWN_LABELS = 20
-_MANY_ROWS, _LARGE_FILE = 2000, 50_000_000  # rows and bytes that take long enough for a progress bar
-_SHOWN_TEXT = 600  # letters of a piece of the example
+_MANY_ROWS, _LARGE_FILE = 2000, 50_000_000  # from so many rows or bytes on there is a progress bar
+_SHOWN_TEXT = 600  # most characters of one piece of the example
 
 
+@takes("max_seq_length", "mask_prompt", "template")
 def check(
     tasks: Annotated[list[Path], typer.Argument(metavar="TASK...", help="Task files, or folders with train.*.")],
+    *,
     model: Base = None,
     quantize: Quantize = 0,
-    stream: Annotated[Path | None, typer.Option(help="Check for this stream: its model and its template.")] = None,
-    template: Annotated[str, typer.Option(help="chat: the model's own; none: raw text.")] = _DEFAULTS.template,
-    max_seq_length: Annotated[int, typer.Option(help="Tokens of a row at most.")] = _DEFAULTS.max_seq_length,
-    mask_prompt: Annotated[
-        bool, typer.Option("--mask-prompt/--no-mask-prompt", help="Supervise answers alone, or everything.")
-    ] = _DEFAULTS.mask_prompt,
+    stream: Annotated[
+        Path | None,
+        typer.Option("--stream", metavar="STREAM", help="Check for this stream, with its model and its template."),
+    ] = None,
+    given: Given,
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Show what training would see of tasks, and every line of them that does not fit.
+    """Show what training would see of tasks, and every line that does not fit.
 
-    Without --model or --stream lengths are counted in characters and no template is shown.
+    Without --model or --stream, lengths are counted in characters and no template is applied.
 
     Example: mbf check mail.jsonl notes/ --model smollm2-135m-instruct
     """
@@ -47,8 +48,8 @@ def check(
 
     if model is not None and stream is not None:
         raise InputError("--model and --stream: expected one of them (a stream has its own model)")
-    data = DataConfig(template=template, mask_prompt=mask_prompt, max_seq_length=max_seq_length)
-    # What is wrong with the files is said before a model is looked for.
+    data = given.make(DataConfig)
+    # Files are read first, so that their problems are reported before a model is looked for.
     with progress("reading", unit="MB") if _is_large(tasks) else nullcontext(_silent) as update:
         found = read_tasks(tasks, report=lambda file, offset: update(offset // 1_000_000, file=file.name))
     encoder = _encoder(model, quantize, stream, data)
@@ -71,12 +72,12 @@ def _is_large(tasks: list[Path]) -> bool:
     try:
         files = [file for task in tasks for file in (task.iterdir() if task.is_dir() else [task])]
         return sum(file.stat().st_size for file in files if file.is_file()) > _LARGE_FILE
-    except OSError:  # said by whoever reads them
+    except OSError:  # reading the file will report it
         return False
 
 
 def _encoder(model: str | None, quantize: int, stream: Path | None, data: DataConfig) -> "Encoder | None":
-    """Return what makes tokens of rows: with a model's tokenizer, or with that of a stream's base and its template."""
+    """Return the encoder of a model, or of a stream with its template; None if neither is given."""
     if model is None and stream is None:
         return None
     from dataclasses import replace
@@ -99,7 +100,7 @@ def _encoder(model: str | None, quantize: int, stream: Path | None, data: DataCo
 
 
 def _survey(task: "Task", encoder: "Encoder | None") -> dict[str, Any]:
-    """Return all that is printed about a task, as JSON has it."""
+    """Return everything that is printed about a task, as the JSON document has it."""
     seen = _Seen(task, encoder)
     total = len(task.train) + len(task.valid) + len(task.test)
     with progress(f"checking {task.name}", total, "rows") if total > _MANY_ROWS else nullcontext(_silent) as update:
@@ -129,7 +130,7 @@ def _survey(task: "Task", encoder: "Encoder | None") -> dict[str, Any]:
 
 
 class _Seen:
-    """What was seen of a task's rows, one after another."""
+    """Collects what `mbf check` says of a task's rows."""
 
     def __init__(self, task: "Task", encoder: "Encoder | None"):
         from mbf_mlx.data.problems import Problems
@@ -141,7 +142,7 @@ class _Seen:
         self.special: tuple[str, int] = ("", 0)  # the text of a special token, and rows with one
 
     def note(self, split: str, row: "Row", encoded: "Encoded | BadRow | None") -> None:
-        """Count a row; `encoded` is None where there is no model to make tokens for."""
+        """Count a row; `encoded` is None if there is no model."""
         if isinstance(encoded, Exception):
             self.problems.add_row(row.file, row.line, str(encoded))
             return
@@ -156,19 +157,19 @@ class _Seen:
             self.example = {"place": row.where, "pieces": shown}
 
     def warnings(self) -> list[str]:
-        """Return what is odd about the rows or the model's template."""
+        """Return warnings about the rows and the model's template."""
         mark, count = self.special
         rows = f"{self.task.path}: {count} {'row holds' if count == 1 else 'rows hold'}"
-        odd = [f"{rows} text that this model reads as special tokens, as {mark}: its template writes its own"]
+        odd = [f"{rows} text that this model reads as special tokens, such as {mark}; its template adds its own"]
         return (odd if count else []) + (self.encoder.warnings() if self.encoder else [])
 
 
 def _silent(done: int, **values: Any) -> None:
-    """Show nothing: it is done in no time."""
+    """Show no progress: the work is short."""
 
 
 def _pieces(row: "Row") -> list[tuple[str, bool]]:
-    """Return what a row says without any template, in pieces, each with whether it is supervised."""
+    """Return a row's text without a template, in pieces: (text, whether it is trained on)."""
     if row.kind == "text":
         return [(row.text, True)]
     if row.kind == "completion":
@@ -188,7 +189,7 @@ def _statistics(counts: "array[int]") -> dict[str, int]:
 
 
 def _print(survey: dict[str, Any]) -> None:
-    """Print what was found out about one task for a person."""
+    """Print what a survey says, for a person."""
     out.print(f"{survey['name']}: {survey['format']} rows, {survey['path']}", style="bold")
     for split, count in survey["rows"].items():
         lengths = survey["lengths"].get(split)
@@ -206,7 +207,7 @@ def _print(survey: dict[str, Any]) -> None:
         out.print(f"  cut: {survey['cut_rows']} rows are longer than --max-seq-length {survey['max_seq_length']}")
     for warning in survey["warnings"]:
         warn(warning)
-    out.print(f"  the first row, {survey['example']['place']}; what is supervised stands in {' '.join(_MARKS)}:")
+    out.print(f"  the first row, {survey['example']['place']}; the text in {' '.join(_MARKS)} is trained on:")
     for piece in survey["example"]["pieces"]:
         text = _printable(piece["text"], _SHOWN_TEXT)
         if piece["supervised"]:
@@ -220,6 +221,6 @@ _STATISTICS = {"median": "median", "p95": "95%", "max": "longest"}
 
 
 def _printable(text: str, limit: int = 60) -> str:
-    """Return text without what would command a terminal, and without its middle where it is long."""
+    """Return text without control characters; a long text loses its middle."""
     text = "".join(letter if letter.isprintable() or letter in "\n\t" else "�" for letter in text)
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"

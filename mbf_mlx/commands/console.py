@@ -1,7 +1,7 @@
-"""What the commands print through: results on stdout, progress and warnings on stderr.
+"""All printing of the commands: results to stdout, progress and warnings to stderr.
 
-Nothing here reads rich's markup, so a path or a prompt with [brackets] comes out as it is; colour is the `style`
-argument. Lines are never wrapped, so that other programs can read them.
+rich's markup is off, so a path or a prompt with [brackets] is printed as it is; colours come from the `style` argument.
+Lines are never wrapped, so that other programs can read them.
 """
 
 import json
@@ -16,11 +16,11 @@ from rich.console import Console
 
 from mbf_mlx import units
 
-LINE_SECONDS = 5.0  # between two progress lines where there is no terminal
+LINE_SECONDS = 5.0  # between two progress lines if there is no terminal
 
 
 def _console(stderr: bool) -> Console:
-    # Without a terminal rich assumes 80 columns, and would cut a table's.
+    # Without a terminal rich assumes 80 columns and would cut wide tables.
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else 200
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True, width=width)
 
@@ -35,7 +35,7 @@ def warn(message: str) -> None:
 
 
 def print_json(document: Any) -> None:
-    """Print `document` on stdout as one JSON document; a number that JSON does not have (NaN, infinity) is null."""
+    """Print `document` on stdout as one JSON document; NaN and infinity, which JSON lacks, become null."""
     ascii_only = (sys.stdout.encoding or "ascii").lower().replace("-", "") != "utf8"
     print(json.dumps(_finite(document), indent=2, ensure_ascii=ascii_only, allow_nan=False), flush=True)
 
@@ -50,16 +50,16 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def progress(title: str, total: int | None = None, unit: str = "steps") -> Iterator[Callable[..., None]]:
-    """Show how far a piece of work is: a bar with an ETA on a terminal, else one plain line every few seconds.
+    """Show progress: a bar with the time left on a terminal, else one plain line every few seconds.
 
     Args:
-        title: What is being done, "learning mail".
-        total: How many `unit` there are; None where nobody knows.
-        unit: What is counted, in the plural.
+        title: What is being done, such as "learning mail".
+        total: How many units there are in all; None if that is not known.
+        unit: The word for what is counted, in the plural.
 
     Yields:
-        `update(done, **values)`: `done` of the total so far; the values stand beside it in the order they are given,
-        `update(12, loss=0.31, tokens_per_second=243.0, memory="1.2 GB")`.
+        `update(done, **values)`, to be called with the units done so far; the values are shown beside them, in this
+        order: `update(12, loss=0.31, tokens_per_second=243.0, memory="1.2 GB")`.
     """
     show = _bar if err.is_terminal else _lines
     with show(title, total, unit) as update:

@@ -1,6 +1,6 @@
-"""`mbf doctor`: what this machine has, what would run where, and what is missing; made to be pasted into an issue.
+"""`mbf doctor`: what this machine has, what would run where, and what is missing.
 
-It names no user, no host and no path.
+Users paste its output into issues, so it names no user, no host and no path.
 """
 
 import importlib.metadata
@@ -10,12 +10,11 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from mbf_mlx import __version__, units
 from mbf_mlx.commands import console
+from mbf_mlx.commands.options import Json
 from mbf_mlx.device import backend, machine
 from mbf_mlx.device.blas import PACKAGE
 from mbf_mlx.errors import InputError
@@ -26,10 +25,8 @@ MATMUL_SIZE = 1024
 MATMUL_SECONDS = 0.5
 
 
-def doctor(
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-) -> None:
-    """Show what this machine has, what would run where, and what is missing; made to be pasted into an issue.
+def doctor(json: Json = False) -> None:
+    """Show what this machine has, what would run where, and what is missing. You can paste it into an issue.
 
     Example: mbf doctor
     """
@@ -42,7 +39,7 @@ def doctor(
 
 
 def examine() -> dict[str, Any]:
-    """Return what `mbf doctor --json` prints; nothing is raised where something is missing."""
+    """Return what `mbf doctor --json` prints. Something that is missing raises nothing."""
     packages = {name: _version(name) for name in _wanted_packages()}
     report: dict[str, Any] = {
         "mbf": __version__,
@@ -53,7 +50,7 @@ def examine() -> dict[str, Any]:
         "memory_bytes": machine.total_memory(),
         "available_bytes": machine.available_memory(),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
-        # On a CPU mx.compile calls a compiler while we run; Metal and CUDA bring theirs.
+        # On a CPU mx.compile calls a compiler at run time; Metal and CUDA bring their own.
         "compiler": next((name for name in ("g++", "clang++") if shutil.which(name)), None),
         "packages": packages,
         "missing": [name for name, version in packages.items() if version is None],
@@ -82,7 +79,7 @@ def examine() -> dict[str, Any]:
 
 
 def measure_matmul() -> float:
-    """Return the best float32 matrix product of half a second on the chosen device, in 10^9 operations a second."""
+    """Return how fast the chosen device multiplies float32 matrices, in 10^9 operations a second: the best of many."""
     import mlx.core as mx
 
     a = mx.random.normal((MATMUL_SIZE, MATMUL_SIZE))
@@ -112,7 +109,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("mbf-mlx", f"{report['mbf']}, Python {report['python']}"),
         ("system", report["system"]),
-        ("processor", f"{report['processor']}, {report['cpus']} CPUs for us"),
+        ("processor", f"{report['processor']}, {report['cpus']} CPUs that we may use"),
         ("memory", f"{size(report['memory_bytes'])}, {size(report['available_bytes'])} of it free"),
         ("disk", f"{size(report['disk_free_bytes'])} free here"),
     ]
@@ -127,7 +124,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
             lines.append(
                 ("weights", f"unpacked to float32 up to {size(report['available_bytes'] / 2)}, else left packed")
             )
-            lines.append(("compiler", report["compiler"] or "none: mx.compile falls back, more slowly, without a word"))
+            lines.append(("compiler", report["compiler"] or "none: mx.compile falls back silently and is slower"))
     else:
         lines.append(("device", f"none: {report['problem']}"))
         lines.append(("still", "check, merging, metrics and adapter export work without mlx"))

@@ -6,15 +6,22 @@ from typing import Annotated
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Base, Json
+from mbf_mlx.commands.options import Json, MovedBase, StreamPath
 from mbf_mlx.commands.shown import read_all, show_progress
 
 
 def eval(
-    stream: Annotated[Path, typer.Argument(help="The stream's folder.")],
-    tasks: Annotated[list[Path] | None, typer.Argument(help="Task files or folders; none: all it has learned.")] = None,
-    model: Base = None,
-    score_rows: Annotated[int, typer.Option("--score-rows", help="Score N rows of each; 0: all.")] = 0,
+    stream: StreamPath,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[TASK...]", help="Task files or folders; none: every task that the stream has learned."
+        ),
+    ] = None,
+    model: MovedBase = None,
+    score_rows: Annotated[
+        int, typer.Option("--score-rows", metavar="N", help="Score each task on its first N test rows; 0: all rows.")
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Score the deployed adapter again, on what was learned or on other tasks.

@@ -1,4 +1,4 @@
-"""`mbf experiment`: methods, orders and seeds on sequences of tasks, from one file into one table."""
+"""`mbf experiment`: compare methods, task orders and seeds, from one file into one table."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,31 +10,40 @@ from mbf_mlx.commands import console
 from mbf_mlx.commands.options import Json
 
 if TYPE_CHECKING:
-    from mbf_mlx.experiment.results import Row
+    from mbf_mlx.experiment.results import CellRow
 
 
 def experiment(
-    file: Annotated[Path, typer.Argument(help="TOML: base, tasks, orders, methods, seeds, settings.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="TOML file with the base, tasks, orders, methods, seeds and settings."),
+    ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the results. [default: NAME-results for NAME.toml]")
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="Folder for the results. [default: NAME-results for NAME.toml]"),
     ] = None,
     tasks: Annotated[
-        Path | None, typer.Option("--tasks", help="Folder of the tasks, in place of the file's own.")
+        Path | None,
+        typer.Option("--tasks", metavar="FOLDER", help="Folder of the tasks, instead of the one that the file names."),
     ] = None,
     show: Annotated[
-        bool, typer.Option("--show", help="Run nothing and read no tasks: the table of the cells that are finished.")
+        bool, typer.Option("--show", help="Only print the table of the finished cells; run nothing, read no tasks.")
     ] = False,
     against: Annotated[
         str | None,
-        typer.Option("--against", help="Compare each method with this one, cell by cell, in a second table."),
+        typer.Option(
+            "--against",
+            metavar="METHOD",
+            help="Compare each method with this one, cell by cell, in a second table.",
+        ),
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print tables in Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
     json: Json = False,
 ) -> None:
-    """Run methods x task orders x seeds (x settings) and compare them in one table.
+    """Run every combination of methods, task orders, seeds and settings (a cell each); compare them in one table.
 
-    Cells run one after another; a finished one is never run again, and a killed run goes on where it was. Further
-    processes with the same --out take cells that nobody is at.
+    Cells run one after another. A finished cell is never run again, and a killed run continues where it stopped. Start
+    the same command in other processes to share the work: each takes cells that no other is running.
 
     Example: mbf experiment benchmarks/experiments/first.toml --markdown
     """
@@ -45,33 +54,34 @@ def experiment(
         from mbf_mlx.experiment.differences import reference_name
 
         against = reference_name((cell.name for cell in plan.cells), against)
-    folder = out if out is not None else Path(f"{plan.name}-results")
+    folder = out if out is not None else plan.results_folder
     for name, task in plan.tasks.items():
         for warning in task.warnings:
             console.warn(f"{name}: {warning}")
     if show:
-        from mbf_mlx.experiment.results import called, read_results
+        from mbf_mlx.experiment.results import cell_key, read_results
 
-        found = {called(row): row for row in read_results(folder)}
-        planned = [(*cell.called, (plan.file.score_on, plan.file.test_rows)) for cell in plan.cells]
+        found = {cell_key(row): row for row in read_results(folder)}
+        planned = [(*cell.cell_key, (plan.file.score_on, plan.file.test_rows)) for cell in plan.cells]
         rows = [found[place] for place in planned if place in found]
     else:
         rows = _run(plan, folder)
     _print(plan.name, rows, against, json, markdown)
 
 
-def _run(plan: Any, folder: Path) -> "list[Row]":
+def _run(plan: Any, folder: Path) -> "list[CellRow]":
     from mbf_mlx.device import backend
 
-    backend.setup()  # loads the fast BLAS, which mlx takes only where it is there first
-    from mbf_mlx.experiment.run import Experiment, Watch
+    backend.setup()  # loads the fast BLAS, which must be there before mlx is
+    from mbf_mlx.experiment.cell import Watch
+    from mbf_mlx.experiment.run import Experiment
     from mbf_mlx.files.storage import Files
 
     Files().make_folder(folder)
     running = Experiment(plan, folder, Watch())
 
     class Shown(Watch):
-        """One bar over all cells; its unit is a task learned in a cell, here or by another process."""
+        """One bar over all cells. It counts the tasks learned in them, here or by another process."""
 
         def __init__(self, update: Any, total: int) -> None:
             self.update, self.total, self.done, self.what = update, total, 0, ""
@@ -100,7 +110,7 @@ def _run(plan: Any, folder: Path) -> "list[Row]":
     return rows
 
 
-def _print(name: str, rows: "list[Row]", against: str | None, json: bool, markdown: bool) -> None:
+def _print(name: str, rows: "list[CellRow]", against: str | None, json: bool, markdown: bool) -> None:
     from mbf_mlx.experiment import differences as compared
     from mbf_mlx.experiment import table as tables
 

@@ -1,4 +1,4 @@
-"""`mbf export`: what a stream has learned, as what other programs read."""
+"""`mbf export`: write what a stream has learned in the formats of other programs."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,35 +7,44 @@ import typer
 
 from mbf_mlx import units
 from mbf_mlx.commands.console import err, out, print_json, progress, warn
+from mbf_mlx.commands.options import Json, MovedBase, StreamPath
 from mbf_mlx.export import TARGETS
 
 _TARGETS = "; ".join(f"{name}: {what}" for name, what in TARGETS.items())
 
 
 def export(
-    stream: Annotated[Path, typer.Argument(help="The stream's folder.")],
-    target: Annotated[str, typer.Argument(help=f"{_TARGETS}.")],
-    place: Annotated[Path, typer.Argument(metavar="OUT", help="The folder (for gguf: file) to make.")],
-    model: Annotated[str | None, typer.Option("--model", help="The base, where it has moved.")] = None,
+    stream: StreamPath,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help=f"{_TARGETS}.")],
+    place: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make (for gguf: file).")],
+    model: MovedBase = None,
     bits: Annotated[
         int | None,
         typer.Option(
-            "--bits", help="Of the layers that learned: 4, 5, 6 (8 where it has to be), 8 (the default), 16 or 32."
+            "--bits",
+            metavar="N",
+            help="Bits of the layers that learned: 4, 5, 6 (8 where 6 loses the update), 8, 16 or 32. [default: 8]",
         ),
     ] = None,
     kind: Annotated[
-        str | None, typer.Option("--type", help="A GGUF type, in place of --bits; mlx for LM Studio's MLX engine.")
+        str | None,
+        typer.Option(
+            "--type", metavar="TYPE", help="A GGUF type, instead of --bits; or mlx, for LM Studio's MLX engine."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     allow_loss: Annotated[
-        bool, typer.Option("--allow-loss", help="Write an export that lost much of the update, too.")
+        bool, typer.Option("--allow-loss", help="Write the export even if it loses much of what was learned.")
     ] = False,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="Rows or text to measure on, in place of the stream's tasks.")
+        Path | None,
+        typer.Option(
+            "--calibration", metavar="FILE", help="Rows or text to measure on, instead of the stream's tasks."
+        ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: Json = False,
 ) -> None:
-    """Write what a stream has learned as TARGET, open it again and say how much of it survived.
+    """Write what a stream has learned for another program, open the result again, and say how much of it survived.
 
     Example: mbf export assistant mlx assistant-fused
     """

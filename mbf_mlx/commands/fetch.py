@@ -1,4 +1,4 @@
-"""`mbf fetch`: a base model from a recipe into models/, or the list of recipes."""
+"""`mbf fetch`: put a base model from a recipe into models/, or list the recipes."""
 
 from typing import Annotated, Any
 
@@ -6,14 +6,19 @@ import typer
 
 from mbf_mlx import units
 from mbf_mlx.commands.console import err, out, print_json
+from mbf_mlx.commands.options import Json
 
 
 def fetch(
-    name: Annotated[str | None, typer.Argument(help="A recipe; without one they are listed.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use what this machine has; download nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Name of a recipe; without one the recipes are listed.")
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Download nothing; use only what this machine has.")
+    ] = False,
+    json: Json = False,
 ) -> None:
-    """Put a base model from a recipe into models/ (or $MBF_MODELS); without a name: list the recipes.
+    """Put a base model from a recipe into models/ (or $MBF_MODELS). Without a name, list the recipes.
 
     Example: mbf fetch smollm2-135m-instruct
     """
@@ -27,7 +32,7 @@ def fetch(
         return
     if name not in known:
         raise InputError(
-            f"{name}: no such recipe: expected one of {', '.join(known)}\nhint: --model takes hub ids, too"
+            f"{name}: no such recipe: expected one of {', '.join(known)}\nhint: mbf learn --model takes hub ids, too"
         )
     folder = sources.fetch(known[name], offline=offline, report=err.print)
     if json:

@@ -2,25 +2,24 @@
 
 import math
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Base, Json
+from mbf_mlx.commands.options import Json, MaxTokens, MovedBase, StreamPath, System, Temperature, TopP
 from mbf_mlx.errors import InputError
 
 
 def generate(
-    stream: Annotated[Path, typer.Argument(help="The stream's folder.")],
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
-    model: Base = None,
-    system: Annotated[str | None, typer.Option("--system-prompt", help="System text before the prompt.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Longest answer, in tokens.")] = 256,
-    temp: Annotated[float, typer.Option("--temp", help="Sampling temperature; 0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Sample from this share of the probability; 0: all.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    stream: StreamPath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads it from stdin.")],
+    model: MovedBase = None,
+    system: System = None,
+    max_tokens: MaxTokens = 256,
+    temp: Temperature = 0.0,
+    top_p: TopP = 0.0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.")] = 0,
     json: Json = False,
 ) -> None:
     """Answer one prompt with what the stream has learned.

@@ -1,114 +1,73 @@
 """`mbf learn`: learn tasks, in order, into a stream."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Base, Config, Json, Quantize, bytes_of, lora_of, options_of
-from mbf_mlx.commands.shown import read_all, show_progress
+from mbf_mlx.commands.flags import Given, takes
+from mbf_mlx.commands.help import MEMORY, NEW
+from mbf_mlx.commands.options import Base, Config, Json, KeepQuantized, NewStreamPath, Quantize, options_of
+from mbf_mlx.commands.shown import print_status, read_all, show_progress
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, TrainConfig
+from mbf_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    pass
+    from mbf_mlx.learning.team import Team
 
-_LORA, _TRAIN, _DATA = LoRAConfig(), TrainConfig(), DataConfig()
-_NEW, _TASK, _SCORE = "A new stream's", "Training", "Scoring and saving"
-
-
-def _option(flag: str, text: str, panel: str, default: Any = None) -> Any:
-    shown = f" [default: {default}]" if default is not None else ""
-    return typer.Option(flag, help=text + shown, rich_help_panel=panel, show_default=default is None)
-
-
-def _tried(default: Any) -> str:
-    return f"the recipe's, or {default}"
+# In the order of the help: what most people set, then group by group.
+_FLAGS = (
+    *("epochs", "learning_rate", "batch_size", "max_seq_length", "rank", "seed"),
+    *("scale", "keys", "num_layers", "dropout", "template"),
+    *("iters", "grad_accumulation_steps", "warmup", "weight_decay", "max_grad_norm", "mask_prompt"),
+    *("val_every", "patience", "guard", "grad_checkpoint", "memory_limit"),
+    *("save_every", "score_tasks", "score_rows", "again", "restart"),
+)
 
 
+@takes(*_FLAGS)
 def learn(
-    stream: Annotated[Path, typer.Argument(help="The stream's folder; made with --model where it is not there.")],
-    tasks: Annotated[list[Path], typer.Argument(help="Task files or folders, learned in this order.")],
+    stream: NewStreamPath,
+    tasks: Annotated[
+        list[Path], typer.Argument(metavar="TASK...", help="Task files or folders, learned in this order.")
+    ],
+    *,
     model: Base = None,
-    quantize: Quantize = 0,
-    name: Annotated[str | None, typer.Option(help="The task's name, in place of its file's (one task only).")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="NAME", help="Name of the task, instead of its file's name (one task only)."),
+    ] = None,
     method: Annotated[
         str | None,
-        _option(
+        typer.Option(
             "--method",
-            "Continual method: slao is the paper's; products, sequential, replay and more.",
-            _NEW,
-            "anchored",
+            metavar="NAME",
+            help="Continual method of a new stream: anchored, slao (the paper's), replay and more. [default: anchored]",
         ),
     ] = None,
     method_options: Annotated[
         str | None,
         typer.Option(
-            "--method-options", hidden=True, help="The method's own, for experiments: start_a=keep,weight=0.5."
+            "--method-options",
+            metavar="NAME=VALUE,...",
+            hidden=True,
+            help="Options of the method itself, for experiments: start_a=keep,weight=0.5.",
+            rich_help_panel=NEW,
         ),
     ] = None,
-    rank: Annotated[int | None, _option("--rank", "Rank of the factors.", _NEW, _tried(_LORA.rank))] = None,
-    scale: Annotated[float | None, _option("--scale", "delta = scale * B @ A.", _NEW, _tried(_LORA.scale))] = None,
-    keys: Annotated[
-        str | None, _option("--keys", "Layers that get factors, by comma.", _NEW, _tried(",".join(_LORA.keys)))
-    ] = None,
-    num_layers: Annotated[int | None, _option("--num-layers", "Blocks from the last; -1 is all.", _NEW, -1)] = None,
-    dropout: Annotated[float | None, _option("--dropout", "Of the factors' inputs.", _NEW, _LORA.dropout)] = None,
-    template: Annotated[
-        str | None, _option("--template", "chat: the model's own; none: raw text.", _NEW, _DATA.template)
-    ] = None,
-    epochs: Annotated[int, _option("--epochs", "Passes over the rows.", _TASK)] = _TRAIN.epochs,
-    iters: Annotated[int | None, _option("--iters", "Optimizer steps, in place of epochs.", _TASK)] = None,
-    batch_size: Annotated[int, _option("--batch-size", "Rows of a pass.", _TASK)] = _TRAIN.batch_size,
-    grad_accumulation_steps: Annotated[
-        int, _option("--grad-accumulation-steps", "Passes of an optimizer step.", _TASK)
-    ] = _TRAIN.grad_accumulation_steps,
-    learning_rate: Annotated[
-        float | None, _option("--learning-rate", "Its peak.", _TASK, _tried(f"{_TRAIN.learning_rate:g}"))
-    ] = None,
-    warmup: Annotated[float, _option("--warmup", "Share of the steps that warm up.", _TASK)] = _TRAIN.warmup,
-    weight_decay: Annotated[float, _option("--weight-decay", "AdamW's.", _TASK)] = _TRAIN.weight_decay,
-    max_grad_norm: Annotated[
-        float, _option("--max-grad-norm", "Longer gradients are shortened; 0 never.", _TASK)
-    ] = _TRAIN.max_grad_norm,
-    grad_checkpoint: Annotated[
-        bool, _option("--grad-checkpoint", "Less memory, more time.", _TASK)
-    ] = _TRAIN.grad_checkpoint,
-    max_seq_length: Annotated[
-        int, _option("--max-seq-length", "Tokens of a row at most.", _TASK)
-    ] = _DATA.max_seq_length,
-    mask_prompt: Annotated[
-        bool, typer.Option("--mask-prompt/--no-mask-prompt", help="Supervise answers alone.", rich_help_panel=_TASK)
-    ] = _DATA.mask_prompt,
-    val_every: Annotated[
-        int, _option("--val-every", "Steps between validations; 0: an epoch.", _TASK)
-    ] = _TRAIN.val_every,
-    patience: Annotated[
-        int, _option("--patience", "Validations without a better one that end training; 0 never.", _TASK)
-    ] = _TRAIN.patience,
-    seed: Annotated[int, _option("--seed", "Of the first A and of the rows' order.", _TASK)] = _TRAIN.seed,
-    guard: Annotated[
-        bool, typer.Option("--guard/--no-guard", help="Stop when the loss explodes.", rich_help_panel=_TASK)
-    ] = True,
-    save_every: Annotated[
-        str, _option("--save-every", "Save for an exact resume: 200 (steps) or 60s; 0 never.", _SCORE)
-    ] = _TRAIN.save_every,
-    score_tasks: Annotated[int, _option("--score-tasks", "Score the newest N tasks; 0 all.", _SCORE)] = 0,
-    score_rows: Annotated[
-        int, _option("--score-rows", "Score these tasks on N test rows, now and later; 0 all.", _SCORE)
-    ] = 0,
-    memory_limit: Annotated[
-        str | None,
-        _option("--memory-limit", "Stop before taking more, as 6GB; else 80 % of what is available.", _SCORE),
-    ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Learn a task once more that the stream has.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Drop what an interrupted run has done.")] = False,
-    keep_quantized: Annotated[
-        bool, typer.Option("--keep-quantized", help="On a CPU: keep quantized weights; less memory, much slower.")
-    ] = False,
+    given: Given,
+    keep_quantized: KeepQuantized = False,
     keep_awake: Annotated[
-        bool, typer.Option("--keep-awake/--no-keep-awake", help="On a Mac: no idle sleep while it learns.")
+        bool,
+        typer.Option(
+            "--keep-awake/--no-keep-awake",
+            help="On a Mac, prevent idle sleep while it learns. [default: on]",
+            show_default=False,
+            rich_help_panel=MEMORY,
+        ),
     ] = True,
+    quantize: Quantize = 0,
     config: Config = None,
     json: Json = False,
 ) -> None:
@@ -120,31 +79,10 @@ def learn(
     from mbf_mlx.device.awake import kept_awake
     from mbf_mlx.learning.team import joined
 
-    train = TrainConfig(
-        epochs=epochs,
-        iters=iters,
-        batch_size=batch_size,
-        grad_accumulation_steps=grad_accumulation_steps,
-        learning_rate=_TRAIN.learning_rate if learning_rate is None else learning_rate,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        grad_checkpoint=grad_checkpoint,
-        val_every=val_every,
-        patience=patience,
-        seed=seed,
-        save_every=save_every,
-    )
-    settings = LearnConfig(
-        train=train,
-        data=DataConfig(max_seq_length=max_seq_length, mask_prompt=mask_prompt),
-        score_tasks=score_tasks,
-        score_rows=score_rows,
-        again=again,
-        restart=restart,
-        guard=guard,
-        memory_limit=bytes_of(memory_limit, "--memory-limit") if memory_limit else 0,
-    )
+    if given["epochs"] is not None and given["iters"] is not None:
+        raise InputError("--epochs and --iters: expected one of them, got both; --iters counts optimizer steps")
+    settings = given.make(LearnConfig, train=given.make(TrainConfig), data=given.make(DataConfig))
+    given.make(LoRAConfig)  # checks them before anything is read
     with joined() as team:
         if team is not None and team.rank:
             _work(team, model, quantize)
@@ -155,28 +93,23 @@ def learn(
             base=model,
             method=method,
             method_options=options_of(method_options),
-            lora=lora_of(rank=rank, scale=scale, keys=keys, num_layers=num_layers, dropout=dropout),
-            template=template,
-            seed=seed,
+            lora=given.fields_of(LoRAConfig),
+            template=given["template"],
+            seed=settings.train.seed,
             keep_quantized=keep_quantized,
             quantize=quantize,
             report=console.err.print,
         )
-        overrides: dict[str, Any] = {"learning_rate": opened.learning_rate} if learning_rate is None else {}
+        rate = given["learning_rate"] or opened.learning_rate
         with opened.folder.kept_if_used(), kept_awake(keep_awake), show_progress() as events:
-            opened.learn(*read, config=settings, events=events, team=team, **overrides)
-    document = opened.status()
+            opened.learn(*read, config=settings, events=events, team=team, learning_rate=rate)
     if json:
-        console.print_json(document)
-        return
-    from mbf_mlx.report.terminal import matrix, summary
-
-    console.out.print(matrix(document, console.out.width))
-    for line in summary(document):
-        console.out.print(line)
+        console.print_json(opened.status())
+    else:
+        print_status(opened.status())
 
 
-def _work(team: Any, base: str | None, quantize: int) -> None:
+def _work(team: "Team", base: str | None, quantize: int) -> None:
     """Be one of the processes that mlx.launch has started beside the first."""
     from functools import partial
 

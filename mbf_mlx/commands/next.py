@@ -1,4 +1,4 @@
-"""`mbf next`: the start of the next task, to be trained elsewhere."""
+"""`mbf next`: write the start of the next task, which is then trained elsewhere."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,24 +7,26 @@ import typer
 
 from mbf_mlx import units
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Base, Json, Quantize
+from mbf_mlx.commands.flags import Given, takes
+from mbf_mlx.commands.options import Base, Json, NewStreamPath, Quantize
+from mbf_mlx.config import LoRAConfig, TrainConfig
 
 
+@takes("rank", "seed", "scale", "keys", "num_layers", "template")
 def next(
-    stream: Annotated[Path, typer.Argument(help="The stream's folder; made with --model where it is not there.")],
-    place: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter folder to make.")],
-    kind: Annotated[str, typer.Option("--format", help="Whose layout: peft or mlx.")] = "peft",
+    stream: NewStreamPath,
+    place: Annotated[Path, typer.Argument(metavar="OUT", help="Adapter folder to make.")],
+    *,
+    kind: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="Layout of the adapter: peft or mlx (mlx-lm's).")
+    ] = "peft",
     model: Base = None,
     quantize: Quantize = 0,
     method: Annotated[
-        str | None, typer.Option("--method", help="A new stream's continual method [default: slao].")
+        str | None,
+        typer.Option("--method", metavar="NAME", help="Continual method of a new stream. [default: slao]"),
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="A new stream's rank.")] = None,
-    scale: Annotated[float | None, typer.Option("--scale", help="A new stream's scale: delta = scale * B @ A.")] = None,
-    keys: Annotated[str | None, typer.Option("--keys", help="A new stream's layers, by comma.")] = None,
-    num_layers: Annotated[int | None, typer.Option("--num-layers", help="A new stream's blocks from the last.")] = None,
-    template: Annotated[str | None, typer.Option("--template", help="A new stream's template: chat or none.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of a new stream's first A.")] = 0,
+    given: Given,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier start.")] = False,
     json: Json = False,
 ) -> None:
@@ -33,17 +35,17 @@ def next(
     Example: mbf next assistant start --format peft
     """
     from mbf_mlx.api import Stream
-    from mbf_mlx.commands.options import lora_of
     from mbf_mlx.exchange import next_start, wants_rows
     from mbf_mlx.export.adapter_folder import write_files
 
+    given.make(LoRAConfig)  # checks the values
     opened = Stream.open(
         stream,
         base=model,
         method=method,
-        lora=lora_of(rank=rank, scale=scale, keys=keys, num_layers=num_layers),
-        template=template,
-        seed=seed,
+        lora=given.fields_of(LoRAConfig),
+        template=given["template"],
+        seed=given.make(TrainConfig).seed,
         quantize=quantize,
         load=False,
         report=console.err.print,
@@ -57,4 +59,6 @@ def next(
         return
     console.out.print(f"{place}: the start of task {t}, {units.size(written)}, as {kind} reads it")
     rows = " --task ROWS" if wants_rows(opened.folder) else ""
-    console.out.print(f"train it with rank and scale as they are, then: mbf absorb {stream} TUNED --name NAME{rows}")
+    console.out.print(
+        f"train it without changing its rank and scale, then: mbf absorb {stream} TUNED --name NAME{rows}"
+    )

@@ -1,22 +1,22 @@
-"""Options that several commands share: `--config`, and reading its TOML file."""
+"""Arguments and options that several commands share, and what reads their text."""
 
 import difflib
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mbf_mlx.commands.help import MEMORY, OTHER
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.documents import toml
 
 
 def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Take a TOML file's values as this command's defaults; flags win.
+    """Make the values of a TOML file the defaults of this command; flags on the command line win.
 
     Raises:
-        InputError: no such file, no TOML, or a name that is not one of the command's flags.
+        InputError: the file is missing or not TOML, or names a flag that the command does not have.
     """
     if path is None:
         return None
@@ -35,23 +35,8 @@ def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def lora_of(keys: str | None, **given: Any) -> dict[str, Any]:
-    """Return the LoRA settings that flags ask for.
-
-    Raises:
-        InputError: a value that cannot be one.
-    """
-    from mbf_mlx.config import LoRAConfig
-
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if keys is not None:
-        chosen["keys"] = tuple(key.strip() for key in keys.split(",") if key.strip())
-    LoRAConfig(**chosen)  # checks them
-    return chosen
-
-
 def options_of(text: str | None) -> dict[str, Any] | None:
-    """Return a method's options from "key=value,key=value"; values are JSON where they can be read so, else words.
+    """Return a method's options from "key=value,key=value"; a value that is not JSON is a word.
 
     Raises:
         InputError: a part without a key or a value.
@@ -70,32 +55,70 @@ def options_of(text: str | None) -> dict[str, Any] | None:
     return found
 
 
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+def words_of(text: str) -> tuple[str, ...]:
+    """Return the parts of a comma-separated flag, without spaces around them and without empty ones."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def bytes_of(text: str, flag: str) -> int:
-    """Return a size as people write it, "16GB" or "900 MB", in bytes.
-
-    Raises:
-        InputError: it is none.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?)B?\s*", text)
-    if match is None:
-        raise InputError(f"{flag}: expected a size as in 16GB or 900MB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
+StreamPath = Annotated[Path, typer.Argument(metavar="STREAM", help="Folder of the stream.")]
+NewStreamPath = Annotated[
+    Path, typer.Argument(metavar="STREAM", help="Folder of the stream; --model makes it where there is none.")
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="BASE",
+        help="Base model: a recipe's name, an MLX or Hugging Face folder, a GGUF file or a hub id.",
+    ),
+]
+MovedBase = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="BASE", help="Base model of the stream, if it has moved: a name, folder, file or hub id."
+    ),
+]
+Quantize = Annotated[
+    int,
+    typer.Option(
+        "--quantize",
+        metavar="BITS",
+        help="Bits for the tensors of a GGUF file whose type MLX lacks; 0: refuse such a file.",
+        rich_help_panel=OTHER,
+    ),
+]
+KeepQuantized = Annotated[
+    bool,
+    typer.Option(
+        "--keep-quantized",
+        help="On a CPU, keep the weights quantized: less memory, much slower.",
+        rich_help_panel=MEMORY,
+    ),
+]
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", help="TOML file with the names of the flags; flags win.", callback=read_config, is_eager=True
+        "--config",
+        metavar="FILE",
+        help="TOML file that sets flags by their names; flags on the command line win.",
+        rich_help_panel=OTHER,
+        callback=read_config,
+        is_eager=True,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Base = Annotated[
-    str | None,
-    typer.Option("--model", help="Base model: a recipe's name, an MLX or Hugging Face folder, a GGUF file, a hub id."),
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+System = Annotated[
+    str | None, typer.Option("--system-prompt", metavar="TEXT", help="System text before the conversation.")
 ]
-Quantize = Annotated[
-    int, typer.Option("--quantize", help="Bits for tensors of a GGUF file whose type MLX lacks; 0 refuses the file.")
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", metavar="N", help="Longest answer in tokens.")]
+Temperature = Annotated[
+    float, typer.Option("--temp", metavar="X", help="Sampling temperature; 0: always the likeliest token.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p",
+        metavar="X",
+        help="Sample from the likeliest tokens that together have this probability; 0: from all.",
+    ),
 ]

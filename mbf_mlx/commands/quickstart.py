@@ -1,45 +1,52 @@
-"""`mbf quickstart`: everything once, on a small model."""
+"""`mbf quickstart`: do everything once, with a small model."""
 
 import json as json_library
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mbf_mlx import units
 from mbf_mlx.commands import console
+from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import Json
+from mbf_mlx.commands.shown import show_progress
+from mbf_mlx.config import TrainConfig
+
+if TYPE_CHECKING:
+    from mbf_mlx.api import Stream
 
 MODEL = "smollm2-135m-instruct"
 FOLDER = Path(__file__).parents[1] / "quickstart"
 TASKS = ("home", "inbox", "bins")
 RIVAL = "sequential"
-EPOCHS = 2  # measured on three seeds, as the recipe's LoRA settings; see quickstart/README.md
-FAST_LEARNING_RATE = 3e-3  # in the one epoch of --fast, three steps a task
+EPOCHS = 2  # chosen on three seeds, like the recipe's LoRA settings; see quickstart/README.md
+FAST_LEARNING_RATE = 3e-3  # --fast has one epoch of three steps a task
 FAST_ROWS = {"train": 24, "test": 6}  # of a task
 
 
+@takes("seed")
 def quickstart(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the streams and the fused model.")] = Path(
-        "quickstart"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder for the streams and the fused model.")
+    ] = Path("quickstart"),
     fast: Annotated[
-        bool, typer.Option("--fast", help="A fifth of the rows, once: to see it run, not what it can do.")
+        bool, typer.Option("--fast", help="Train once on a fifth of the rows: shows that it runs, not what it can do.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of the first A and of the rows' order.")] = 0,
+    *,
+    given: Given,
     json: Json = False,
 ) -> None:
-    """Everything once, on SmolLM2-135M: fetch, three tasks, the matrix, an export, an answer.
+    """Do everything once, with SmolLM2-135M: fetch it, learn three tasks, show the matrix, export, ask it.
 
     Example: mbf quickstart --fast
     """
     from mbf_mlx.api import Stream
-    from mbf_mlx.commands.shown import show_progress
-    from mbf_mlx.config import TrainConfig
     from mbf_mlx.files.storage import Files
 
     started = time.monotonic()
+    seed = given.make(TrainConfig).seed
     Files().make_folder(out)
     base = str(fetched())
     folders = [FOLDER / name for name in TASKS]
@@ -79,14 +86,14 @@ def quickstart(
 
 
 def fetched() -> Path:
-    """Return the folder of the small model, fetching it where it is missing."""
+    """Return the folder of the small model; fetch it if it is missing."""
     from mbf_mlx.base.sources import resolve_base
 
     return resolve_base(MODEL, report=console.err.print).path
 
 
 def _shortened(folder: Path, target: Path) -> Path:
-    """Return a copy of a task with its first rows alone."""
+    """Return a copy of a task that has only its first rows."""
     target.mkdir(parents=True, exist_ok=True)
     for split, count in FAST_ROWS.items():
         rows = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -94,17 +101,18 @@ def _shortened(folder: Path, target: Path) -> Path:
     return target
 
 
-def _base_scores(stream: Any, folders: list[Path], cache: Path) -> dict[str, float]:
+def _base_scores(stream: "Stream", folders: list[Path], cache: Path) -> dict[str, float]:
     """Return what the base model scores on each task before it has learned anything."""
     if stream.status()["tasks"] and cache.exists():
-        return json_library.loads(cache.read_text())
+        known: dict[str, float] = json_library.loads(cache.read_text())
+        return known
     scores = {task["name"]: task["score"] for task in stream.evaluate(*folders)["tasks"]}
     cache.write_text(json_library.dumps(scores))
     return scores
 
 
 def _ask(model: Path, prompt: str) -> str:
-    """Return the fused folder's answer, through mlx-lm alone."""
+    """Return the fused model's answer; only mlx-lm is used."""
     from mlx_lm import generate, load
 
     loaded, tokenizer = load(str(model))[:2]
@@ -125,7 +133,7 @@ def _print(result: dict[str, Any], stream: Path, fused: Path) -> None:
         table = matrix(result[name], console.out.width)
         table.title = title
         tables.append(table)
-    console.out.print(Columns(tables, padding=(0, 2)))  # beside each other where the terminal is wide enough
+    console.out.print(Columns(tables, padding=(0, 2)))  # side by side if the terminal is wide enough
     for line in summary(result["assistant"]):
         console.out.print(line)
     own, other = (result[name]["average_accuracy"] for name in ("assistant", RIVAL))

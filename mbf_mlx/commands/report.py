@@ -11,8 +11,12 @@ from mbf_mlx.commands.options import Json
 
 
 def report(
-    source: Annotated[Path, typer.Argument(help="A stream, or the results of an experiment (folder or .jsonl).")],
-    out: Annotated[Path | None, typer.Option("--out", help="The file. [default: NAME.html here]")] = None,
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A stream, or the results of an experiment (folder or .jsonl).")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="HTML file to write. [default: NAME.html here]")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a stream or an experiment's results as one self-contained HTML page.
@@ -47,7 +51,7 @@ def report(
 
 
 def _is_page(file: Path) -> bool:
-    """Return whether a page may take its place: whatever else is there stays."""
+    """Return whether a file is a page, which a new one may replace."""
     if not file.is_file():
         return False
     with open(file, "rb") as opened:

@@ -1,43 +1,43 @@
-"""`mbf status`: what a stream knows of itself."""
+"""`mbf status`: a stream's tasks, scores and sizes."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Json
+from mbf_mlx.commands.options import Json, StreamPath
+from mbf_mlx.commands.shown import print_status
 
 
 def status(
-    stream: Annotated[Path, typer.Argument(help="The stream's folder.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Check every byte of it.")] = False,
-    repair: Annotated[bool, typer.Option("--repair", help="Go back to the newest generation that is whole.")] = False,
+    stream: StreamPath,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every byte of the stream.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Go back to the newest generation that is undamaged.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Show a stream's tasks, its matrix of scores, its sizes and where it stands.
 
     Example: mbf status assistant
     """
+    from mbf_mlx.stream import repair as repairs
     from mbf_mlx.stream.folder import StreamFolder
-    from mbf_mlx.stream.status import status_document  # not through api.py, which imports what trains
+    from mbf_mlx.stream.status import status_document  # not through api.py, which would load NumPy
 
     if repair:
-        console.err.print(StreamFolder.repair(stream))
+        console.err.print(repairs.repair(stream))
     folder = StreamFolder.open(stream)
     if verify:
-        folder.verify_all()
+        repairs.verify_all(folder)
         console.err.print("every byte is what was committed")
     document = status_document(folder)
     if json:
         console.print_json(document)
         return
-    from mbf_mlx.report.terminal import matrix, summary
-
-    if document["tasks"]:
-        console.out.print(matrix(document, console.out.width))
-    for line in summary(document):
-        console.out.print(line)
+    print_status(document)
     if document["interrupted"]:
         run = document["interrupted"]
-        console.out.print(f"interrupted: {run['task']} after step {run['step']}; the same mbf learn goes on from there")
+        console.out.print(
+            f"interrupted: {run['task']} after step {run['step']}; the same mbf learn continues from there"
+        )

@@ -1,16 +1,11 @@
 """`mbf undo`: take back the last task."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from mbf_mlx.commands import console
-from mbf_mlx.commands.options import Json
+from mbf_mlx.commands.options import Json, StreamPath
 
 
-def undo(stream: Annotated[Path, typer.Argument(help="The stream's folder.")], json: Json = False) -> None:
-    """Take back the last task; one step back is kept.
+def undo(stream: StreamPath, json: Json = False) -> None:
+    """Take back the last task. Only one step back is kept.
 
     Example: mbf undo assistant
     """

@@ -98,15 +98,35 @@ def read_task(path: Path | str, *, name: str | None = None, report: Report = lam
     )
 
 
-def find_again(name: str, path: Path, sha256: str) -> Task | str:
-    """Read a learned task again from its old path; if its files are gone, bad or changed, return that as a sentence."""
+def find_again(name: str, path: Path, sha256: str, near: Path | None = None) -> Task | str:
+    """Read a learned task again; if its files are gone, bad or changed, return that as a sentence.
+
+    Args:
+        name: The task's name.
+        path: Where it was when it was learned.
+        sha256: Its content, which decides.
+        near: A folder that may have been moved together with the task: the stream's. The last parts of `path` are
+            looked for in the folders around it, and in the working folder.
+    """
     if not path.exists():
+        for moved in _moved(path, near):
+            task = find_again(name, moved, sha256)
+            if isinstance(task, Task):
+                return task
         return f"{name}: {path} is not there any more"
     try:
         task = read_task(path, name=name)
     except InputError as error:
         return f"{name}: {str(error).splitlines()[0]}"
     return task if task.sha256 == sha256 else f"{name}: {path} has changed since it was learned"
+
+
+def _moved(path: Path, near: Path | None) -> list[Path]:
+    """Return the places where a task may be now: the nearest first, its longest known path first."""
+    around = [Path.cwd()] if near is None else [*list(near.absolute().parents)[:3], Path.cwd()]
+    tails = [Path(*path.parts[-count:]) for count in range(min(4, len(path.parts) - 1), 0, -1)]
+    places = dict.fromkeys(folder / tail for folder in around for tail in tails)
+    return [place for place in places if place != path and place.exists()]
 
 
 def check_name(name: str) -> str:

@@ -1,6 +1,6 @@
-"""Keeps a Mac from going to sleep while it learns; elsewhere it does nothing.
+"""Keeps a Mac from going to sleep while it learns. Elsewhere it does nothing.
 
-`caffeinate` comes with macOS. It is told our process id, so it ends with us however we end.
+The program `caffeinate` is part of macOS. It gets our process id, so that it ends when we end, whatever the reason.
 """
 
 import os
@@ -13,17 +13,17 @@ from contextlib import contextmanager
 
 @contextmanager
 def kept_awake(wanted: bool = True, system: str = sys.platform) -> Iterator[None]:
-    """Hold off idle sleep inside the block; the display may sleep, and a closed lid or an empty battery still wins.
+    """Prevent idle sleep inside the block. The display may sleep, and a closed lid or an empty battery still wins.
 
     Args:
-        wanted: Whether to do so at all.
-        system: As `sys.platform` has it.
+        wanted: False does nothing.
+        system: The operating system, as `sys.platform` names it.
     """
     program = shutil.which("caffeinate") if wanted and system == "darwin" else None
     if program is None:
         yield
         return
-    # A group of its own: Ctrl-C is ours, and the last save happens after it.
+    # In a session of its own: Ctrl-C must not end it, because the last save comes after Ctrl-C.
     process = subprocess.Popen(
         [program, "-i", "-w", str(os.getpid())],
         stdin=subprocess.DEVNULL,

@@ -1,28 +1,25 @@
 """The one place that decides where mlx computes: Metal, CUDA or CPU, in which dtype, with how much memory.
 
-`setup()` comes before the first `import mlx.core`, because a CPU's BLAS has to be loaded before mlx is (blas.py).
-Sizes are bytes. Importing this file imports no mlx; what the machine has, mlx or not, is machine.py's.
+Call `setup()` before the first `import mlx.core`, because a CPU's BLAS has to be loaded before mlx (blas.py). Sizes are
+bytes. Importing this file does not import mlx. What the machine has, with or without mlx, is in machine.py.
 """
 
 import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from mbf_mlx.device import machine
 from mbf_mlx.device.blas import load_blas
 from mbf_mlx.errors import InputError, MissingPackageError
 
 KINDS = ("auto", "cpu", "gpu", "metal", "cuda")
-# mlx's own limit is 1.5 times what a Mac recommends; past the recommended, machines froze or panicked. The wired limit,
-# which makes that worse, stays at mlx's own: nothing is wired.
+# mlx's own limit is 1.5 times what a Mac recommends, but above the recommended size machines froze or panicked. Wired
+# memory makes that worse, so its limit stays at mlx's own: nothing is wired.
 MEMORY_SHARE = 0.8
-# Freed buffers that mlx keeps for the next batch. Without a limit of their own they grow, batch length by batch length,
-# to the limit above, and a Mac's other programs pay for it.
+# Freed buffers that mlx keeps for the next batch. Without a limit of their own they grow with every new batch length,
+# up to the limit above, and take memory from a Mac's other programs.
 CACHE_SHARE = 0.2
 
 
@@ -31,12 +28,12 @@ class Device:
     """Where mlx computes in this process, and why there."""
 
     kind: str  # "cpu", "metal" or "cuda"
-    name: str  # the processor or GPU, as its maker calls it
-    dtype: str | None  # what to compute in: "float32", or None for the model's own
-    blas: str  # what multiplies matrices on the CPU
-    threads: int  # of that BLAS; with another number the last bits of a sum differ
-    memory_bytes: int  # what the device has, or what this process may take of it
-    memory_limit: int  # what we let mlx take
+    name: str  # the maker's name of the processor or GPU
+    dtype: str | None  # the dtype to compute in: "float32", or None for the model's own
+    blas: str  # the library that multiplies matrices on the CPU
+    threads: int  # how many that BLAS uses; with another number the last bits of a sum differ
+    memory_bytes: int  # the device's memory, or the part of it that this process may take
+    memory_limit: int  # how much of it we let mlx take
     reasons: tuple[str, ...]  # one sentence for each choice, for `mbf doctor`
 
 
@@ -44,14 +41,14 @@ _device: Device | None = None
 
 
 def setup(device: str | None = None) -> Device:
-    """Load the BLAS, pick the device and set mlx's limits; the same answer again when it is called again.
+    """Load the BLAS, pick the device and set mlx's limits. Later calls return the same answer.
 
     Args:
-        device: One of KINDS; None takes $MBF_DEVICE, or "auto": a GPU where mlx can use one, else the CPU.
+        device: One of KINDS. None means $MBF_DEVICE, or else "auto": a GPU if mlx can use one, else the CPU.
 
     Raises:
         MissingPackageError: mlx or mlx-lm is not installed.
-        InputError: no such kind of device, or this machine has none.
+        InputError: there is no such kind of device, or this machine does not have it.
     """
     global _device
     if _device is not None and device is None:
@@ -64,12 +61,12 @@ def setup(device: str | None = None) -> Device:
     blas = load_blas()
     try:
         import mlx.core as mx
-    except ImportError as error:  # `pip install mlx` on Linux: the face without its library
+    except ImportError as error:  # `pip install mlx` on Linux installs mlx without its library
         raise MissingPackageError(f"mlx does not load: {error}; {install_hint()}") from error
 
-    kind, reason = _pick(mx, wanted)
+    kind, reason = _pick(wanted)
     mx.set_default_device(mx.cpu if kind == "cpu" else mx.gpu)
-    memory = _memory(mx, kind)
+    memory = _memory(kind)
     mx.set_memory_limit(int(MEMORY_SHARE * memory))
     if kind == "metal":
         mx.set_cache_limit(int(CACHE_SHARE * memory))
@@ -88,7 +85,7 @@ def setup(device: str | None = None) -> Device:
 
 
 def require_mlx() -> None:
-    """Raise MissingPackageError where mlx or mlx-lm is missing, naming what brings it to this machine."""
+    """Raise MissingPackageError if mlx or mlx-lm is missing; the message says how to install it on this machine."""
     missing = [name for name, module in (("mlx", "mlx.core"), ("mlx-lm", "mlx_lm")) if not has_module(module)]
     if missing:
         raise MissingPackageError(f"this needs {' and '.join(missing)}, which is not installed here; {install_hint()}")
@@ -103,7 +100,7 @@ def has_module(module: str) -> bool:
 
 
 def install_hint() -> str:
-    """Return the sentence that says how mlx comes onto this machine."""
+    """Return a sentence that says how to install mlx on this machine."""
     if sys.platform == "darwin":
         if platform.machine() == "arm64":
             return "pip install --upgrade mbf-mlx brings it"
@@ -117,13 +114,15 @@ def install_hint() -> str:
     return "pip install 'mbf-mlx[cpu]' brings it"
 
 
-def _pick(mx: Any, wanted: str) -> tuple[str, str]:
+def _pick(wanted: str) -> tuple[str, str]:
     """Return the kind of device to use, and the reason."""
+    import mlx.core as mx
+
     gpu = "metal" if mx.metal.is_available() else None
-    if gpu is None and hasattr(mx, "cuda") and mx.cuda.is_available():
+    if gpu is None and mx.cuda.is_available():
         gpu = "cuda"
     if wanted == "cpu":
-        return "cpu", "CPU: it was asked for"
+        return "cpu", "CPU: you asked for it"
     if wanted == "auto" and gpu is None:
         if machine.has_nvidia():
             return "cpu", f"CPU: there is an NVIDIA GPU, but this mlx cannot use it; {install_hint()}"
@@ -131,54 +130,48 @@ def _pick(mx: Any, wanted: str) -> tuple[str, str]:
     if gpu is None or wanted not in ("auto", "gpu", gpu):
         have = f"cpu and {gpu}" if gpu else "cpu alone"
         raise InputError(f"device: expected one that mlx has on this machine ({have}), got {wanted!r}")
-    return gpu, f"{gpu}: {'mlx can use this GPU' if wanted == 'auto' else 'it was asked for'}"
+    return gpu, f"{gpu}: {'mlx can use this GPU' if wanted == 'auto' else 'you asked for it'}"
 
 
-def _memory(mx: Any, kind: str) -> int:
+def _memory(kind: str) -> int:
     if kind == "cpu":
         return machine.total_memory()
+    import mlx.core as mx
+
     info = mx.device_info()
     if kind == "metal":
         return int(info.get("max_recommended_working_set_size") or 0.75 * machine.total_memory())
     return int(info.get("total_memory") or info.get("memory_size") or machine.total_memory())
 
 
-@contextmanager
-def linalg_device() -> Iterator[None]:
-    """Make the CPU the default for what runs inside: MLX has QR and SVD nowhere else. Without mlx it does nothing."""
-    mx = sys.modules.get("mlx.core")
-    if mx is None:
-        yield
-        return
-    with mx.stream(mx.cpu):
-        yield
-
-
 def stay_on_cpu() -> None:
-    """Let mlx compute on the CPU in this thread, which may have a default device of its own."""
+    """Make the CPU mlx's default device in this thread; each thread has its own."""
     import mlx.core as mx
 
     mx.set_default_device(mx.cpu)
 
 
 def keep_quantized(float32_bytes: int) -> bool:
-    """Return whether weights that would take `float32_bytes` unpacked are to stay packed on this device.
+    """Return whether weights should stay packed on this device.
 
-    GPUs compute on packed weights. A CPU does so at a hundredth of its speed: there they are unpacked once, as long as
+    GPUs compute on packed weights. A CPU does that at a hundredth of its speed, so there weights are unpacked once, if
     that takes at most half of the free memory.
+
+    Args:
+        float32_bytes: How much memory the weights would take unpacked.
     """
     return setup().kind != "cpu" or float32_bytes > free_memory() / 2
 
 
 def free_memory() -> int:
-    """Return how many bytes this process can still take on its device; before `setup`, on the CPU."""
+    """Return how many more bytes this process can take on its device; before `setup`, on the CPU."""
     free = machine.available_memory()
     if _device is None or _device.kind == "cpu":
         return free
     import mlx.core as mx
 
     left = max(0, _device.memory_limit - int(mx.get_active_memory()))
-    # A Mac's GPU takes from the memory that all share; what mlx has cached it takes again without asking.
+    # A Mac's GPU uses the memory that all share. What mlx has cached is free for mlx to use again.
     return left if _device.kind == "cuda" else min(left, free + int(mx.get_cache_memory()))
 
 
@@ -194,8 +187,9 @@ def held_memory() -> int:
 def peak_memory() -> int:
     """Return the most bytes held since `reset_peak_memory`.
 
-    On CUDA the GPU's, as mlx counts them. Elsewhere the whole process's, weights and Python included, and at least what
-    mlx counts; macOS has no peak that can be reset, so there it is the larger of mlx's peak and what is held now.
+    On CUDA these are the GPU's bytes, as mlx counts them. Elsewhere they are the whole process's, with weights and
+    Python, and at least what mlx counts. macOS has no peak that can be reset, so there it is the larger of mlx's peak
+    and what is held now.
     """
     mx = sys.modules.get("mlx.core")
     counted = int(mx.get_peak_memory()) if mx else 0
@@ -204,7 +198,7 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Begin to count `peak_memory` anew."""
+    """Start to count `peak_memory` again."""
     mx = sys.modules.get("mlx.core")
     if mx is not None:
         mx.reset_peak_memory()

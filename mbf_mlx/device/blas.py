@@ -1,8 +1,8 @@
-"""A real BLAS for mlx's CPU kernels, loaded before mlx is.
+"""A fast BLAS for mlx's CPU kernels, loaded before mlx.
 
-mlx's Linux wheel brings the reference BLAS: some 4 GFLOP/s where OpenBLAS makes 250. Its library leaves the names of
-BLAS and LAPACK open until it is loaded, and takes them from whatever the process has made global by then. So the order
-is all: `load_blas()`, then the first `import mlx.core`.
+mlx's Linux wheel comes with the reference BLAS, which makes some 4 GFLOP/s where OpenBLAS makes 250. When mlx's library
+is loaded, it looks up the functions of BLAS and LAPACK in the libraries that the process has made global by then. So
+the order matters: first `load_blas()`, then the first `import mlx.core`.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from pathlib import Path
 from mbf_mlx.device.machine import cpu_count, cpu_flags
 
 PACKAGE = "cmeel-openblas"
-FORTRAN = "libgfortran.so.5"  # what that package's library asks the system for
+FORTRAN = "libgfortran.so.5"  # the system library that this package's library needs
 THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")  # in OpenBLAS's own order
 AVX512 = ("SKYLAKEX", "COOPERLAKE", "SAPPHIRERAPIDS")  # OpenBLAS's names of processors whose code needs it
 REFERENCE = "mlx's own reference BLAS"
@@ -26,12 +26,12 @@ REFERENCE = "mlx's own reference BLAS"
 
 @dataclass(frozen=True)
 class Blas:
-    """What multiplies matrices on the CPU."""
+    """The library that multiplies matrices on the CPU."""
 
     name: str
-    threads: int  # with another number of them the last bits of a sum differ
+    threads: int  # how many it uses; with another number the last bits of a sum differ
     fast: bool
-    reason: str  # why this one, a sentence for `mbf doctor`
+    reason: str  # why it was chosen, a sentence for `mbf doctor`
 
 
 _loaded: Blas | None = None
@@ -39,10 +39,10 @@ _openblas: ctypes.CDLL | None = None
 
 
 def load_blas() -> Blas:
-    """Load the best BLAS of this machine, once, and return it; the same answer again when it is called again.
+    """Load the best BLAS of this machine, once, and return it. Later calls return the same answer.
 
-    Its threads are $OPENBLAS_NUM_THREADS where that is set, else the CPUs that this process may use. Nothing is raised:
-    without a real BLAS all works, slowly, and the reason says so.
+    It uses $OPENBLAS_NUM_THREADS threads, or one for each CPU that this process may use. This never raises: without a
+    fast BLAS everything works, slowly, and `reason` says why.
     """
     global _loaded
     if _loaded is None:
@@ -52,7 +52,7 @@ def load_blas() -> Blas:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let a product take one thread, so that several run side by side; of one user at a time."""
+    """Inside this context a product uses one thread, so that several can run side by side. Not for nesting."""
     if _openblas is None:
         yield
         return
@@ -73,8 +73,8 @@ def _load() -> Blas:
     if not any(os.environ.get(name) for name in THREAD_VARIABLES):
         # OpenBLAS would count the machine's cores, not those that a container may use.
         os.environ["OPENBLAS_NUM_THREADS"] = str(cpu_count())
-    # After a product its threads would spin for 2^26 clock ticks, on the cores that what follows the product needs:
-    # that cost 6 % of a training step.
+    # After a product its threads would spin for 2^26 clock ticks, on cores that the next operation needs. That cost 6 %
+    # of a training step.
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
     why = f"pip install {PACKAGE} brings one that is some 60 times faster"
     for path, origin in _find_openblas():
@@ -109,10 +109,10 @@ def _find_openblas() -> Iterator[tuple[str, str]]:
 
 
 def _lacking(path: str) -> str | None:
-    """Return what a libopenblas needs and this CPU has not; None where it runs here.
+    """Return what a libopenblas needs that this CPU does not have, or None if it runs here.
 
-    One that was built for several processors picks its code when it is loaded. One built for a single kind ends the
-    process with an illegal instruction on another.
+    A library built for several processors picks its code when it is loaded. A library built for one kind ends the
+    process with an illegal instruction on any other.
     """
     library = ctypes.CDLL(path)
     library.openblas_get_config.restype = ctypes.c_char_p
@@ -124,10 +124,10 @@ def _lacking(path: str) -> str | None:
 
 
 def _load_fortran() -> None:
-    """Load the Fortran runtime that OpenBLAS asks for, where the system has none.
+    """Load the Fortran runtime that OpenBLAS needs, if the system has none.
 
-    mlx's wheel brings one under a name of its own, and by that name the loader does not find it for others. A copy in
-    memory that bears the plain name serves them; it is gone with the process.
+    mlx's wheel contains one, but under another name, by which the loader does not find it. A copy in memory gets the
+    plain name; it disappears with the process.
     """
     try:
         ctypes.CDLL(FORTRAN)
@@ -148,7 +148,7 @@ def _load_fortran() -> None:
 
 
 def _files_of(package: str) -> dict[str, str]:
-    """Return name -> path of the files that an installed package says it has, those that are there."""
+    """Return name -> path of the files that an installed package lists and that exist."""
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""What this machine has, whatever mlx may do with it: processors, memory, and what a container may take of them.
+"""What this machine has: processors and memory, and how much of them this process may use.
 
-Sizes are bytes. The numbers are for this process: the machine's, cut to its affinity and to its control groups
-(versions 1 and 2), which are what a container is to the kernel. Knows no mlx; backend.py decides.
+Sizes are bytes. A process may be limited by its CPU affinity and by its control groups (versions 1 and 2), which is how
+the kernel implements containers. This file does not know mlx; backend.py decides what mlx uses.
 """
 
 import ctypes
@@ -17,13 +17,13 @@ import psutil
 
 NO_LIMIT = 1 << 60  # version 1 of control groups says "no limit" with a number near 2^63
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_MOST_MMAP_THRESHOLD = 32 * 2**20  # larger arrays come from the system one by one, and go back when they are freed
+_MOST_MMAP_THRESHOLD = 32 * 2**20  # larger arrays always come from the system, and go back when they are freed
 _MEMORY_FILES = {"": ("memory.max", "memory.current"), "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes")}
 
 
 def cpu_count() -> int:
     """Return how many CPUs this process may use."""
-    # Two threads of one core bring a matrix product nothing.
+    # Physical cores: two threads of one core do not make a matrix product faster.
     count = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         count = min(count, len(os.sched_getaffinity(0)))
@@ -31,26 +31,26 @@ def cpu_count() -> int:
 
 
 def total_memory() -> int:
-    """Return the machine's memory, or the part of it that this process's control groups may take."""
+    """Return the machine's memory, or the part of it that this process's control groups allow."""
     group = _tightest_group()
     total = int(psutil.virtual_memory().total)
     return total if group is None else min(total, group[0])
 
 
 def available_memory() -> int:
-    """Return how much memory this process can still take without pushing others out."""
+    """Return how much more memory this process can take without pushing other processes out."""
     group = _tightest_group()
     free = int(psutil.virtual_memory().available)
     return free if group is None else min(free, max(0, group[0] - group[1]))
 
 
 def resident_memory() -> int:
-    """Return what this process holds of the memory now."""
+    """Return how much memory this process holds now."""
     return int(psutil.Process().memory_info().rss)
 
 
 def resident_peak() -> int:
-    """Return the most memory that this process held since `reset_resident_peak`; off Linux, what it holds now."""
+    """Return the most memory that this process held since `reset_resident_peak`; not on Linux: what it holds now."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -61,19 +61,19 @@ def resident_peak() -> int:
 
 
 def reset_resident_peak() -> None:
-    """Begin to count `resident_peak` anew, where the system allows it."""
+    """Start to count `resident_peak` again, if the system allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # not Linux, or not allowed: the peak is then the process's since it began
+        pass  # not Linux, or not allowed: then the peak is counted from the start of the process
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Let this process keep, inside, the memory that it frees; after that, what is free goes back to the system.
+    """Inside this context the process keeps the memory that it frees; afterwards free memory goes back to the system.
 
-    Left alone, glibc returns the large arrays of each block to the system and gets them back page by page, zeroed:
-    160,000 page faults and a tenth of the time of a training step of SmolLM2. Where there is no glibc it does nothing.
+    By default glibc returns the large arrays of each block to the system and gets them back page by page, zeroed. That
+    makes 160,000 page faults and takes a tenth of a training step of SmolLM2. Without glibc this does nothing.
     """
     try:
         libc = ctypes.CDLL(None)
@@ -86,12 +86,12 @@ def freed_memory_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(_M_TRIM_THRESHOLD, 2 * _MOST_MMAP_THRESHOLD)  # as glibc itself sets it by and by
+        mallopt(_M_TRIM_THRESHOLD, 2 * _MOST_MMAP_THRESHOLD)  # the value that glibc itself arrives at
         malloc_trim(0)
 
 
 def processor_name() -> str:
-    """Return the CPU's name as its maker gives it."""
+    """Return the maker's name of the CPU."""
     if sys.platform == "darwin":
         command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -106,7 +106,7 @@ def processor_name() -> str:
 
 
 def cpu_flags() -> frozenset[str]:
-    """Return the instruction sets that Linux names for an x86 CPU; nothing elsewhere."""
+    """Return the instruction sets that Linux lists for an x86 CPU; an empty set elsewhere."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("flags"):
@@ -129,7 +129,7 @@ def has_nvidia() -> bool:
 
 
 def _cpu_quotas() -> Iterator[int]:
-    """Yield the whole CPUs that each control group above this process allows, at least 1 each."""
+    """Yield how many whole CPUs each control group of this process allows, at least 1."""
     for folder in _control_groups(""):
         try:
             quota, period = (folder / "cpu.max").read_text().split()
@@ -147,7 +147,7 @@ def _cpu_quotas() -> Iterator[int]:
 
 
 def _tightest_group() -> tuple[int, int] | None:
-    """Return (limit, used) of the control group that leaves least, or None where none has a limit."""
+    """Return (limit, used) of the control group that leaves least, or None if no group has a limit."""
     found = []
     for controller, (limit_name, used_name) in _MEMORY_FILES.items():
         for folder in _control_groups(controller):
@@ -156,7 +156,7 @@ def _tightest_group() -> tuple[int, int] | None:
                 statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):
                 continue  # no such file, or "max"
-            # Cached files count as used, though the kernel drops them when somebody needs the room.
+            # Cached files count as used, but the kernel drops them when memory is needed.
             used -= int(statistics.get("total_inactive_file") or statistics.get("inactive_file") or 0)
             if limit < NO_LIMIT:
                 found.append((limit, used))
@@ -164,7 +164,7 @@ def _tightest_group() -> tuple[int, int] | None:
 
 
 def _control_groups(controller: str) -> list[Path]:
-    """Return the folders of this process's control groups, inner to outer; "" is version 2, which has one tree."""
+    """Return the folders of this process's control groups, inner to outer; "" means version 2, which has one tree."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:

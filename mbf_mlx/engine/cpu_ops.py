@@ -1,10 +1,9 @@
 """What lies between the matrix products of a Llama, forward and backward, for CPUs: NumPy on all cores.
 
 mlx's CPU backend computes `exp`, `sqrt` and `where` one element at a time, and everything but matrix products on one
-core. These functions work in place on mlx arrays, through NumPy views of their memory; a name that ends in `_` says
-which argument is overwritten. So they are for arrays that are evaluated, that nothing else refers to, and that no mlx
-gradient goes through: llama_pass.py and llama_attention.py, which use them, have
-their own backward pass. float32 only.
+core. These functions work in place on mlx arrays, through NumPy views of their memory. A parameter whose name ends in
+`_` is overwritten. So an array must be evaluated, nothing else may refer to it, and no mlx gradient may go through it.
+llama_pass.py and llama_attention.py, which use these functions, have their own backward pass. float32 only.
 
 Letters: T tokens, D the hidden size, N supervised positions, V the vocabulary.
 """
@@ -26,32 +25,32 @@ from mbf_mlx.device.machine import cpu_count
 Result = TypeVar("Result")
 
 CORES = cpu_count()
-BLOCK = 2**16  # elements of each array that a core works on at a time: 256 kB, so that its cache holds them all
+BLOCK = 2**16  # elements of each array that a core works on at a time: 256 kB, so that they fit into its cache
 
 _threads = [ThreadPoolExecutor(1, "mbf-core", initializer=stay_on_cpu) for _ in range(CORES)]
 
 
 class _Here(threading.local):
-    alone = False  # whether this thread has a core for itself, and no other
+    alone = False  # whether this thread runs beside others, and has one core to itself
 
 
 _here = _Here()
 
 
 def view(array: mx.array) -> np.ndarray:
-    """Return a NumPy view of an array's memory; it is evaluated first."""
+    """Evaluate an array, and return a NumPy view of its memory."""
     return np.asarray(array)
 
 
 def blank(*shape: int) -> mx.array:
-    """Return zeros that are there to be written into."""
+    """Return evaluated zeros of a shape, to write into."""
     zeros = mx.zeros(shape)
     mx.eval(zeros)
     return zeros
 
 
 def rms_norm(x: mx.array, weight: np.ndarray, eps: float) -> tuple[mx.array, np.ndarray]:
-    """Return x (T, D) over its root mean square, times `weight` (D,); and that root's inverse, (T, 1)."""
+    """Return x (T, D) divided by its root mean square, times `weight` (D,); and the inverse of that root, (T, 1)."""
     out, inverse = blank(*x.shape), np.empty((x.shape[0], 1), np.float32)
 
     def block(x: np.ndarray, out: np.ndarray, inverse: np.ndarray) -> None:
@@ -64,7 +63,7 @@ def rms_norm(x: mx.array, weight: np.ndarray, eps: float) -> tuple[mx.array, np.
 
 
 def rms_norm_backward_(d_: mx.array, x: mx.array, inverse: np.ndarray, weight: np.ndarray, onto: mx.array) -> mx.array:
-    """Return `onto` plus the gradient (T, D) with respect to x, from the gradient `d_` with respect to the result."""
+    """Return `onto` plus the gradient (T, D) of x, given the gradient `d_` of the result."""
 
     def block(d: np.ndarray, x: np.ndarray, inverse: np.ndarray, onto: np.ndarray) -> None:
         d *= weight
@@ -78,7 +77,7 @@ def rms_norm_backward_(d_: mx.array, x: mx.array, inverse: np.ndarray, weight: n
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """Return silu(gate) * up, all of them (T, width)."""
+    """Return silu(gate) * up; all three are (T, width)."""
     out = blank(*gate.shape)
 
     def block(gate: np.ndarray, up: np.ndarray, out: np.ndarray) -> None:
@@ -93,7 +92,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def swiglu_backward_(d: mx.array, gate_: mx.array, up_: mx.array) -> tuple[mx.array, mx.array]:
-    """Return the gradients of gate and up, in their memory, from the gradient `d` of the result."""
+    """Return the gradients of gate and up, in their memory, given the gradient `d` of the result."""
 
     def block(d: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
         sigmoid = np.negative(gate)
@@ -113,7 +112,7 @@ def swiglu_backward_(d: mx.array, gate_: mx.array, up_: mx.array) -> tuple[mx.ar
 
 
 def _exp_(x: np.ndarray) -> None:
-    with np.errstate(over="ignore"):  # infinity is right here: its sigmoid is 0
+    with np.errstate(over="ignore"):  # infinity is right here: 1 / (1 + inf) is 0
         np.exp(x, out=x)
 
 
@@ -136,14 +135,14 @@ def cross_entropy_(logits_: mx.array, targets: np.ndarray) -> np.ndarray:
 
 
 def by_rows(block: Callable[..., None], *arrays: np.ndarray) -> None:
-    """Call `block` with slices of rows of all arrays, on every core."""
+    """Call `block` on all cores, each time with the same rows of all arrays."""
     count = len(arrays[0])
     rows = max(1, min(BLOCK * count // max(arrays[0].size, 1), -(-count // CORES)))
     for_each(lambda a: block(*(each[a : a + rows] for each in arrays)), ((a,) for a in range(0, count, rows)))
 
 
 def for_each(work: Callable[..., None], calls: Iterable[tuple[int, ...]]) -> None:
-    """Call `work` with each tuple of arguments, on every core: each takes the next call as soon as it is free."""
+    """Call `work` with each tuple of arguments, on all cores; a core takes the next call as soon as it is free."""
     if _here.alone:
         for call in calls:
             work(*call)
@@ -158,19 +157,21 @@ def for_each(work: Callable[..., None], calls: Iterable[tuple[int, ...]]) -> Non
                 return
             work(*call)
 
-    others = [thread.submit(run) for thread in _threads[1 : len(todo)]]  # the first may be waiting for us, or be us
+    others = [
+        thread.submit(run) for thread in _threads[1 : len(todo)]
+    ]  # the first thread may be waiting for us, or be us
     run()
     for each in others:
-        if not each.cancel():  # one that has not woken by now has nothing left to do
+        if not each.cancel():  # a thread that has not started by now has nothing left to do
             each.result()
 
 
 def side_by_side(works: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Return what each gives; all at the same time, each on a core of its own: at most CORES of them.
+    """Run at most CORES functions at the same time, each on its own core, and return their results.
 
-    A thread's mlx arrays must be evaluated before another takes them. The works of two calls that stand at the same
-    place run in the same thread, and none in the caller's: there, while mlx takes gradients, arrays would hold all that
-    they were made of.
+    A thread must evaluate its mlx arrays before another thread uses them. The i-th function runs in the i-th thread in
+    every call. None runs in the caller's thread: there, while mlx takes gradients, an array would keep all that it was
+    made of.
     """
     with contextlib.nullcontext() if len(works) == 1 else one_thread():
         running = [thread.submit(_run, work, len(works) > 1) for thread, work in zip(_threads, works, strict=False)]

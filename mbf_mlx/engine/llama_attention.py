@@ -1,145 +1,73 @@
 """Attention over packed rows behind a shared prefix, for CPUs: forward, and backward by hand.
 
-Letters: T tokens of a batch, the prefix's P first and then each row's own, without padding; R rows of at most W tokens;
-heads come in G groups of the same keys and values, m queries to a group (H = G * m); d is a head's size. Scores and
-weights have keys before queries, so that maxima and sums over keys run along contiguous memory.
+Letters: T tokens of a batch, the prefix's P first and then each row's own, without padding; Q query tokens, all T of
+them or the supervised ones; R rows of at most W tokens; G groups of heads that share keys and values, m heads to a
+group (H = G * m); d the size of a head. Scores and weights have keys before queries, so that maxima and sums over keys
+run along contiguous memory.
 
-mlx does the matrix products; the rest is NumPy, in place, by the rules of cpu_ops.py.
+mlx computes the matrix products. The rest is NumPy, in place, by the rules of cpu_ops.py. Where tokens stand is said by
+llama_layout.py.
 """
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mbf_mlx.data.batches import Batch
 from mbf_mlx.device.budgets import KEPT_WEIGHTS
 from mbf_mlx.engine.cpu_ops import blank, for_each, view
+from mbf_mlx.engine.llama_layout import RowLayout, Tokens
+
+KeysValues = tuple[mx.array, mx.array]  # or their gradients
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Where rows stand among tokens: row r has lengths[r] of them from starts[r] on, and none is longer than width."""
+class PrefixHandover:
+    """Hands a prefix's keys and values in one block from the first part of a batch to the other parts.
 
-    starts: list[int]
-    lengths: list[int]
-    width: int
-    mask: np.ndarray  # added to their scores as queries of their row's own keys, (1 or R, keys, W): 0, -inf if later
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """The tokens that ask in one block; all of them are also asked, in every block."""
-
-    own: Rows
-    shared: Rows | None  # the prefix as a row; None where there is none or it does not ask, or another part has it
-    turn: tuple[np.ndarray, np.ndarray]  # cosines and sines of each token's rotary angles, (T, d / 2)
-
-    @property
-    def parts(self) -> list[Rows]:
-        return [self.own] if self.shared is None else [self.own, self.shared]
-
-
-class Layout:
-    """Where each token of a batch stands.
+    Each part runs in its own thread. In the forward pass the other parts wait for the keys and values. In the backward
+    pass the first part waits for the gradients that the others compute.
 
     Args:
-        angles: Cosines and sines of the rotary angles of positions 0, 1, …, two arrays (at least P + W, d / 2).
-    """
-
-    def __init__(self, batch: Batch, angles: tuple[np.ndarray, np.ndarray]):
-        shared, width = len(batch.prefix), batch.tokens.shape[1]
-        here = shared if batch.part == 0 else 0  # of the prefix's tokens
-        self.part = batch.part
-        real = np.arange(width) < batch.lengths[:, None]
-        place = np.nonzero(real)[1]  # of each token after the prefix, in its row
-        self.tokens = np.concatenate([batch.prefix[:here], batch.tokens[real]])
-        number = np.cumsum(real).reshape(real.shape) - 1 + here
-        self.picked = number.reshape(-1)[batch.positions]  # which of the T tokens are supervised inputs
-
-        prefix = None
-        if here:
-            prefix = Rows(starts=[0], lengths=[shared], width=shared, mask=_mask(np.arange(shared)[None], shared))
-        everything = np.concatenate([np.arange(here), shared + place])
-        causal = _mask(np.arange(width)[None], width)
-        rows = Rows(starts=_starts(batch.lengths, here), lengths=batch.lengths.tolist(), width=width, mask=causal)
-        self.all = Tokens(own=rows, shared=prefix, turn=(angles[0][everything], angles[1][everything]))
-
-        counts = np.bincount(batch.row_of, minlength=len(real))
-        chosen = place[self.picked - here]
-        asks_at = np.zeros((len(real), int(counts.max())), np.int64)  # an unused place asks as a row's first token
-        asks_at[batch.row_of, np.arange(len(chosen)) - np.repeat(_starts(counts, 0), counts)] = chosen
-        mask = causal if len(chosen) == len(place) else _mask(asks_at, width)
-        rows = Rows(starts=_starts(counts, 0), lengths=counts.tolist(), width=asks_at.shape[1], mask=mask)
-        angles = angles[0][shared + chosen], angles[1][shared + chosen]
-        self.supervised = Tokens(own=rows, shared=None, turn=angles)
-
-    def row_of(self, tokens: int) -> np.ndarray:
-        """Return the row of each token after the prefix: of all, or of the supervised ones, whichever are as many."""
-        lengths = next(each.own.lengths for each in (self.all, self.supervised) if sum(each.own.lengths) == tokens)
-        return np.repeat(np.arange(len(lengths)), lengths)
-
-
-def _starts(lengths: np.ndarray, first: int) -> list[int]:
-    return [first, *(first + np.cumsum(lengths)[:-1]).tolist()]
-
-
-def _mask(places: np.ndarray, keys: int) -> np.ndarray:
-    """Return the mask of queries at `places` (R, W), (R, keys, W)."""
-    later = np.arange(keys)[:, None] > places[:, None, :]
-    return np.where(later, np.float32(-np.inf), np.float32(0))
-
-
-Pair = tuple[mx.array, mx.array]
-
-
-class Shared:
-    """A prefix's keys and values in one block: a batch's first part computes them for all, in threads of their own.
-
-    The others wait for them, and on the way back the first waits for the gradients that the others give.
-
-    Args:
-        parts: Of the batch.
+        parts: How many parts the batch has.
     """
 
     def __init__(self, parts: int):
-        self._there: Future[Pair] = Future()
-        self._back: list[Future[Pair]] = [Future() for _ in range(1, parts)]
+        self._there: Future[KeysValues] = Future()
+        self._back: list[Future[KeysValues]] = [Future() for _ in range(1, parts)]
 
     def give(self, k: mx.array, v: mx.array) -> None:
-        """Let the other parts have the prefix's keys and values, (G, 1, P, d); the same again changes nothing."""
+        """Hand out the prefix's keys and values, (G, 1, P, d); doing it again changes nothing."""
         with suppress(InvalidStateError):
             self._there.set_result((k, v))
 
-    def take(self) -> Pair:
-        """Return the prefix's keys and values as soon as they are there."""
+    def take(self) -> KeysValues:
+        """Wait for the prefix's keys and values, and return them."""
         return self._there.result()
 
     def give_back(self, part: int, d_k: mx.array, d_v: mx.array) -> None:
-        """Let the first part have the gradients, evaluated, that another part has of them."""
+        """Hand another part's gradients of the keys and values, evaluated, to the first part."""
         with suppress(InvalidStateError):
             self._back[part - 1].set_result((d_k, d_v))
 
-    def take_back(self) -> list[Pair]:
-        """Return the gradients of the other parts as soon as they are there; they are not kept."""
+    def take_back(self) -> list[KeysValues]:
+        """Wait for the gradients of the other parts, return them and forget them."""
         found = [each.result() for each in self._back]
         self._back = []
         return found
 
     def stop(self, error: BaseException) -> None:
-        """Let nobody wait any more: who does gets the error."""
+        """Raise the error in every part that waits, now or later."""
         for each in (self._there, *self._back):
             with suppress(InvalidStateError):
                 each.set_exception(error)
 
 
 @contextmanager
-def together(blocks: Sequence[Shared | None]) -> Iterator[None]:
-    """Stop the other parts of a batch, which may be waiting for this one, where this one fails."""
+def failing_together(blocks: Sequence[PrefixHandover | None]) -> Iterator[None]:
+    """If this part of a batch fails, stop the other parts, which may be waiting for it."""
     try:
         yield
     except BaseException as error:
@@ -151,45 +79,50 @@ def together(blocks: Sequence[Shared | None]) -> Iterator[None]:
 
 @dataclass
 class Attended:
-    """What the way back needs; the second of each list is the prefix's, where there is one."""
+    """What the backward pass needs; in each list the rows come first, then the prefix if there is one."""
 
-    q: list[mx.array]  # (G, R, m * W, d), turned and scaled; of the prefix only where it asks
+    q: list[mx.array]  # (G, R, m * W, d), turned and scaled; the prefix's only if its tokens are queries
     k: list[mx.array]  # (G, R, W, d)
-    v: list[mx.array]
-    weights: list[list[mx.array] | None]  # as `_weigh` gives them; None where they were too large to keep
+    v: list[mx.array]  # (G, R, W, d)
+    weights: list[list[mx.array] | None]  # as `_weigh` returns them; None if they were too large to keep
 
 
 def attend(
     q: mx.array,
     k: mx.array,
     v: mx.array,
-    asking: Tokens,
-    asked: Tokens,
+    queries: Tokens,
+    keys: Tokens,
     groups: int,
     size: int,
-    shared: Shared | None = None,
+    handover: PrefixHandover | None = None,
 ) -> tuple[mx.array, Attended]:
-    """Return attention's output (asking, H * d), from projections (asking, H * d), (T, G * d) and (T, G * d).
+    """Return attention's output (Q, H * d), and what the backward pass needs.
 
-    Where a batch is computed in parts, `shared` is how they come by the prefix.
+    Args:
+        q: Projections (Q, H * d).
+        k, v: Projections (T, G * d).
+        queries, keys: Where their tokens stand.
+        groups, size: G and d.
+        handover: How this part of a batch and the others share the prefix, if there are others.
     """
-    cos, sin = asking.turn
+    cos, sin = queries.turn
     scale = np.float32(size**-0.5)
     scaled = cos * scale, sin * scale
     saved = Attended(
-        q=[to_rows(q, rows, groups, size, scaled) for rows in asking.parts],
-        k=[to_rows(k, rows, groups, size, asked.turn) for rows in asked.parts],
-        v=[to_rows(v, rows, groups, size) for rows in asked.parts],
+        q=[to_rows(q, rows, groups, size, scaled) for rows in queries.parts],
+        k=[to_rows(k, rows, groups, size, keys.turn) for rows in keys.parts],
+        v=[to_rows(v, rows, groups, size) for rows in keys.parts],
         weights=[],
     )
-    if shared is not None and asked.shared is not None:
-        shared.give(saved.k[1], saved.v[1])
-    elif shared is not None:
-        prefix_k, prefix_v = shared.take()
+    if handover is not None and keys.prefix is not None:
+        handover.give(saved.k[1], saved.v[1])
+    elif handover is not None:
+        prefix_k, prefix_v = handover.take()
         saved.k.append(prefix_k)
         saved.v.append(prefix_v)
     mixed = blank(*q.shape)
-    for i, rows in enumerate(asking.parts):
+    for i, rows in enumerate(queries.parts):
         weights = _weigh(saved, i, rows)
         out = weights[0].swapaxes(-1, -2) @ saved.v[i]
         if len(weights) > 1:
@@ -199,11 +132,11 @@ def attend(
     return mixed, saved
 
 
-def _weigh(saved: Attended, i: int, rows: Rows) -> list[mx.array]:
-    """Return the weights of the rows (i is 0) or of the prefix (1).
+def _weigh(saved: Attended, i: int, rows: RowLayout) -> list[mx.array]:
+    """Return the attention weights of the queries in the rows (i is 0) or in the prefix (1).
 
-    They are those of the rows' own keys, (G, R, W, m * W), and, for the rows behind a prefix, of its keys,
-    (G, P, R, m * W).
+    The first array is for the rows' own keys, (G, R, W, m * W). If the rows stand behind a prefix, a second one is for
+    its keys, (G, P, R, m * W).
     """
     scores = [saved.k[i] @ saved.q[i].swapaxes(-1, -2)]
     if i == 0 and len(saved.k) > 1:
@@ -215,14 +148,26 @@ def _weigh(saved: Attended, i: int, rows: Rows) -> list[mx.array]:
 
 
 def attend_backward(
-    d_mixed: mx.array, saved: Attended, asking: Tokens, asked: Tokens, shared: Shared | None = None, part: int = 0
+    d_mixed: mx.array,
+    saved: Attended,
+    queries: Tokens,
+    keys: Tokens,
+    handover: PrefixHandover | None = None,
+    part: int = 0,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the gradients of the projections q, k and v, from that of the output; `part` of its batch, if `shared`."""
+    """Return the gradients of the projections q, k and v.
+
+    Args:
+        d_mixed: The gradient of the output, (Q, H * d).
+        saved: What `attend` returned.
+        queries, keys, handover: As `attend` took them.
+        part: The number of this part of the batch, from 0.
+    """
     groups, _, _, size = saved.k[0].shape
-    d_k: list[Any] = [0.0 for _ in saved.k]
-    d_v: list[Any] = [0.0 for _ in saved.v]
-    d_q = []
-    for i, rows in enumerate(asking.parts):
+    d_k = [mx.array(0.0) for _ in saved.k]
+    d_v = [mx.array(0.0) for _ in saved.v]
+    d_q: list[mx.array] = []
+    for i, rows in enumerate(queries.parts):
         q, weights = saved.q[i], saved.weights[i] or _weigh(saved, i, rows)
         d_out = to_rows(d_mixed, rows, groups, size)
         d_weights = [saved.v[i] @ d_out.swapaxes(-1, -2)]
@@ -241,19 +186,19 @@ def attend_backward(
             d_rows = d_rows + (d_seen.swapaxes(-1, -2) @ saved.k[1][:, 0]).reshape(d_rows.shape)
         d_q.append(d_rows)
     mx.eval(d_q, d_k, d_v)
-    if shared is not None and part == 0:
-        for others_k, others_v in shared.take_back():
+    if handover is not None and part == 0:
+        for others_k, others_v in handover.take_back():
             d_k[1], d_v[1] = d_k[1] + others_k, d_v[1] + others_v
         mx.eval(d_k, d_v)
-    elif shared is not None:
-        shared.give_back(part, d_k.pop(), d_v.pop())
+    elif handover is not None:
+        handover.give_back(part, d_k.pop(), d_v.pop())
     scale = np.float32(size**-0.5)
-    tokens, heads = len(asked.turn[0]), groups * size
+    tokens, heads = len(keys.turn[0]), groups * size
     outs = blank(*d_mixed.shape), blank(tokens, heads), blank(tokens, heads)
-    for d_rows, rows in zip(d_q, asking.parts, strict=True):
-        to_tokens(d_rows, rows, outs[0], (asking.turn[0] * scale, asking.turn[1] * scale))
-    for d_k_rows, d_v_rows, rows in zip(d_k, d_v, asked.parts, strict=True):
-        to_tokens(d_k_rows, rows, outs[1], asked.turn)
+    for d_rows, rows in zip(d_q, queries.parts, strict=True):
+        to_tokens(d_rows, rows, outs[0], (queries.turn[0] * scale, queries.turn[1] * scale))
+    for d_k_rows, d_v_rows, rows in zip(d_k, d_v, keys.parts, strict=True):
+        to_tokens(d_k_rows, rows, outs[1], keys.turn)
         to_tokens(d_v_rows, rows, outs[2])
     return outs
 
@@ -269,10 +214,10 @@ def _flat_weights(weights: mx.array) -> mx.array:
 
 
 def softmax_(mask: np.ndarray, own_: mx.array, prefix_: mx.array | None = None) -> None:
-    """Turn scores into weights, over each row's own keys and those of the shared prefix together.
+    """Turn scores into weights, in place. A row's own keys and the prefix's keys share one softmax.
 
     Args:
-        mask: Of the rows, (1 or R, keys, W).
+        mask: The rows' mask, (1 or R, keys, W).
         own_: Scores of each row's own keys, (G, R, keys, m * W).
         prefix_: Scores of the prefix's keys, (G, P, R, m * W).
     """
@@ -298,11 +243,11 @@ def softmax_(mask: np.ndarray, own_: mx.array, prefix_: mx.array | None = None) 
 
 
 def softmax_backward_(weights: list[mx.array], d_: list[mx.array]) -> None:
-    """Turn the gradients of the weights, own and the prefix's, into those of the scores."""
+    """Turn the gradients `d_` of the weights into gradients of the scores, in place; lists as `_weigh` returns them."""
     ps, ds = [view(each) for each in weights], [view(each) for each in d_]
 
     def block(g: int, r: int) -> None:
-        at: list[Any] = [(g, r), (g, slice(None), r)][: len(ps)]
+        at: list[tuple[int | slice, ...]] = [(g, r), (g, slice(None), r)][: len(ps)]
         total = np.zeros(ps[0].shape[-1], np.float32)
         for p, d, part in zip(ps, ds, at, strict=True):
             d[part] *= p[part]
@@ -314,9 +259,9 @@ def softmax_backward_(weights: list[mx.array], d_: list[mx.array]) -> None:
 
 
 def to_rows(
-    x: mx.array, rows: Rows, groups: int, size: int, turn: tuple[np.ndarray, np.ndarray] | None = None
+    x: mx.array, rows: RowLayout, groups: int, size: int, turn: tuple[np.ndarray, np.ndarray] | None = None
 ) -> mx.array:
-    """Return projections (T, H * d) as (G, R, m * W, d), turned by the rotary angles `turn`, padded with zeros."""
+    """Return projections (T, H * d) as padded rows (G, R, m * W, d), turned by the rotary angles `turn`."""
     source = view(x).reshape(x.shape[0], groups, -1, size)
     count, repeats = len(rows.starts), source.shape[2]
     out = blank(groups, count, repeats * rows.width, size)
@@ -334,7 +279,7 @@ def to_rows(
     return out
 
 
-def to_tokens(y: mx.array, rows: Rows, out_: mx.array, turn: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+def to_tokens(y: mx.array, rows: RowLayout, out_: mx.array, turn: tuple[np.ndarray, np.ndarray] | None = None) -> None:
     """Write (G, R, m * W, d) to its tokens in `out_` (T, H * d), turned back by the rotary angles `turn`."""
     groups, count, _, size = y.shape
     source = view(y).reshape(groups, count, -1, rows.width, size)

@@ -1,26 +1,25 @@
 """A Llama's training pass for CPUs, forward and backward by hand: the same function as mlx-lm's, with less work.
 
-mlx does the matrix products, cpu_ops.py what lies between them. Against mlx-lm's forward pass and mlx's gradients:
+mlx computes the matrix products, cpu_ops.py what lies between them. This pass does less than mlx-lm's with mlx's
+gradients:
 
-- hidden states are packed, (T, D) without padding; only attention knows rows, and only it pads them;
-- the shared prefix is computed once, and every row attends to its keys and values: on several cores, too, where each
-  computes a part of the rows (attention.Shared);
-- the last block computes only keys and values, and the rest where a token is supervised;
-- the backward pass stops at the first layer that is trained.
+- Hidden states are packed, (T, D) without padding. Only attention knows rows, and only it pads them.
+- The shared prefix is computed once, and every row attends to its keys and values. On several cores, where each
+  computes a part of the rows, it is still computed once (llama_attention.PrefixHandover).
+- The last block computes keys and values for all tokens, and the rest only for supervised ones.
+- The backward pass stops at the first layer that is trained.
 
-Letters: T tokens of a batch, the prefix's P first and then each row's; N supervised positions; D the hidden size; heads
-come in G groups of the same keys and values, m queries to a group; d is a head's size; R rows of at most W tokens.
-A gradient's name starts with d_. Weights stay in the modules of mlx-lm's model. `fits` says which models this is for.
+Letters: T tokens of a batch, the prefix's P first and then each row's; W tokens of the longest row; N supervised
+positions; D the hidden size; V the vocabulary; r the rank; d the size of a head. The name of a gradient starts with d_.
+Weights stay in the modules of mlx-lm's model. `fits` says for which models this pass works.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten
 from mlx_lm.models import llama, rope_utils
 from mlx_lm.tuner.lora import LoRALinear
 
@@ -29,24 +28,22 @@ from mbf_mlx.data.batches import Batch
 from mbf_mlx.engine import cpu_ops
 from mbf_mlx.engine import llama_attention as attention
 from mbf_mlx.engine.cpu_ops import blank, view
-from mbf_mlx.engine.llama_attention import Layout, Shared, together
+from mbf_mlx.engine.engine import Arrays
+from mbf_mlx.engine.llama_attention import PrefixHandover, failing_together
+from mbf_mlx.engine.llama_layout import Layout
+from mbf_mlx.engine.lora_layers import LINEAR, in_dims, trained_arrays
 
 ROPES = (nn.RoPE, rope_utils.Llama3RoPE)  # those whose angles depend on nothing but the position
-LINEAR = (nn.Linear, nn.QuantizedLinear, UnpackingLinear)
 
-Factors = dict[
-    str, mx.array
-]  # by the names that `trainable_parameters` has, "….lora_a" (in, r) and "….lora_b" (r, out)
-Note = Callable[
-    [str, mx.array, mx.array], None
-]  # a layer, its inputs (T, in) and the gradients of its outputs (T, out)
+# Arrays of factors and of their gradients go by mlx's parameter names: "….lora_a" (in, r), "….lora_b" (r, out).
+LayerNote = Callable[[str, mx.array, mx.array], None]  # a layer, its inputs (T, in), the gradients of its outputs
 
 
 def fits(model: nn.Module) -> bool:
-    """Say whether this pass computes what `model` does."""
+    """Return whether this pass computes what `model` does."""
     if type(model) is not llama.Model or not all(_block_fits(block) for block in model.layers):
         return False
-    trained = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    trained = trained_arrays(model)
     return all(name.endswith((".lora_a", ".lora_b")) and name.startswith("model.layers.") for name in trained)
 
 
@@ -54,7 +51,7 @@ def _block_fits(block: nn.Module) -> bool:
     attention, mlp = block.self_attn, block.mlp
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     linears = [attention[name] for name in names] + [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    # Dropout is left to mlx: a layer keeps its share of kept inputs there, 1 for none.
+    # Dropout is left to mlx. Its layer stores the share of inputs that it keeps: 1 means no dropout.
     bases = [each.linear if type(each) is LoRALinear and each.dropout._p_1 == 1 else each for each in linears]
     rope = attention.rope
     return (
@@ -66,28 +63,29 @@ def _block_fits(block: nn.Module) -> bool:
 
 
 class Pass:
-    """One batch's way through the model, and back.
+    """One batch's forward and backward pass.
 
     Args:
-        model: One that `fits`.
-        factors: The values of the parameters that gradients are wanted for; others are read from the modules.
-        checkpoint: Keep only each block's input for the way back and compute the block again.
-        keep: Whether there is a way back.
-        shared: By block, how the parts of a batch come by its prefix, where `batch` is one of several. They have to
-            run at the same time, each in a thread of its own.
-        note: Told of each layer that is trained, on the way back.
+        model: One that `fits` accepts.
+        factors: Values of the parameters to compute gradients for. Other factors are read from the modules.
+        batch: A batch, or one of its parts.
+        checkpoint: Keep only each block's input for the backward pass, and compute the block again there.
+        keep: Whether there will be a backward pass.
+        handovers: For each block, how the parts of a batch share its prefix, if `batch` is one of several parts. They
+            have to run at the same time, each in a thread of its own.
+        note: Called for each trained layer in the backward pass.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        factors: Factors,
+        factors: Arrays,
         batch: Batch,
         *,
         checkpoint: bool = False,
         keep: bool = True,
-        shared: Sequence[Shared] = (),
-        note: Note | None = None,
+        handovers: Sequence[PrefixHandover] = (),
+        note: LayerNote | None = None,
     ):
         heads = model.layers[0].self_attn
         self.checkpoint, self.keep = checkpoint, keep
@@ -96,52 +94,53 @@ class Pass:
         self.first = next((i for i, block in enumerate(self.blocks) if block.is_trained), len(self.blocks))
         self.layout = Layout(batch, _angles(heads, batch))
         self.embed = model.model.embed_tokens
-        self.shared: Sequence[Shared | None] = shared or [None] * len(self.blocks)
-        self.saved: list[Any] = []
+        self.handovers: Sequence[PrefixHandover | None] = handovers or [None] * len(self.blocks)
+        self._saved: list[_Saved | mx.array] = []  # by trained block; with `checkpoint` only the block's input
+        self._last: list[tuple[mx.array, np.ndarray]] = []  # of the last norm: its input, and the inverse of its root
 
     def forward(self) -> mx.array:
         """Return the hidden states at the supervised positions, (N, D), after the last norm."""
-        with together(self.shared):
+        with failing_together(self.handovers):
             return self._forward()
 
     def _forward(self) -> mx.array:
         x = self.embed(mx.array(self.layout.tokens)).astype(mx.float32)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            y, saved = block.forward(x, self.layout, self.shared[i], picked=i == last)
+            y, saved = block.forward(x, self.layout, self.handovers[i], picked=i == last)
             if self.keep and i >= self.first:
-                self.saved.append(x if self.checkpoint else saved)
+                self._saved.append(x if self.checkpoint else saved)
             x = y
             del saved  # before the next block makes its own
         out, inverse = cpu_ops.rms_norm(x, _weight(self.norm), self.norm.eps)
-        self.saved.append((x, inverse))
+        self._last.append((x, inverse))
         return out
 
-    def backward(self, d_out: mx.array) -> Factors:
-        """Return the gradients of all factors, from that of the hidden states, (N, D).
+    def backward(self, d_out: mx.array) -> Arrays:
+        """Return the gradients of all factors, given the gradient of the hidden states, (N, D).
 
-        To be called once: it overwrites what `forward` has saved, and frees it on the way. And in a thread in which mlx
-        takes no gradients (`cpu_ops.side_by_side`), or all that is computed on the way would stay.
+        Call it once: it overwrites and frees what `forward` has saved. Call it in a thread in which mlx takes no
+        gradients (`cpu_ops.side_by_side`): otherwise mlx would keep everything that is computed here.
         """
-        with together(self.shared):
+        with failing_together(self.handovers):
             return self._backward(d_out)
 
-    def _backward(self, d_out: mx.array) -> Factors:
-        gradients: Factors = {}
-        x, inverse = self.saved.pop()
+    def _backward(self, d_out: mx.array) -> Arrays:
+        gradients: Arrays = {}
+        x, inverse = self._last.pop()
         copy = d_out + 0  # for the norm to write into
         d_x: mx.array | None = cpu_ops.rms_norm_backward_(copy, x, inverse, _weight(self.norm), blank(*x.shape))
         for i in reversed(range(self.first, len(self.blocks))):
-            block, picked, saved = self.blocks[i], i == len(self.blocks) - 1, self.saved.pop()
-            if self.checkpoint:
-                _, saved = block.forward(saved, self.layout, self.shared[i], picked=picked)
-            assert d_x is not None, "only the first trained block stops"
-            d_x = block.backward(d_x, saved, self.layout, self.shared[i], picked, gradients, stop=i == self.first)
+            block, picked, saved = self.blocks[i], i == len(self.blocks) - 1, self._saved.pop()
+            if isinstance(saved, mx.array):
+                saved = block.forward(saved, self.layout, self.handovers[i], picked=picked)[1]
+            assert d_x is not None, "only the first trained block has no gradient to pass on"
+            d_x = block.backward(d_x, saved, self.layout, self.handovers[i], picked, gradients, stop=i == self.first)
         return gradients
 
 
 class Head:
-    """What follows the last norm: the embedding once more, or a linear layer of its own."""
+    """What makes logits of the last norm's output: the embedding, if it is tied, or a linear layer of its own."""
 
     def __init__(self, model: nn.Module):
         tied = model.args.tie_word_embeddings
@@ -151,7 +150,7 @@ class Head:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are, V."""
+        """The number of tokens that the model knows, V."""
         return int(self.module.weight.shape[0])
 
     def __call__(self, hidden: mx.array) -> mx.array:
@@ -163,21 +162,21 @@ class Head:
         if self.unpacks:
             return product_back(self.module, d_logits)
         if type(self.module) in (nn.Embedding, nn.Linear):
-            return d_logits @ self.module.weight.astype(mx.float32)
+            weight: mx.array = self.module.weight
+            return d_logits @ weight.astype(mx.float32)
         return mx.vjp(self.call, [hidden], [d_logits])[1][0]
 
 
 class _Linear:
-    """One linear layer: a frozen weight, and its factors where it is trained."""
+    """One linear layer: a frozen weight, and its factors if it has some."""
 
-    def __init__(self, module: nn.Module, name: str, factors: Factors, note: Note | None):
+    def __init__(self, module: nn.Module, name: str, factors: Arrays, note: LayerNote | None):
         self.note = note
         self.base = module.linear if isinstance(module, LoRALinear) else module
         self.name = name
         self.is_trained = f"{name}.lora_a" in factors or f"{name}.lora_b" in factors
         self.has_factors = isinstance(module, LoRALinear)
-        columns = self.base.weight.shape[1]
-        self.in_dims = columns * 32 // self.base.bits if isinstance(self.base, nn.QuantizedLinear) else columns
+        self.in_dims = in_dims(self.base)
         if self.has_factors:
             self.scale = module.scale
             self.a = factors.get(f"{name}.lora_a", module.lora_a)
@@ -197,20 +196,20 @@ class _Linear:
         return mx.addmm(y, x @ self.a, self.b) if self.has_factors else y
 
     def d_input(self, d_y: mx.array, onto: mx.array | None = None) -> mx.array:
-        """Return the gradient of x, (T, in), added to `onto`."""
+        """Return the gradient of x, (T, in), given that of the output, added to `onto`."""
         if type(self.base) is nn.Linear:
             weight = self.base.weight.astype(mx.float32)
             d_x = d_y @ weight if onto is None else mx.addmm(onto, d_y, weight)
         elif type(self.base) is UnpackingLinear:
             d_x = product_back(self.base, d_y) if onto is None else onto + product_back(self.base, d_y)
         else:
-            anywhere = mx.zeros((len(d_y), self.in_dims))  # a linear layer's gradient is the same for every input
+            anywhere = mx.zeros((len(d_y), self.in_dims))  # a linear layer's gradient does not depend on its input
             (d_x,) = mx.vjp(self.base, [anywhere], [d_y])[1]
             d_x = d_x if onto is None else onto + d_x
         return mx.addmm(d_x, d_y @ self.b.T, self.a.T) if self.has_factors else d_x
 
-    def d_factors(self, x: mx.array | None, d_y: mx.array) -> Factors:
-        """Return the gradients of the factors, where there are any to train."""
+    def d_factors(self, x: mx.array | None, d_y: mx.array) -> Arrays:
+        """Return the gradients of the layer's factors by name, nothing if it is not trained."""
         if not self.is_trained or x is None:
             return {}
         if self.note:
@@ -221,12 +220,12 @@ class _Linear:
 
 @dataclass
 class _Saved:
-    """What the way back through one block needs."""
+    """What one block's backward pass needs."""
 
     x: mx.array
     inverse: np.ndarray
     normed: mx.array
-    normed_q: mx.array  # `normed` where queries are
+    normed_q: mx.array  # `normed` at the query tokens
     attended: attention.Attended
     mixed: mx.array
     middle: mx.array
@@ -238,13 +237,11 @@ class _Saved:
 
 
 class _Block:
-    def __init__(self, block: nn.Module, name: str, factors: Factors, note: Note | None):
-        self.block = block
-        self.size = block.self_attn.head_dim
-        self.groups = block.self_attn.n_kv_heads
-        attention, mlp = block.self_attn, block.mlp
+    def __init__(self, block: nn.Module, name: str, factors: Arrays, note: LayerNote | None):
+        heads, mlp = block.self_attn, block.mlp
+        self.block, self.size, self.groups = block, heads.head_dim, heads.n_kv_heads
         self.q, self.k, self.v, self.o = (
-            _Linear(attention[each], f"{name}.self_attn.{each}", factors, note)
+            _Linear(heads[each], f"{name}.self_attn.{each}", factors, note)
             for each in ("q_proj", "k_proj", "v_proj", "o_proj")
         )
         self.gate, self.up, self.down = (
@@ -254,16 +251,18 @@ class _Block:
             each.is_trained for each in (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
         )
 
-    def forward(self, x: mx.array, layout: Layout, shared: Shared | None, *, picked: bool) -> tuple[mx.array, _Saved]:
-        """Return what the block makes of x (T, D), everywhere or where a token is `picked`, and what was saved."""
-        asking = layout.supervised if picked else layout.all
+    def forward(
+        self, x: mx.array, layout: Layout, handover: PrefixHandover | None, *, picked: bool
+    ) -> tuple[mx.array, _Saved]:
+        """Return the block's output for x (T, D), at all tokens or at supervised ones (`picked`), and what to save."""
+        queries = layout.supervised if picked else layout.all
         norm = self.block.input_layernorm
         normed, inverse = cpu_ops.rms_norm(x, _weight(norm), norm.eps)
         k, v = self.k(normed), self.v(normed)
         middle, normed_q = (x[mx.array(layout.picked)], normed[mx.array(layout.picked)]) if picked else (x, normed)
         q = self.q(normed_q)
         mx.eval(q, k, v)
-        mixed, attended = attention.attend(q, k, v, asking, layout.all, self.groups, self.size, shared)
+        mixed, attended = attention.attend(q, k, v, queries, layout.all, self.groups, self.size, handover)
         middle = self.o(mixed, onto=middle)
         norm = self.block.post_attention_layernorm
         middle_normed, middle_inverse = cpu_ops.rms_norm(middle, _weight(norm), norm.eps)
@@ -293,14 +292,17 @@ class _Block:
         d_out: mx.array,
         saved: _Saved,
         layout: Layout,
-        shared: Shared | None,
+        handover: PrefixHandover | None,
         picked: bool,
-        gradients: Factors,
+        gradients: Arrays,
         stop: bool,
     ) -> mx.array | None:
-        """Return the gradient of x (T, D), or None where nothing below is trained (`stop`)."""
-        asking = layout.supervised if picked else layout.all
-        # The MLP. What is overwritten must be evaluated first, and so must all that is made of it.
+        """Return the gradient of x (T, D), or None if no layer below is trained (`stop`).
+
+        Adds the gradients of the block's factors to `gradients`.
+        """
+        queries = layout.supervised if picked else layout.all
+        # The MLP. Evaluate what is overwritten before, and all that is made of it.
         d_acted, found = self.down.d_input(d_out), self.down.d_factors(saved.acted, d_out)
         mx.eval(d_acted, found)
         d_gate, d_up = cpu_ops.swiglu_backward_(d_acted, saved.gate, saved.up)
@@ -313,7 +315,7 @@ class _Block:
         d_mixed = self.o.d_input(d_middle)
         found |= self.o.d_factors(saved.mixed, d_middle)
         mx.eval(d_mixed, found)
-        d_q, d_k, d_v = attention.attend_backward(d_mixed, saved.attended, asking, layout.all, shared, layout.part)
+        d_q, d_k, d_v = attention.attend_backward(d_mixed, saved.attended, queries, layout.all, handover, layout.part)
         found |= self.q.d_factors(saved.normed_q, d_q)
         found |= self.k.d_factors(saved.normed, d_k) | self.v.d_factors(saved.normed, d_v)
         mx.eval(found)
@@ -334,8 +336,8 @@ class _Block:
 
 
 def _angles(heads: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rotary angles of every position of a batch as the model has them: cosines, sines, (P + W, d / 2)."""
-    # What its own module makes of ones in a head's first half and zeros in the second: cosines, then sines.
+    """Return the cosines and sines of the rotary angles at every position of a batch, (P + W, d / 2) each."""
+    # The model's own module turns ones in a head's first half and zeros in the second into cosines, then sines.
     longest, half = len(batch.prefix) + batch.tokens.shape[1], heads.head_dim // 2
     ones = mx.concatenate([mx.ones((1, 1, longest, half)), mx.zeros((1, 1, longest, half))], axis=-1)
     turned = np.array(heads.rope(ones)[0, 0])

@@ -1,9 +1,16 @@
-"""The LoRA layers of a model: attach them, read and write their factors."""
+"""The LoRA layers of a model: attach them, find them, read and write their factors.
+
+Shapes: our A is (rank, in) and our B (out, rank). mlx-lm stores the transposes, `lora_a` (in, rank) and `lora_b`
+(rank, out). Factors are transposed here, in adapters/mlx_lm.py and in learning/tuning.py, and nowhere else. The layers
+are mlx-lm's own LoRALinear, so that what is trained is what mlx-lm loads.
+
+A layer goes by its path in the model, "model.layers.0.self_attn.q_proj".
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from mbf_mlx.base import unpack
@@ -11,27 +18,25 @@ from mbf_mlx.config import LoRAConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import Factors, Layers, Pair
 
-LINEAR = (nn.Linear, nn.QuantizedLinear, unpack.UnpackingLinear)  # what can get factors
-
-
-_PROBE_TOKENS = 8  # of the row on which `effect` compares logits
+LINEAR = (nn.Linear, nn.QuantizedLinear, unpack.UnpackingLinear)  # layers of these types can get factors
 
 
 def attach(model: nn.Module, config: LoRAConfig) -> Layers:
     """Put LoRA factors beside linear layers and freeze everything else; A is random, B zero, both float32.
 
     Args:
-        model: A model of mlx-lm's without factors.
-        config: Which layers, and how large.
+        model: A model as mlx-lm loads it, without factors.
+        config: Which layers get factors, and of which rank.
 
     Returns:
-        The (out, in) of every layer that got factors, by its path in the model, first block first.
+        The (out, in) of every layer that got factors, by its path, first block first.
 
     Raises:
-        InputError: keys that name no layer, layers that cannot get factors, more blocks or rows of A than fit.
+        InputError: a key names no layer, or a layer that cannot get factors; the model has fewer blocks than
+            num_layers, or a layer fewer inputs than the rank.
     """
     chosen = find_layers(model, config)
-    config.check_rank({name: (0, _inputs(module)) for name, module in chosen.items()})  # before they are made
+    config.check_rank({name: (0, in_dims(module)) for name, module in chosen.items()})  # before they are made
     model.freeze()
     adapted = {
         name: LoRALinear.from_base(module, r=config.rank, dropout=config.dropout, scale=config.scale)
@@ -43,16 +48,19 @@ def attach(model: nn.Module, config: LoRAConfig) -> Layers:
     return {name: (layer.lora_b.shape[1], layer.lora_a.shape[0]) for name, layer in adapted.items()}
 
 
-def _inputs(layer: nn.Module) -> int:
-    """Return how many inputs a linear layer has, packed or not."""
+def in_dims(layer: nn.Module) -> int:
+    """Return how many inputs a linear layer has, also if its weight is packed."""
     stored = int(layer.weight.shape[-1])
-    return stored * 32 // layer.bits if "scales" in layer else stored
+    return stored * 32 // int(layer.bits) if "scales" in layer else stored
 
 
 def find_layers(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """Return the linear layers that `config` chooses, by their path in the model, first block first.
+    """Return the linear layers that `config` chooses, by their path, first block first.
 
     A key is a layer's own name, "q_proj", or its path inside a block, "self_attn.q_proj".
+
+    Raises:
+        InputError: as `attach` says, but for the rank.
     """
     blocks = _blocks(model)
     if config.num_layers > len(blocks):
@@ -105,20 +113,22 @@ def _unknown_keys(model: nn.Module, unknown: list[str], available: set[str]) -> 
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Return the layers with factors, by their path in the model, first block first."""
-    return {name: module for name, module in _in_order(model) if isinstance(module, LoRALinear)}
-
-
-def _in_order(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [
-        (f"{block}.{path}", module)
+    """Return the layers with factors, by their path, first block first."""
+    return {
+        f"{block}.{path}": module
         for block, layer in _blocks(model).items()
         for path, module in reversed(layer.named_modules())
-    ]
+        if isinstance(module, LoRALinear)
+    }
+
+
+def trained_arrays(module: nn.Module) -> dict[str, mx.array]:
+    """Return the arrays of a module that train, by mlx's names: "model.layers.0.self_attn.q_proj.lora_a"."""
+    return dict(tree_flatten(module.trainable_parameters()))
 
 
 def read_factors(model: nn.Module) -> Factors:
-    """Return copies of all factors: A (rank, in) and B (out, rank), NumPy float32."""
+    """Return copies of all factors by layer: A (rank, in) and B (out, rank), NumPy float32."""
     layers = lora_layers(model)
     mx.eval([(layer.lora_a, layer.lora_b) for layer in layers.values()])
     return {
@@ -131,11 +141,11 @@ def write_factors(model: nn.Module, factors: Factors) -> None:
     """Set all factors of a model.
 
     Args:
-        model: With factors attached.
-        factors: A (k, in) and B (out, k) of NumPy or MLX, of any rank, for exactly the layers that have them.
+        model: A model with factors attached.
+        factors: A (k, in) and B (out, k) for exactly the layers that have factors, NumPy or MLX, of any rank k.
 
     Raises:
-        InputError: layers that are missing, unknown or of another shape; all are named.
+        InputError: layers are missing, unknown or of another shape; the message names all of them.
     """
     layers = lora_layers(model)
     problems = [f"  {name}: missing" for name in layers if name not in factors]
@@ -152,19 +162,3 @@ def write_factors(model: nn.Module, factors: Factors) -> None:
         layers[name].lora_a = mx.contiguous(mx.array(pair.a).astype(mx.float32).T)
         layers[name].lora_b = mx.contiguous(mx.array(pair.b).astype(mx.float32).T)
     mx.eval([(layer.lora_a, layer.lora_b) for layer in layers.values()])
-
-
-def effect(model: nn.Module) -> float:
-    """Return the largest difference that the factors make to any logit of a short row; 0 where they do nothing."""
-    layers = lora_layers(model)
-    tokens = mx.arange(1, 1 + _PROBE_TOKENS)[None]
-    with_factors = model(tokens)
-    kept = {name: layer.lora_b for name, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            layer.lora_b = mx.zeros_like(layer.lora_b)
-        difference = mx.abs(with_factors.astype(mx.float32) - model(tokens).astype(mx.float32)).max()
-        return float(np.array(difference))
-    finally:
-        for name, layer in layers.items():
-            layer.lora_b = kept[name]

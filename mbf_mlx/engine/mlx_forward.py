@@ -3,9 +3,9 @@
 Shapes: a batch has R rows, a shared prefix of P tokens, L tokens a row after it (data/batches.py); hidden states are
 (R, L, D), picked ones (N, D), logits (N, V). Everything is differentiable with respect to the trainable parameters.
 
-What an architecture does after its last block (a tied or separate head, soft-capping, a logit scale) is not written
-down again here: `head` runs the model's own code on the hidden states that were picked. `Forward` compares that with
-the model's full logits on a few tokens, and what does not agree stays off.
+What an architecture does after its last block (a tied or separate head, soft-capping, a logit scale) is not repeated
+here: `head` runs the model's own code on the hidden states that were picked. `Forward` compares the result with the
+model's full logits on a few tokens. A shortcut that does not agree with them stays off.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,24 +25,29 @@ PROBE_TOLERANCE = (1e-3, 3e-2)  # relative, between two ways to the same logits,
 
 
 class Forward:
-    """mlx-lm's way from a batch to hidden states and logits, on one model.
+    """mlx-lm's pass from a batch to hidden states and logits, on one model.
 
-    With `checkpoint` a block's activations are computed again in the backward pass instead of kept.
+    With `checkpoint`, a block's activations are computed again in the backward pass instead of kept.
+
+    Attributes:
+        picks_positions: Whether logits can be computed at supervised positions only.
+        shares_prefix: Whether a batch's prefix can be computed once for all rows.
+        vocabulary: The number of tokens that the model knows, V.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.picks_positions = False  # else logits are computed everywhere
-        self.shares_prefix = False  # else every row computes it again
+        self.picks_positions = False
+        self.shares_prefix = False
         self._text = getattr(model, "language_model", model)  # the part of a multimodal model that we train
         self._backbone = next((name for name in BACKBONES if callable(getattr(self._text, name, None))), None)
-        with _without_dropout(model):  # else two ways never agree
+        with _without_dropout(model):  # with it two passes never agree
             self.vocabulary = self._try()
 
     def _try(self) -> int:
-        """See on a few tokens which ways lead to the model's own logits; return its vocabulary."""
+        """Try on a few tokens which shortcuts lead to the model's own logits; return its vocabulary."""
         tokens = mx.arange(1, PROBE_TOKENS + 1)[None]
-        full = self.model(tokens)
+        full: mx.array = self.model(tokens)
         if self._backbone is None:
             return full.shape[-1]
         try:
@@ -51,11 +56,11 @@ class Forward:
                 behind = self._flat_hidden(tokens[:, 2:], tokens[0, :2])
                 self.shares_prefix = same(self.head(behind), full[0, 2:])
         except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):
-            pass  # an architecture with another interface: what was not shown to agree stays off
+            pass  # an architecture with another interface: the shortcuts stay off
         return full.shape[-1]
 
     def inputs(self, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-        """Return what `hidden_at` takes of a batch: the prefix (P,), the tokens (R, L) and the positions (N,)."""
+        """Return the arguments of `hidden_at` for a batch: prefix (P,), tokens (R, L) and positions (N,)."""
         if not self.shares_prefix:
             batch = without_prefix(batch)
         return mx.array(batch.prefix), mx.array(batch.tokens), mx.array(batch.positions)
@@ -70,23 +75,26 @@ class Forward:
         return self.hidden_at(prefix, tokens, positions, checkpoint)
 
     def logits(self, batch: Batch, checkpoint: bool = False) -> mx.array:
-        """Return the logits at the supervised positions, (N, V), by way of all of them."""
+        """Return the logits at the supervised positions, (N, V), after computing them at all positions."""
         batch = without_prefix(batch)
         with _checkpointed(self.model.layers if checkpoint else []):
-            logits = self.model(mx.array(batch.tokens))
+            logits: mx.array = self.model(mx.array(batch.tokens))
         return logits.reshape(-1, logits.shape[-1])[mx.array(batch.positions)]
 
     def _hidden(self, tokens: mx.array, prefix: mx.array | None, checkpoint: bool) -> mx.array:
-        """Return what the backbone gives for `tokens` (R, L) behind `prefix` (P,): (R, L, D)."""
+        """Return the backbone's hidden states (R, L, D) for `tokens` (R, L) behind `prefix` (P,)."""
         backbone = getattr(self._text, self._backbone or "")
         with _checkpointed(self.model.layers if checkpoint else []):
+            hidden: mx.array
             if prefix is None:
-                return backbone(tokens)
+                hidden = backbone(tokens)
+                return hidden
             caches = [SharedPrefix() for _ in self.model.layers]
             backbone(prefix[None], caches)  # its output is not used, so its last block's MLP is never computed
             for cache in caches:
                 cache.offset = prefix.shape[0]
-            return backbone(tokens, caches)
+            hidden = backbone(tokens, caches)
+            return hidden
 
     def _flat_hidden(self, tokens: mx.array, prefix: mx.array | None = None, checkpoint: bool = False) -> mx.array:
         hidden = self._hidden(tokens, prefix, checkpoint)
@@ -96,10 +104,11 @@ class Forward:
         """Return the logits (N, V) of picked hidden states (N, D)."""
         text = self._text
         backbone = getattr(text, self._backbone or "")
-        # The model's own code after its backbone, with a backbone that answers what we already have.
-        answered = _Stand(backbone, lambda *_, **__: hidden[None])
-        below_head = _Stand(text, None, **{self._backbone or "": answered})
-        return type(text).__call__(below_head, mx.zeros((1, 1), mx.int32))[0]
+        # Run the model's own code on a stand-in for the model, whose backbone returns the hidden states that we have.
+        known = _StandIn(backbone, lambda *_, **__: hidden[None])
+        stand_in = _StandIn(text, None, **{self._backbone or "": known})
+        logits: mx.array = type(text).__call__(stand_in, mx.zeros((1, 1), mx.int32))
+        return logits[0]
 
     def _has_plain_caches(self) -> bool:
         caches = make_prompt_cache(self.model)
@@ -109,8 +118,8 @@ class Forward:
 class SharedPrefix:
     """One layer's keys and values of the prefix, given to mlx-lm's forward pass as that layer's `cache`.
 
-    On the first call (offset 0) it takes in the prefix's keys and values, (1, heads, P, D); on the next (offset P) it
-    puts them before every row's own. Unlike mlx-lm's caches it writes nothing in place, so gradients go through it.
+    The first call (offset 0) stores the prefix's keys and values, (1, heads, P, D). The next call (offset P) puts them
+    before every row's own. Unlike mlx-lm's caches it writes nothing in place, so gradients go through it.
     """
 
     def __init__(self) -> None:
@@ -147,11 +156,11 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _checkpointed(blocks: list[nn.Module]) -> Iterator[None]:
-    """While the graph is built, let `blocks` keep only their inputs for the backward pass."""
+    """Inside this context, the graphs that `blocks` build keep only the blocks' inputs for the backward pass."""
     own = [type(block) for block in blocks]
     try:
         for block in blocks:
-            # A class for this block alone: mlx-lm's own `grad_checkpoint` changes the class for good, for all models.
+            # A class for this block only: mlx-lm's own `grad_checkpoint` changes the class for all models, for good.
             block.__class__ = type(type(block).__name__, (type(block),), {"__call__": _recomputed(type(block))})
         yield
     finally:
@@ -166,7 +175,7 @@ def _recomputed(block_class: type) -> Callable[..., mx.array]:
         cache = next((each for each in (*args, *kwargs.values()) if isinstance(each, SharedPrefix)), SharedPrefix())
         offset = cache.offset
 
-        # The prefix's keys and values go in as arguments and out as results: mlx only differentiates what it is shown.
+        # The prefix's keys and values are arguments and results: mlx differentiates nothing else.
         def run(keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
             inner = SharedPrefix()
             inner.offset, inner.keys, inner.values = offset, keys, values
@@ -174,6 +183,7 @@ def _recomputed(block_class: type) -> Callable[..., mx.array]:
             kwargs = {name: inner if isinstance(each, SharedPrefix) else each for name, each in kwargs.items()}
             return block_class.__call__(block, *args, **kwargs), inner.keys, inner.values
 
+        out: mx.array
         out, keys, values = nn.utils.checkpoint(block, run)(cache.keys, cache.values, *args, **kwargs)
         if not offset:
             cache.keys, cache.values = keys, values
@@ -182,8 +192,8 @@ def _recomputed(block_class: type) -> Callable[..., mx.array]:
     return call
 
 
-class _Stand:
-    """Stands in for a module: answers calls with `answer`, has `replaced` attributes, and the module's otherwise."""
+class _StandIn:
+    """Looks like a module, but calls go to `answer`, and attributes in `replaced` come before the module's own."""
 
     def __init__(self, module: Any, answer: Any, **replaced: Any):
         self.__dict__.update(_module=module, _answer=answer, **replaced)
@@ -196,7 +206,7 @@ class _Stand:
 
 
 def same(one: mx.array, other: mx.array) -> bool:
-    """Say whether two ways to the same logits agree."""
+    """Return whether logits that were computed in two ways agree, up to rounding."""
     if one.shape != other.shape:
         return False
     tolerance = PROBE_TOLERANCE[other.dtype in (mx.float16, mx.bfloat16)]

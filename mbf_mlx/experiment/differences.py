@@ -1,7 +1,7 @@
-"""Methods against one of them, cell by cell: what each gained on the same order with the same seed.
+"""Compares methods with one of them, cell by cell: the gain of each on the same order with the same seed.
 
-Cells of one order and seed see the same rows, in the same order, from the same first draw, so their difference varies
-less than two means do. Differences are in units of the score; a table shows points of percent.
+Cells with one order and seed see the same rows in the same order and draw the same first A. So their difference varies
+less than the difference of two means. Differences are in units of the score; tables show points of percent.
 """
 
 import math
@@ -10,34 +10,34 @@ from dataclasses import dataclass
 
 from mbf_mlx import metrics
 from mbf_mlx.errors import InputError
-from mbf_mlx.experiment.results import NOTHING, Row, measures_of, named, scored
+from mbf_mlx.experiment.results import NOTHING, CellRow, label_of, measures_of, scored_on
 
-Pairs = list[tuple[Row, Row]]
+Pairs = list[tuple[CellRow, CellRow]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One line: a method's score minus that of the one it is held against, over the cells that both have."""
+    """One line: a method's score minus the reference method's, over the cells that both have."""
 
     name: str
-    orders: dict[str, float | None]  # average accuracy, mean over seeds; None where the two share no cell
+    orders: dict[str, float | None]  # the same for each order; None where the two share no cell
     cells: int
-    mean: float  # of average accuracy, over the cells
+    mean: float  # mean difference in average accuracy, over the cells
     error: float | None  # standard error of that mean; None for one cell
     least: float
     most: float
-    newest: float | None  # mean over the cells; None where a newest task has no score
+    newest: float | None  # mean difference on the newest task; None where it has no score
 
 
 def reference_name(names: Iterable[str], asked: str) -> str:
-    """Return the one name that is `asked`, or `asked` with its only setting in brackets.
+    """Return the one method that the user asks for, by its name or by its name without the setting in brackets.
 
     Args:
-        names: Of all methods, as the table calls them: "products [2e-3]".
-        asked: By the user.
+        names: The names of all methods, as the table has them: "products [2e-3]".
+        asked: What the user wrote.
 
     Raises:
-        InputError: none is called so, or several settings are.
+        InputError: no method has this name, or several settings of it do.
     """
     known = list(dict.fromkeys(names))
     found = [name for name in known if asked in (name, name.rsplit(" [", 1)[0])]
@@ -46,11 +46,11 @@ def reference_name(names: Iterable[str], asked: str) -> str:
     return found[0]
 
 
-def differences(rows: Iterable[Row], against: str) -> list[Difference]:
-    """Return a line for every method but the one called `against`, best first."""
-    methods: dict[str, dict[tuple[str, int, Hashable], Row]] = {}
+def differences(rows: Iterable[CellRow], against: str) -> list[Difference]:
+    """Return a line for every method except the one named `against`, the best first."""
+    methods: dict[str, dict[tuple[str, int, Hashable], CellRow]] = {}
     for row in rows:
-        methods.setdefault(named(row), {})[row["order"], row["seed"], scored(row)] = row
+        methods.setdefault(label_of(row), {})[row["order"], row["seed"], scored_on(row)] = row
     reference = methods.pop(against, {})
     orders = list(dict.fromkeys(order for order, _, _ in reference))
     lines = []
@@ -85,7 +85,7 @@ def _gains(pairs: Pairs, measure: str) -> list[float]:
 
 
 def columns(lines: Sequence[Difference]) -> dict[str, list[str]]:
-    """Return the lines as text in points of percent, a head and what stands under it."""
+    """Return the lines' columns as texts by their heads, in points of percent."""
     found: dict[str, list[str]] = {"method": [line.name for line in lines]}
     orders = list(dict.fromkeys(order for line in lines for order in line.orders))
     for order in orders if len(orders) > 1 else []:

@@ -1,7 +1,8 @@
 """What decides a result, as hashes: of a training, of a score, of a cell of an experiment.
 
-Everything that a result depends on goes in: settings, rows as tokens, arrays to their last bit, and what is always the
-same within one experiment (base model, versions, device). Nothing that it does not depend on goes in, such as labels.
+A hash takes everything that its result depends on: settings, rows as tokens, arrays to their last bit, and what is the
+same for a whole experiment (base model, versions, device). It takes nothing that the result does not depend on, such as
+labels. A new setting may enter only where it is not at its default: the hashes of earlier results stay theirs.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import numpy as np
 
 from mbf_mlx.config import settings_of
 from mbf_mlx.data.encode import Encoded
-from mbf_mlx.experiment.plan_file import Cell
+from mbf_mlx.experiment.plan_file import Cell, ExperimentPlan
 from mbf_mlx.learning.tuning import Tuning
 from mbf_mlx.methods import Method, State
 
@@ -43,6 +44,19 @@ def digest(*parts: Any) -> str:
     return sha.hexdigest()[:32]
 
 
+def of_cell(always: dict[str, Any], plan: ExperimentPlan, cell: Cell) -> str:
+    """Return the hash of all that determines a cell's result; `always` is the same for the whole experiment."""
+    file = plan.file
+    return digest(
+        always,
+        {"method": cell.method, "options": cell.options, "seed": cell.seed},
+        *([{"only_last": True}] if cell.only_last else []),
+        settings_of_cell(cell),
+        [(name, plan.tasks[name].sha256) for name in cell.tasks],
+        [file.train_rows, file.valid_rows, file.test_rows, file.score_on, file.metric, file.forward_transfer],
+    )
+
+
 def of_training(
     always: dict[str, Any],
     cell: Cell,
@@ -52,9 +66,9 @@ def of_training(
     rows: Sequence[Encoded],
     valid: Sequence[Encoded],
 ) -> str:
-    """Return the hash of all that determines what training leaves."""
+    """Return the hash of all that determines the result of a training."""
     start = tuning.named()
-    added = tuning.has_penalty or not _is_plain(method, start, state)
+    added = tuning.has_penalty or not tuning.is_plain
     lora = {name: value for name, value in settings_of(cell.lora).items() if name != "rank"}
     return digest(
         always,
@@ -69,14 +83,8 @@ def of_training(
     )
 
 
-def _is_plain(method: Method, start: dict[str, Any], state: State) -> bool:
-    """Return whether what trains is itself what the model applies."""
-    effective = getattr(method, "effective", None)
-    return effective is None or effective(start, state) is start
-
-
 def settings_of_cell(cell: Cell) -> dict[str, Any]:
-    """Return a cell's settings as plain values, without those that decide nothing."""
+    """Return the settings of a cell that decide its result, as plain values."""
     return {
         "lora": settings_of(cell.lora),
         "train": _train_settings(cell),
@@ -85,12 +93,12 @@ def settings_of_cell(cell: Cell) -> dict[str, Any]:
 
 
 def _train_settings(cell: Cell) -> dict[str, Any]:
-    """Return the training settings that decide a result: how often it is saved does not."""
+    """Return the training settings that decide a result; how often it is saved is none of them."""
     return {name: value for name, value in asdict(cell.train).items() if name != "save_every"}
 
 
 def of_rows(rows: Sequence[Encoded]) -> list[Any]:
-    """Return all of some rows that training or scoring sees."""
+    """Return everything that training and scoring see of some rows."""
     return [(row.tokens, row.supervised, row.prompt_length, row.row.answers) for row in rows]
 
 

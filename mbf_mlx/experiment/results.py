@@ -1,15 +1,15 @@
-"""An experiment's results: one JSON line a cell, and the table that they make.
+"""An experiment's results: one JSON line for each cell, in `results.jsonl`.
 
-A line that a killed run left half written is not read, and the next one starts anew behind it. Scores are in [0, 1],
-seconds are of training alone. Means over orders are taken seed by seed, then over seeds, with the sample standard
-deviation between seeds.
+A half-written line of a killed run is not read; the next line starts behind it. Scores are in [0, 1]. Seconds of a task
+are those of training, measuring and merging. Means over orders are taken seed by seed, then over seeds, with the sample
+standard deviation between seeds.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast, get_type_hints
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError, create_model
 
 from mbf_mlx import metrics
 from mbf_mlx.errors import InputError
@@ -17,7 +17,6 @@ from mbf_mlx.files.log import Log
 
 RESULTS = "results.jsonl"
 NOTHING = "-"  # in a table
-Row = dict[str, Any]
 
 MEASURES = {
     "average_accuracy": "AA",
@@ -31,56 +30,75 @@ MEASURES = {
 }
 
 
-def read_results(path: Path) -> list[Row]:
-    """Return the rows of a results folder or file; of two that are called the same, the newer one.
+class CellRow(TypedDict):
+    """The result of one cell: one method with one seed through one order of T tasks.
 
-    Raises:
-        InputError: no results there, or a row that is none of ours.
+    Lists of T items follow the order of `tasks`. Scores are in [0, 1], losses in nats.
     """
-    file = path / RESULTS if path.is_dir() else path
-    found = [row for row in Log(file).read() if "hash" in row and "scores" in row]
-    if not found:
-        raise InputError(f"{path}: expected the results of an experiment ({RESULTS}), got none")
-    for row in found:
-        _check(row, file)
-    return list({called(row): row for row in found}.values())
 
-
-class _Cell(BaseModel):
-    """What a table and a page are made of; a row holds more."""
-
-    label: str
-    setting: str
+    hash: str  # of all that determines the result
+    label: str  # what tables call the method
+    setting: str  # the name of its settings; "" where the file has one alone
     order: str
     seed: int
     method: str
     options: dict[str, Any]
-    grows: bool
+    grows: bool  # what the method keeps grows with the number of tasks
     tasks: list[str]
     task_hashes: list[str]
-    scores: list[list[float | None]]
-    before: list[float | None] = []
-    kept_bytes: list[int]
+    scores: list[list[float | None]]  # row t: after task t, on all tasks up to it (and on the next one, if asked for)
+    before: NotRequired[list[float | None]]  # the base model's scores; empty if not asked for
+    kept_bytes: list[int]  # of all arrays held after each task
     train_seconds: list[float]
-    trainings: list[str]
+    trainings: list[str]  # the hash of each training
     steps: list[int]
-    curves: list[list[tuple[float, float | None]]]
-    base: dict[str, Any]
-    settings: dict[str, Any]
-    rows: dict[str, Any]
-    scored_on: str
+    curves: list[list[tuple[float, float | None]]]  # (step, mean training loss)
+    base: dict[str, str]  # name, fingerprint
+    settings: dict[str, dict[str, Any]]  # lora, train, data
+    rows: dict[str, int]  # train, valid, test: how many rows of each task; 0 is all
+    scored_on: str  # "test" or "valid"
     machine: dict[str, Any]
+    # What tables do not need, and measures that are computed again from the scores.
+    losses: NotRequired[list[list[float | None]]]
+    metrics: NotRequired[list[str]]
+    train_tokens: NotRequired[list[int]]
+    peak_memory_bytes: NotRequired[int]
+    seconds: NotRequired[float]
+    average_accuracy: NotRequired[float | None]
+    backward_transfer: NotRequired[float | None]
+    forgetting: NotRequired[float | None]
+    forward_transfer: NotRequired[float | None]
+    learning_accuracy: NotRequired[float | None]
+    newest: NotRequired[float | None]
 
 
-def _check(row: Row, file: Path) -> None:
+CellKey = tuple[str, str, str, int, tuple[str, int]]
+
+# What is checked of a row that comes from a file.
+_CHECKS: dict[str, Any] = {
+    name: (kind, ... if name in CellRow.__required_keys__ else None) for name, kind in get_type_hints(CellRow).items()
+}
+_Cell = create_model("_Cell", **_CHECKS)
+
+
+def read_results(path: str | Path) -> list[CellRow]:
+    """Return the rows of a results folder or file. Of two rows with one `cell_key`, the newer one counts.
+
+    Raises:
+        InputError: there are no results, or a row is no cell of an experiment.
+    """
+    path = Path(path)
+    file = path / RESULTS if path.is_dir() else path
+    found = [row for row in Log(file).read() if "hash" in row and "scores" in row]
+    if not found:
+        raise InputError(f"{path}: expected the results of an experiment ({RESULTS}), got none")
+    return list({cell_key(row): row for row in (_checked(row, file) for row in found)}.values())
+
+
+def _checked(row: dict[str, Any], file: Path) -> CellRow:
     try:
-        cell = _Cell.model_validate(row)
-        tasks = len(cell.tasks)
-        lists = (cell.task_hashes, cell.scores, cell.kept_bytes, cell.train_seconds, cell.trainings, cell.steps)
-        whole = all(len(found) == tasks for found in (*lists, cell.curves, cell.before or cell.tasks)) and all(
-            len(scores) > t for t, scores in enumerate(cell.scores)
-        )
-        wrong = "" if tasks and whole else f"scores: expected one row for each of {tasks} tasks, as long as its place"
+        _Cell.model_validate(row)
+        wrong = _wrong_lengths(cast(CellRow, row))
     except ValidationError as error:
         first = error.errors()[0]
         wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
@@ -89,16 +107,29 @@ def _check(row: Row, file: Path) -> None:
             f"{file}: the row with hash {str(row['hash'])[:40]!r} is no cell of an experiment: {wrong}"
             "\nhint: take the line out, and mbf experiment runs its cell again"
         )
+    return cast(CellRow, row)
 
 
-def scored(row: Row) -> tuple[str, int]:
-    """Return the split that a cell was scored on and how many of its rows, 0 for all: others are no match for it."""
+def _wrong_lengths(row: CellRow) -> str:
+    tasks = len(row["tasks"])
+    lengths = {len(row["task_hashes"]), len(row["scores"]), len(row["kept_bytes"]), len(row["train_seconds"])}
+    lengths |= {len(row["trainings"]), len(row["steps"]), len(row["curves"]), len(row.get("before") or row["tasks"])}
+    if tasks and lengths == {tasks} and all(len(scores) > t for t, scores in enumerate(row["scores"])):
+        return ""
+    return f"scores: expected one row for each of {tasks} tasks, as long as its place"
+
+
+def scored_on(row: CellRow) -> tuple[str, int]:
+    """Return the split that a cell was scored on, and how many of its rows (0: all).
+
+    Cells that were scored on other rows cannot be compared.
+    """
     return row["scored_on"], row["rows"].get("test", 0)
 
 
-def called(row: Row) -> tuple[Hashable, ...]:
+def cell_key(row: CellRow) -> CellKey:
     """Return what tells a cell from all others: label, setting, order, seed, and what it was scored on."""
-    return row["label"], row["setting"], row["order"], row["seed"], scored(row)
+    return row["label"], row["setting"], row["order"], row["seed"], scored_on(row)
 
 
 def name_of(label: str, setting: str) -> str:
@@ -106,15 +137,24 @@ def name_of(label: str, setting: str) -> str:
     return f"{label} [{setting}]" if setting else label
 
 
-def named(row: Row) -> str:
+def label_of(row: CellRow) -> str:
     """Return what a table calls a cell's method."""
     return name_of(row["label"], row["setting"])
 
 
-def measured(
-    scores: Sequence[Sequence[float | None]], before: Sequence[float | None] | None
-) -> dict[str, float | None]:
-    """Return a cell's own measures from its matrix and the base model's scores."""
+class Measures(TypedDict):
+    """What one cell's scores come to; None where there is no such number."""
+
+    average_accuracy: float | None
+    backward_transfer: float | None
+    forgetting: float | None
+    forward_transfer: float | None
+    learning_accuracy: float | None
+    newest: float | None
+
+
+def measured(scores: Sequence[Sequence[float | None]], before: Sequence[float | None] | None) -> Measures:
+    """Return a cell's measures from its matrix and the base model's scores."""
     square = [list(row[: t + 1]) for t, row in enumerate(scores)]
     learned = metrics.learning_accuracy(square)
     return {
@@ -127,6 +167,7 @@ def measured(
     }
 
 
-def measures_of(row: Row) -> dict[str, float | None]:
-    """Return a cell's measures, from its scores."""
-    return measured(row["scores"], row.get("before") or None)
+def measures_of(row: CellRow) -> dict[str, float | None]:
+    """Return a cell's measures by name, computed from its scores."""
+    found = measured(row["scores"], row.get("before") or None)
+    return {name: value for name, value in found.items() if value is None or isinstance(value, float)}

@@ -1,7 +1,7 @@
-"""The published benchmarks that the paper is measured on: which orders, which files, which training.
+"""The published benchmarks that the paper is measured on: their orders, files and training settings.
 
-Each suite reads its benchmark's files as they are published, laid out as there: O-LoRA's `CL_Benchmark` (standard,
-long), SAPT's `CL_Benchmark/SuperNI` (superni). The prompts are those of data/benchmark_formats.py.
+Each suite reads the files of its benchmark as they are published: O-LoRA's `CL_Benchmark` (standard, long) and SAPT's
+`CL_Benchmark/SuperNI` (superni). data/benchmark_formats.py makes the prompts.
 
 Source: Qiao and Mahdavi 2025, arXiv:2512.23017, its orders O1 to O6 and the two of SuperNI, and its protocol (learning
 rate, batches, epochs, rank, layers). What it does not report (the LoRA scale, warmup, weight decay, sequence lengths)

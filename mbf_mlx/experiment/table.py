@@ -1,11 +1,11 @@
-"""Results as one table: a line a method, cells averaged."""
+"""Results as one table: one line for each method, averaged over its cells."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mbf_mlx import metrics, units
-from mbf_mlx.experiment.results import MEASURES, NOTHING, Row, measures_of, name_of, scored
+from mbf_mlx.experiment.results import MEASURES, NOTHING, CellRow, measures_of, name_of, scored_on
 from mbf_mlx.metrics import Spread
 
 
@@ -15,28 +15,28 @@ class Line:
 
     label: str
     setting: str
-    order: str  # "all" over several, "2 orders" over some of those that others were run on
+    order: str  # "all" for a mean over all orders, "2 orders" for a mean over two of them
     orders: int
     seeds: int
     cells: int
-    measures: dict[str, Spread]  # of MEASURES; disparities over orders alone
-    kept_bytes: int  # between tasks, at the end
-    grows: bool  # with the number of tasks
-    seconds: float  # of training, mean of a cell
+    measures: dict[str, Spread]  # by the names in MEASURES; disparities only where there are several orders
+    kept_bytes: int  # held between tasks, at the end
+    grows: bool  # kept_bytes grow with the number of tasks
+    seconds: float  # mean training time of a cell
 
     @property
     def name(self) -> str:
-        """What the line is called."""
+        """What a table calls the line."""
         return name_of(self.label, self.setting)
 
 
-def table(rows: Iterable[Row]) -> list[Line]:
-    """Return the table's lines: each method's orders, and behind several their mean."""
-    groups: dict[tuple[str, str, Hashable], list[Row]] = {}
-    known: dict[Hashable, set[str]] = {}  # the orders that something was scored on: test rows, or valid ones
+def table(rows: Iterable[CellRow]) -> list[Line]:
+    """Return the table's lines: one for each order of a method, then one for the mean over several orders."""
+    groups: dict[tuple[str, str, Hashable], list[CellRow]] = {}
+    known: dict[Hashable, set[str]] = {}  # by the rows that were scored: all orders there
     for row in rows:
-        groups.setdefault((row["label"], row["setting"], scored(row)), []).append(row)
-        known.setdefault(scored(row), set()).add(row["order"])
+        groups.setdefault((row["label"], row["setting"], scored_on(row)), []).append(row)
+        known.setdefault(scored_on(row), set()).add(row["order"])
     lines = []
     for (label, setting, on), group in groups.items():
         orders = list(dict.fromkeys(row["order"] for row in group))
@@ -47,7 +47,7 @@ def table(rows: Iterable[Row]) -> list[Line]:
     return lines
 
 
-def _line(label: str, setting: str, order: str, group: list[Row]) -> Line:
+def _line(label: str, setting: str, order: str, group: list[CellRow]) -> Line:
     seeds = sorted({row["seed"] for row in group})
     by_seed = [[row for row in group if row["seed"] == seed] for seed in seeds]
     orders = len({row["order"] for row in group})
@@ -76,30 +76,30 @@ def _mean(cells: list[dict[str, float | None]], name: str) -> float | None:
     return sum(values) / len(values) if len(values) == len(cells) else None
 
 
-def _finals(row: Row) -> dict[str, float | None]:
+def _finals(row: CellRow) -> dict[str, float | None]:
     return dict(zip(row["tasks"], row["scores"][-1], strict=False))
 
 
 def cells_of(line: Line) -> list[str]:
-    """Return a line as text, cell by cell, under `heads`: points of percent, mean ± deviation over seeds."""
+    """Return the texts of a line, one under each of `heads`: points of percent, mean ± deviation over seeds."""
     numbers = [points(line.measures.get(name)) for name in MEASURES]
     kept = units.size(line.kept_bytes) + (", grows" if line.grows else "")
     return [line.name, line.order, str(line.seeds), *numbers, kept, units.duration(line.seconds)]
 
 
 def heads() -> list[str]:
-    """Return the heads of all columns that a table can have."""
+    """Return the heads of all columns that a table may have."""
     return ["method", "order", "seeds", *MEASURES.values(), "kept", "training"]
 
 
 def columns(lines: Sequence[Line]) -> dict[str, list[str]]:
-    """Return the table as text, a head and what stands under it; without columns in which no line has anything."""
+    """Return the table's columns as texts by their heads, without columns that are empty in every line."""
     found = zip(heads(), zip(*map(cells_of, lines)))
     return {head: list(cells) for head, cells in found if set(cells) != {NOTHING}}
 
 
 def points(spread: Spread | None) -> str:
-    """Return a spread in points of percent: "61.2 ± 1.3", without a deviation where there is one seed alone."""
+    """Return a spread in points of percent: "61.2 ± 1.3", or "61.2" where there is only one seed."""
     if spread is None or spread.mean is None:
         return NOTHING
     mean = round(100 * spread.mean, 1) + 0.0  # no -0.0
@@ -107,14 +107,14 @@ def points(spread: Spread | None) -> str:
 
 
 def markdown(found: dict[str, list[str]]) -> str:
-    """Return a table in Markdown: heads, and what stands under each. Numbers are to the right, words to the left."""
+    """Return columns as a table in Markdown, numbers aligned right and words left."""
     sides = ["---" if head in ("method", "order", "seeds") else "---:" for head in found]
     lines = [list(found), sides, *zip(*found.values())]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def document(name: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """Return what `mbf experiment --json` prints: the table's lines and every cell."""
+def document(name: str, rows: Sequence[CellRow]) -> dict[str, Any]:
+    """Return the document that `mbf experiment --json` prints: the table's lines and every cell."""
     lines = [asdict(line) for line in table(rows)]
     for line in lines:
         line["measures"] = {

@@ -1,4 +1,4 @@
-"""Exports: what was learned, written as what other programs read; one file per target, one way through them all."""
+"""Exports: what a stream has learned, in the formats that other programs load."""
 
 from pathlib import Path
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.job import ExportRows, Job, Show, show_nothing
 
-# target -> what it is, in the order in which the help lists them
+# target -> what it is, in the order of the help
 TARGETS = {
     "mlx": "a fused model folder for mlx-lm, LM Studio's MLX engine and mlx-swift",
-    "adapter": "the adapter in mlx-lm's layout, for whoever has the base",
+    "adapter": "the adapter in mlx-lm's layout, for users who have the base",
     "peft": "the adapter in PEFT's layout, for transformers and vLLM",
     "gguf": "the whole model as one file for llama.cpp",
     "gguf-adapter": "the adapter as one file, for llama.cpp beside the base's own GGUF file",
@@ -32,59 +32,61 @@ def export(
     calibration: Path | None = None,
     show: Show = show_nothing,
 ) -> dict[str, Any]:
-    """Write what a stream has learned as `target` to `out`, open it again and measure what survived.
+    """Write what a stream has learned as `target` to `out`, open it again and measure how much survived.
 
     Args:
         stream: An `api.Stream`.
         target: One of TARGETS.
         out: The folder or file to make.
-        bits: Of the layers with factors, for the targets that quantize; None is what loses nothing there.
-        kind: A GGUF type in place of bits, or "mlx" for LM Studio's MLX engine.
+        bits: Bits of the layers with factors, for the targets that quantize; None loses nothing there.
+        kind: A GGUF type instead of bits, or "mlx" for LM Studio's MLX engine.
         force: Replace an earlier export.
-        allow_loss: Write an export that lost too much, too.
-        calibration: A task file or text to fit and to measure on, in place of the stream's own tasks.
+        allow_loss: Write an export even where it lost too much.
+        calibration: A task file or a text to fit and measure on, instead of the stream's own tasks.
         show: Shows progress, as `commands.console.progress` does.
 
     Returns:
         The document of `mbf export --json`.
 
     Raises:
-        InputError: no such target, options that do not go with it, a stream that has learned nothing, another base, a
+        InputError: no such target, options that do not fit it, a stream that has learned nothing, another base, a
             place that may not be written, an export that lost too much.
     """
     check_options(target, bits, kind)
-    job = _job(
+    job = make_job(
         stream, out, bits=bits, kind=kind, force=force, allow_loss=allow_loss, calibration=calibration, show=show
     )
     return run(job, target)
 
 
 def check_options(target: str, bits: int | None, kind: str | None) -> None:
-    """Raise InputError if there is no such target, or the options do not go with it."""
+    """Raise InputError if there is no such target, or the options do not fit it."""
     if target not in TARGETS:
         raise InputError(f"target: expected one of {', '.join(TARGETS)}, got {target!r}")
     if bits is not None and target not in WITH_BITS:
-        raise InputError(f"--bits: {target} is stored in float32 as it is and takes none")
+        raise InputError(f"--bits: the target {target} stores float32 and takes no bits")
     if kind is not None and target not in WITH_TYPE:
         raise InputError(f"--type: expected with {', '.join(WITH_TYPE)}, got it with {target}")
 
 
 def run(job: Job, target: str) -> dict[str, Any]:
-    """Write one target; see `export`."""
-    from mbf_mlx.export import targets
+    """Write one target and return its document, as `export` does."""
+    from mbf_mlx.export.targets import WRITERS
 
-    document = targets.WRITERS[target](job)
-    return {"target": target, "out": str(job.out), **document}
+    document = WRITERS[target](job)
+    return {"target": target, "out": str(job.out), **document, "notes": [*job.notes, *document["notes"]]}
 
 
-def _job(stream: Any, out: Path, *, calibration: Path | None, **options: Any) -> Job:
-    from mbf_mlx.export.card import About, read_base_card
+def make_job(stream: Any, out: Path, *, calibration: Path | None = None, **options: Any) -> Job:
+    """Return the export of a stream. Arguments and errors are those of `export`; `options` are fields of `Job`."""
+    from mbf_mlx.base.card import public_name, read_card
+    from mbf_mlx.export.card import About
 
     identity, state = stream.folder.identity, stream.folder.state()
     if not state.t:
         raise InputError(f"{stream.folder.path}: nothing to export: it has learned no task")
     base = stream.base_folder()
-    licence, original = read_base_card(base.path)
+    card = read_card(base.path)
 
     def read_rows() -> ExportRows:
         from mbf_mlx.base.load import load_tokenizer
@@ -93,18 +95,20 @@ def _job(stream: Any, out: Path, *, calibration: Path | None, **options: Any) ->
         tokenizer = load_tokenizer(base.path)
         if calibration is not None:
             return rows_of_file(calibration, tokenizer, identity.template)
-        return rows_of_tasks(stream.folder.history(), tokenizer, identity.template)
+        return rows_of_tasks(stream.folder.history(), tokenizer, identity.template, stream.folder.path)
 
     return Job(
         base=base.path,
+        base_name=base.name,
         factors=state.deployed,
         scale=identity.scale,
         num_layers=identity.num_layers,
         num_blocks=identity.base.num_layers,
-        about=About(base.name, stream.status(), licence, original),
+        about=About(public_name(base.path), stream.status(), card.licence, card.original),
+        notes=card.notes,
         template=identity.template,
         out=out,
-        forbidden=(stream.folder.path, base.path),
+        forbidden=(stream.folder.path,),
         read_rows=read_rows,
         **options,
     )

@@ -1,9 +1,9 @@
-"""The `adapter` target: the deployed adapter as a folder of mlx-lm's layout, for whoever has the base already."""
+"""The `adapter` target: the deployed adapter as a folder of mlx-lm's layout, for users who have the base."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from mbf_mlx.adapters import mlx_lm as adapter
+from mbf_mlx.adapters.mlx_lm import read_adapter
 from mbf_mlx.export.place import fresh_folder
 from mbf_mlx.files.storage import Data, Files
 from mbf_mlx.methods import Factors
@@ -17,13 +17,13 @@ def write_files(
     forbidden: tuple[Path, ...] = (),
     finish: Callable[[Path], None] | None = None,
 ) -> int:
-    """Write a folder of a few files; return its bytes.
+    """Write a folder of a few files and return its bytes.
 
     Args:
         files: Content by name.
-        out: The folder to make; see `place.fresh_folder` for what is refused.
+        out: The folder to make; `place.fresh_folder` says what is refused.
         force: Replace an earlier export.
-        forbidden: Folders to stay out of: the stream, the base.
+        forbidden: Folders that `out` must stay out of: the stream, the base.
         finish: Called with the folder before it gets its name, to check it and to add the card.
     """
     needs = sum(len(data) for data in files.values())
@@ -36,8 +36,8 @@ def write_files(
 
 
 def read_back(folder: Path, factors: Factors, scale: float) -> None:
-    """Raise RuntimeError if an adapter folder does not mean exactly these factors."""
-    stored = adapter.read(folder)
+    """Raise RuntimeError if an adapter folder does not hold exactly these factors and this scale."""
+    stored = read_adapter(folder)
     same = stored.factors.keys() == factors.keys() and stored.scale == scale
     if not same or any(
         (stored.factors[k].a != p.a).any() or (stored.factors[k].b != p.b).any() for k, p in factors.items()

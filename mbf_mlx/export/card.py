@@ -1,33 +1,58 @@
-"""The model card of an export: what it is and learned (by name), how it scored, how to serve it; never the data."""
+"""The model card of an export: what it is, what it learned (by name), how it scored, how to serve it; never the data.
 
-import re
+A card is made to be passed on, so it names no path of this machine.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mbf_mlx import __version__
+from mbf_mlx.base.card import front_matter
 
-NAME = "README.md"
-_FIELD = re.compile(r"^(license|base_model):\s*([^\s#].*)$", re.MULTILINE)
+LIBRARIES = {"peft": "peft", "mlx": "mlx", "adapter": "mlx"}  # target -> the hub's name of what loads it
+WORDS = {
+    "rank": "Rank",
+    "scale": "Scale (delta = scale * B @ A)",
+    "keys": "Layers with factors",
+    "num_layers": "Blocks with factors, counted from the last",
+    "dropout": "Dropout on the LoRA inputs",
+    "template": "Prompts",
+    "iters": "Optimizer steps",
+    "grad_accumulation_steps": "Batches of one optimizer step",
+    "learning_rate": "Peak learning rate",
+    "warmup": "Warmup (share of the steps)",
+    "max_grad_norm": "Longest gradient (norm)",
+    "grad_checkpoint": "Activations computed again in the backward pass",
+    "mask_prompt": "Answers alone are supervised",
+    "max_seq_length": "Longest row (tokens)",
+    "val_every": "Steps between validations",
+    "patience": "Validations without a gain before training stops",
+    "save_every": "Saved every",
+}
+MEANINGS = {
+    ("num_layers", -1): "all",
+    ("template", "chat"): "in the base's chat template",
+    ("template", "none"): "as they are, without a template",
+    ("val_every", 0): "one epoch",
+    ("patience", 0): "off",
+    ("max_grad_norm", 0): "off",
+}
 
 
 @dataclass(frozen=True)
 class About:
-    """What a card says of the stream that was exported."""
+    """What a card says about the stream that was exported."""
 
-    base: str  # as the user called it
-    status: dict[str, Any] = field(default_factory=dict)  # what `mbf status --json` prints
-    licence: str | None = None  # of the base, an SPDX id where it is one
-    original: str | None = None  # the unquantized model that the base was made from, a hub id
+    base: str  # the base's hub id or the name of its folder, never a path
+    status: dict[str, Any] = field(default_factory=dict)  # the document of `mbf status --json`
+    licence: str | None = None  # of the base, as the hub abbreviates it
+    original: str | None = None  # hub id of the unquantized model that the base was made from
 
-
-def read_base_card(folder: Path) -> tuple[str | None, str | None]:
-    """Return the licence and the original model that a base folder's own card names, each None where it does not."""
-    path = folder / NAME
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    head = text.split("---")[1] if text.startswith("---") and text.count("---") >= 2 else ""
-    found = {match[1]: match[2].strip().strip("\"'") for match in _FIELD.finditer(head)}
-    return found.get("license"), found.get("base_model")
+    @property
+    def hub_id(self) -> str | None:
+        """The base's own hub id, else its original's, else None."""
+        return self.base if "/" in self.base else self.original
 
 
 def text(about: About, target: str, serve: list[str], survived: list[str]) -> str:
@@ -35,45 +60,33 @@ def text(about: About, target: str, serve: list[str], survived: list[str]) -> st
 
     Args:
         about: The stream.
-        target: "mlx", "adapter", "peft", ...
-        serve: Commands that serve the export.
+        target: One of `export.TARGETS`.
+        serve: Commands that serve the export, as they are typed in the folder that holds it.
         survived: Sentences on what the export kept of the update.
     """
     status = about.status
-    settings = status.get("settings", {})
-    head = {
-        "base_model": about.original or about.base,
-        "license": about.licence,
-        "library_name": "peft" if target == "peft" else "mlx" if target in ("mlx", "adapter") else None,
-        "pipeline_tag": "text-generation",
-    }
-    lines = ["---", *(f"{key}: {_quoted(value)}" for key, value in head.items() if value)]
-    lines += ["tags:", "- continual-learning", "- lora", "- mbf-mlx", "---", ""]
+    head = front_matter(
+        base_model=about.original or about.hub_id,
+        license=about.licence,
+        library_name=LIBRARIES.get(target),
+        pipeline_tag="text-generation",
+        tags=["continual-learning", "lora", "mbf-mlx"],
+    )
     count = len(status.get("tasks", []))
-    lines += [f"# {Path(about.base).name}, taught {count} task{'' if count == 1 else 's'}", ""]
-    lines += [
-        f"Made by mbf-mlx {__version__} from `{about.base}`: one LoRA adapter that learned the tasks one after another"
-        f" (method {status.get('method', 'slao')}).",
-        "",
-    ]
-    lines += _tasks(status)
-    if settings:
-        lines += ["## Settings", "", *(f"- {key}: {value}" for key, value in settings.items()), ""]
+    lines = [f"# {about.base.rpartition('/')[2]}, taught {count} task{'' if count == 1 else 's'}", ""]
+    lines += [f"Made by mbf-mlx {__version__} from `{about.base}`. One LoRA adapter learned the tasks in order.", ""]
+    lines += [*_tasks(status), *_settings(status)]
     if survived:
         lines += ["## What the export kept", "", *(f"- {sentence}" for sentence in survived), ""]
     if serve:
         lines += ["## Serve it", "", "```", *serve, "```", ""]
     if about.licence:
-        lines += ["## Licence", "", f"That of the base model: {about.licence}.", ""]
-    return "\n".join(lines)
-
-
-def _quoted(value: str) -> str:
-    return value if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", value) else '"' + value.replace('"', "'") + '"'
+        lines += ["## Licence", "", f"The licence of the base model applies: {about.licence}.", ""]
+    return "\n".join([head, *lines])
 
 
 def _tasks(status: dict[str, Any]) -> list[str]:
-    """Return the table of tasks with the scores after each, and the three numbers that sum it up."""
+    """Return the table of scores after each task, and the three numbers that sum it up."""
     tasks, scores = status.get("tasks", []), status.get("scores", [])
     if not tasks:
         return []
@@ -90,5 +103,32 @@ def _tasks(status: dict[str, Any]) -> list[str]:
     return [*lines, ", ".join(numbers) + "." if numbers else "", ""]
 
 
-def _cell(name: str) -> str:
-    return name.replace("|", "\\|")
+def _settings(status: dict[str, Any]) -> list[str]:
+    """Return the table of settings: the stream's own, and those of its last task."""
+    rows = [("Method", str(status["method"]))] if "method" in status else []
+    rows += _flat({**status.get("method_options", {}), **status.get("settings", {})})
+    if not rows:
+        return []
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+    return ["## Settings", "", "Training settings are those of the last task.", "", "| | |", "|---|---|", *lines, ""]
+
+
+def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield name and value of every setting that is set, in words."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        elif value is not None:
+            yield WORDS.get(key, key.replace("_", " ").capitalize()), _words(key, value)
+
+
+def _words(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return MEANINGS.get((key, value), str(value))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

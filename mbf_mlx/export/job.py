@@ -1,7 +1,7 @@
-"""One export as the targets see it: what is exported, where to, how, and which rows it may be measured on."""
+"""One export as the targets see it: what is exported, where it goes, in which form, and which rows measure it."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from mbf_mlx.export.card import About
 from mbf_mlx.methods import Factors
 
 Show = Callable[[str, int | None, str], AbstractContextManager[Callable[..., None]]]  # title, total, unit -> update
+Count = Callable[[int], None]  # takes the bytes of a finished step
 
 
 def show_nothing(title: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Callable[..., None]]:
@@ -20,35 +21,55 @@ def show_nothing(title: str, total: int | None = None, unit: str = "") -> Abstra
 
 @dataclass(frozen=True)
 class ExportRows:
-    """Encoded rows to look at, and where they are from."""
+    """Encoded rows to run the models on, and where they come from."""
 
-    fit: Sequence[Any] = ()  # to choose a rounding on
-    compare: Sequence[Any] = ()  # to compare with the live model on; none of them is in `fit`
+    fit: Sequence[Any] = ()  # the rounding is fitted to these
+    compare: Sequence[Any] = ()  # the export and the live model are compared on these; none of them is in `fit`
     source: str = "no rows"
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One export."""
+    """One export: every target takes it whole."""
 
-    base: Path  # folder of the base model
-    factors: Factors  # the deployed pair of every layer
-    scale: float
-    num_layers: int  # blocks counted from the last that have factors
-    num_blocks: int  # of the model
+    base: Path  # folder of the base model: MLX's layout, or Hugging Face's with tensors named as MLX names them
+    base_name: str  # as the user called the base; adapter folders name it in their config
+    factors: Factors  # the deployed A (rank, in) and B (out, rank) of every layer
+    scale: float  # delta = scale * B @ A
+    num_layers: int  # blocks that have factors, counted from the last
+    num_blocks: int  # all blocks of the model
     about: About
-    out: Path
-    template: str = "chat"  # "chat", or "none" where it was trained on raw prompts
-    bits: int | None = None
-    kind: str | None = None  # a GGUF type, or "mlx"
-    force: bool = False
-    allow_loss: bool = False
-    forbidden: tuple[Path, ...] = ()
-    read_rows: Callable[[], ExportRows] = ExportRows  # reads files and tokenizes, so only when asked
+    out: Path  # the folder or file to make; `place` says what is refused
+    template: str = "chat"  # "chat", or "none" where the stream was taught on raw prompts
+    bits: int | None = None  # of the layers with factors; None loses nothing there
+    kind: str | None = None  # a GGUF type, or "mlx" for LM Studio's MLX engine
+    force: bool = False  # replace an earlier export
+    allow_loss: bool = False  # write an export even where it lost too much
+    notes: tuple[str, ...] = ()  # what its user should know, whatever the target
+    forbidden: tuple[Path, ...] = ()  # folders that the export must stay out of, besides the base: the stream
+    read_rows: Callable[[], ExportRows] = ExportRows  # reads files and tokenizes, so it is called only when needed
     show: Show = field(default=show_nothing)
 
     @cached_property
     def rows(self) -> ExportRows:
         """The rows, read once."""
         return self.read_rows()
+
+    @property
+    def off_limits(self) -> tuple[Path, ...]:
+        """Folders that the export must lie neither in nor around."""
+        return (self.base, *self.forbidden)
+
+    @contextmanager
+    def counting(self, total: int) -> Iterator[Count]:
+        """Give a function that counts bytes up to `total` and shows the percentage."""
+        done = 0
+        with self.show("fusing, writing, reading back", 100, "percent") as update:
+
+            def count(nbytes: int) -> None:
+                nonlocal done
+                done += nbytes
+                update(100 * done // max(total, 1))
+
+            yield count

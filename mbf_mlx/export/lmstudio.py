@@ -1,7 +1,7 @@
-"""The `lmstudio` target: a model in LM Studio's layout, `<publisher>/<model>/`, below a folder of its own.
+"""The `lmstudio` target: a model in LM Studio's layout, `<publisher>/<model>/`, inside a folder of its own.
 
-LM Studio has no adapters, so the update is fused: into a GGUF file, which it runs everywhere, or into an MLX folder for
-its MLX engine on a Mac.
+LM Studio loads no adapters, so the update is fused: into a GGUF file, which LM Studio runs everywhere, or into an MLX
+folder for its MLX engine on a Mac.
 """
 
 import shlex
@@ -10,107 +10,70 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.export.gguf.write import GGUFReport, Progress, write_gguf
+from mbf_mlx.export.gguf.write import GGUFReport, write_gguf
+from mbf_mlx.export.job import Job
 from mbf_mlx.export.mlx_folder import FolderReport, write_mlx_folder
 from mbf_mlx.export.place import fresh_folder
 from mbf_mlx.export.weights.rounding import Rounders, no_rounder
-from mbf_mlx.methods import Factors
 
-PUBLISHER = "mbf"
-ENGINES = ("gguf", "mlx")
-MODELS = "~/.lmstudio/models"  # where LM Studio looks
+PUBLISHER = "mbf"  # LM Studio shows it as the model's author
+MODELS = "~/.lmstudio/models"  # where LM Studio looks for models
 
 
 @dataclass(frozen=True)
 class LMStudioReport:
     """What an `lmstudio` export did."""
 
-    out: Path
-    model: Path  # the GGUF file or MLX folder inside `out`
+    model: Path  # the GGUF file or MLX folder, as a path inside the export
     written: GGUFReport | FolderReport
-    next: list[str]  # commands to type
+
+
+def for_mlx(job: Job) -> bool:
+    """Return whether the export is for LM Studio's MLX engine."""
+    return (job.kind or "").lower() == "mlx"
 
 
 def write_lmstudio(
-    base_folder: Path,
-    factors: Factors,
-    scale: float,
-    out: Path,
-    *,
-    name: str,
-    publisher: str = PUBLISHER,
-    engine: str = "gguf",
-    kind: str | None = None,
-    bits: int | None = None,
-    license_id: str | None = None,
-    force: bool = False,
-    forbidden: tuple[Path, ...] = (),
-    rounders: Rounders = no_rounder,
-    progress: Progress | None = None,
-    finish: Callable[[Path, LMStudioReport], None] | None = None,
+    job: Job, rounders: Rounders = no_rounder, finish: Callable[[Path, LMStudioReport], None] | None = None
 ) -> LMStudioReport:
-    """Write `<out>/<publisher>/<name>/` with the fused model in it.
+    """Write `<out>/mbf/<name>/` with the fused model in it. The name is that of the folder `out`.
 
     Args:
-        base_folder: As for `write_gguf` and `write_mlx_folder`, like all arguments that are not named here.
-        factors: The deployed pair of every layer.
-        scale: delta = scale * B @ A.
-        out: The folder to make.
-        name: Of the model in LM Studio.
-        publisher: Whose model LM Studio says it is.
-        engine: "gguf", or "mlx" for the MLX engine.
-        kind: Type of the GGUF file's matrices.
-        bits: Of the MLX folder's layers with factors.
-        license_id: SPDX id of the model's licence.
-        force: Replace an earlier export.
-        forbidden: Folders to stay out of beside the base.
-        rounders: Layer -> the rounder of its inputs.
-        progress: Called after each tensor.
+        job: The export; `job.kind` "mlx" writes an MLX folder, anything else a GGUF file.
+        rounders: As for `write_gguf` and `write_mlx_folder`.
         finish: Called with the folder before it gets its name.
 
     Raises:
-        InputError: another engine, a name that is no name of a folder, or what the writer refuses.
+        InputError: a name that LM Studio cannot use, or what the writer refuses.
     """
-    if engine not in ENGINES:
-        raise InputError(f"engine: expected {' or '.join(ENGINES)}, got {engine!r}")
-    for part in (name, publisher):
-        if not part or part.startswith(".") or "/" in part or "\\" in part:
-            raise InputError(f"LM Studio's <publisher>/<model>: expected names of folders, got {part!r}")
-    inside = Path(publisher) / name
-    with fresh_folder(out, force=force, forbidden=(base_folder, *forbidden)) as folder:
+    name = job.out.name
+    if not name or name.startswith(".") or "\\" in name:
+        raise InputError(f"{job.out}: LM Studio calls the model as this folder: expected a plain name, got {name!r}")
+    with fresh_folder(job.out, force=job.force, forbidden=job.off_limits) as folder:
+        model = Path(PUBLISHER) / name
         written: GGUFReport | FolderReport
-        if engine == "gguf":
-            (folder / inside).mkdir(parents=True)
-            model = inside / f"{name}.gguf"
-            written = write_gguf(
-                base_folder,
-                factors,
-                scale,
-                folder / model,
-                kind=kind,
-                name=name,
-                license_id=license_id,
-                rounders=rounders,
-                progress=progress,
-            )
+        if for_mlx(job):
+            (folder / PUBLISHER).mkdir()
+            written = write_mlx_folder(replace(job, out=folder / model), rounders)
         else:
-            (folder / publisher).mkdir()
-            model = inside
-            written = write_mlx_folder(
-                base_folder, factors, scale, folder / model, bits=bits, rounders=rounders, progress=progress
-            )
-        report = LMStudioReport(
-            out, out / model, replace(written, out=out / model), _next(out, publisher, model, engine)
-        )
+            (folder / model).mkdir(parents=True)
+            model /= f"{name}.gguf"
+            written = write_gguf(replace(job, out=folder / model), rounders)
+        report = LMStudioReport(model, written)
         if finish:
             finish(folder, report)
     return report
 
 
-def _next(out: Path, publisher: str, model: Path, engine: str) -> list[str]:
-    """Return the command that puts the model where LM Studio looks, and the one that starts it."""
-    load = f"lms load {shlex.quote('/'.join(model.parts[:2]))}"
-    if engine == "gguf":  # without --copy it would move the file away
-        repo = shlex.quote("/".join(model.parts[:2]))
-        return [f"lms import {shlex.quote(str(out / model))} --user-repo {repo} --copy --yes", load]
-    return [f"mkdir -p {MODELS} && cp -R {shlex.quote(str(out / publisher))} {MODELS}/", load]
+def gguf_commands(out: str, base: str) -> list[str]:
+    """Return the command that gives the GGUF file in `out` to LM Studio, and the one that loads it."""
+    name = Path(out).name
+    model, file = shlex.quote(f"{PUBLISHER}/{name}"), shlex.quote(f"{out}/{PUBLISHER}/{name}/{name}.gguf")
+    # Without --copy it would move the file away.
+    return [f"lms import {file} --user-repo {model} --copy --yes", f"lms load {model}"]
+
+
+def mlx_commands(out: str, base: str) -> list[str]:
+    """Return the command that puts the MLX folder in `out` where LM Studio looks, and the one that loads it."""
+    copy = f"mkdir -p {MODELS} && cp -R {shlex.quote(f'{out}/{PUBLISHER}')} {MODELS}/"
+    return [copy, f"lms load {shlex.quote(f'{PUBLISHER}/{Path(out).name}')}"]

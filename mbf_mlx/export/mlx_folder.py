@@ -1,8 +1,7 @@
 """The `mlx` target: a fused model folder that mlx-lm, LM Studio's MLX engine and mlx-swift load as it is.
 
-Untouched tensors are copied byte for byte; layers with factors are fused (weights/fuse.py) and stored with more bits,
-which `quantization` in config.json says layer by layer. Config keys, tokenizer files, chat template and licence are the
-base's own files.
+Untouched tensors are copied byte for byte. Layers with factors are fused (weights/fuse.py) and stored with more bits;
+`quantization` in config.json says so layer by layer. The tokenizer, chat template and licence files are the base's own.
 """
 
 import json
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from mbf_mlx.errors import InputError
+from mbf_mlx.export.job import Job
 from mbf_mlx.export.place import LICENCES, fresh_folder
 from mbf_mlx.export.weights.checkpoint import Checkpoint, Layer
 from mbf_mlx.export.weights.fuse import (
@@ -33,84 +33,59 @@ from mbf_mlx.export.weights.fuse import (
 )
 from mbf_mlx.export.weights.rounding import Rounders, no_rounder
 from mbf_mlx.export.weights.tensors import Tensor, Writer
-from mbf_mlx.methods import Factors
+from mbf_mlx.files.dtypes import CONFIG_NAMES
 
 BITS = (4, 5, 6, 8, 16, 32)
-MIXED_BITS = 6  # of the layers where an update survives them; the others get 8
-PARTS = ("weight", "scales", "biases")  # of a layer; a linear layer's own bias is left as it is
+MIXED_BITS = 6  # for layers whose update survives 6 bits; the others get 8
+PARTS = ("weight", "scales", "biases")  # tensors of a layer that change; a linear layer's own bias stays as it is
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", *LICENCES)
 INDEX = "model.safetensors.index.json"
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the layer or tensor at hand
 
 
 @dataclass(frozen=True)
 class FolderReport:
     """What an `mlx` export did."""
 
-    out: Path
-    bits: int | None
     bytes_base: int  # of the base's tensors
     bytes_out: int
     layers: list[Fused] = field(default_factory=list)  # those with factors
 
-    @property
-    def retention(self) -> float:
-        """The mean over the layers with factors; 1 if there is none."""
-        return float(np.mean([layer.retention for layer in self.layers])) if self.layers else 1.0
-
 
 def write_mlx_folder(
-    base_folder: Path,
-    factors: Factors,
-    scale: float,
-    out: Path,
-    *,
-    bits: int | None = None,
-    force: bool = False,
-    forbidden: tuple[Path, ...] = (),
-    rounders: Rounders = no_rounder,
-    progress: Progress | None = None,
-    finish: Callable[[Path, FolderReport], None] | None = None,
+    job: Job, rounders: Rounders = no_rounder, finish: Callable[[Path, FolderReport], None] | None = None
 ) -> FolderReport:
     """Write the base with the adapter fused into it as a folder of its own.
 
+    `job.bits` None stores layers with factors at 8 bits. 6 stores 6 where the update survives it, and 8 elsewhere.
+    16 and 32 dequantize the whole model.
+
     Args:
-        base_folder: An MLX model folder, or a Hugging Face one whose tensors are named as MLX names them.
-        factors: The deployed pair of every layer.
-        scale: delta = scale * B @ A.
-        out: The folder to make; see `place.fresh_folder` for what is refused.
-        bits: Of the layers with factors; None is 8. 6 is 6 where the update survives it, and 8 elsewhere. 16 and 32
-            dequantize the whole model.
-        force: Replace an earlier export.
-        forbidden: Folders to stay out of beside the base: the stream.
+        job: The export.
         rounders: Layer -> the rounder of its inputs, for layers that keep few bits.
-        progress: Called after each tensor.
         finish: Called with the folder before it gets its name, to check it and to add the card.
 
     Raises:
-        InputError: the adapter does not fit the base, or `out` may not be written.
+        InputError: the adapter does not fit the base, or `job.out` may not be written.
     """
-    check_bits(bits)
-    base = Checkpoint(base_folder)
-    touched = find_layers(base, factors)
-    forms = _forms(base, touched, factors, scale, bits)
+    check_bits(job.bits)
+    base = Checkpoint(job.base)
+    touched = find_layers(base, job.factors)
+    forms = _forms(base, touched, job, job.bits)
     plans = {path: _plan(base, forms, path) for path in base.files}
     bytes_out = sum(tensor.nbytes for plan in plans.values() for tensor in plan.values())
-    with fresh_folder(out, force=force, needs=bytes_out, forbidden=(base_folder, *forbidden)) as folder:
-        fuse = _Fuse(base, forms, touched, factors, scale, rounders)
-        done, layers = 0, []
-        for path, plan in plans.items():
-            with Writer(folder / path.name, plan, base.metadata[path]) as writer:
-                for name in base.names_in(path):
-                    fused = fuse.write(name, writer)
-                    layers += [fused] if fused else []
-                    done += base.tensors[name].nbytes
-                    if progress:
-                        progress(done, base.nbytes, name)
-        report = FolderReport(out, bits, base.nbytes, bytes_out, layers)
-        _write_config(base, forms, bits, folder)
+    with fresh_folder(job.out, force=job.force, needs=bytes_out, forbidden=job.off_limits) as folder:
+        fuse, layers = _Fuse(base, forms, touched, job, rounders), []
+        with job.counting(base.nbytes) as count:
+            for path, plan in plans.items():
+                with Writer(folder / path.name, plan, base.metadata[path]) as writer:
+                    for name in base.names_in(path):
+                        fused = fuse.write(name, writer)
+                        layers += [fused] if fused else []
+                        count(base.tensors[name].nbytes)
+        report = FolderReport(base.nbytes, bytes_out, layers)
+        _write_config(base, forms, job.bits, folder)
         _write_index(base, plans, folder)
-        copy_companions(base_folder, folder)
+        _copy_companions(job.base, folder)
         if finish:
             finish(folder, report)
     return report
@@ -122,29 +97,29 @@ def check_bits(bits: int | None) -> None:
         raise InputError(f"--bits: expected one of {', '.join(map(str, BITS))}, got {bits}")
 
 
-def planned_bytes(base_folder: Path, factors: Factors, scale: float, bits: int | None) -> int:
-    """Return the bytes of tensors that an export with these bits would have."""
-    base = Checkpoint(base_folder)
-    forms = _forms(base, find_layers(base, factors), factors, scale, bits)
+def planned_bytes(job: Job, bits: int | None) -> int:
+    """Return the bytes of tensors that the export would have with these bits."""
+    base = Checkpoint(job.base)
+    forms = _forms(base, find_layers(base, job.factors), job, bits)
     return sum(tensor.nbytes for path in base.files for tensor in _plan(base, forms, path).values())
 
 
-def keeps_few_bits(base_folder: Path, factors: Factors, bits: int | None) -> bool:
+def keeps_few_bits(job: Job) -> bool:
     """Return whether any layer with factors would stay at few bits, and so has to be rounded with care."""
-    layers = find_layers(Checkpoint(base_folder), factors)
-    return bits not in (16, 32) and any(keeps_grid(layer, touched_form(layer, bits)) for layer in layers.values())
+    layers = find_layers(Checkpoint(job.base), job.factors)
+    return job.bits not in (16, 32) and any(
+        keeps_grid(layer, touched_form(layer, job.bits)) for layer in layers.values()
+    )
 
 
-def _forms(
-    base: Checkpoint, touched: dict[str, Layer], factors: Factors, scale: float, bits: int | None
-) -> dict[str, Form]:
-    """Return the form of every layer that does not stay as it is."""
-    moved = [name for name in touched if np.any(factors[name].b)]
+def _forms(base: Checkpoint, touched: dict[str, Layer], job: Job, bits: int | None) -> dict[str, Form]:
+    """Return the new form of every layer that changes."""
+    moved = [name for name in touched if np.any(job.factors[name].b)]
     if bits not in (16, 32):
         forms = {name: touched_form(touched[name], bits) for name in moved}
         if bits == MIXED_BITS:
             for name, form in forms.items():
-                if not _survives(touched[name], form, partial(delta_rows, factors[name], scale)):
+                if not _survives(touched[name], form, partial(delta_rows, job.factors[name], job.scale)):
                     forms[name] = touched_form(touched[name], SAFE_BITS)
         return forms
     forms = {}
@@ -157,7 +132,7 @@ def _forms(
 
 
 def _survives(layer: Layer, form: Form, delta: DeltaRows) -> bool:
-    """Return whether an update is there in a form, under rounding noise that is no larger than itself."""
+    """Return whether an update survives a form: enough of it is stored, and the rounding noise is no larger."""
     survival = Survival()
     for _ in store(layer, form, delta, survival):
         pass
@@ -168,11 +143,11 @@ def _half_type(base: Checkpoint, layer: Layer) -> str:
     if layer.dtype in ("F16", "BF16"):
         return layer.dtype
     stated = base.config.get("torch_dtype") or base.config.get("dtype")
-    return "BF16" if stated == "bfloat16" else "F16"
+    return "BF16" if stated == CONFIG_NAMES["BF16"] else "F16"
 
 
 def _plan(base: Checkpoint, forms: dict[str, Form], path: Path) -> dict[str, Tensor]:
-    """Return what the new file has in place of `path`; all parts of a changed layer go where its weight was."""
+    """Return the tensors of the new file for `path`. All parts of a changed layer go where its weight was."""
     plan: dict[str, Tensor] = {}
     for name in base.names_in(path):
         layer, part = _split(name)
@@ -189,22 +164,15 @@ def _split(name: str) -> tuple[str, str]:
 
 
 class _Fuse:
-    """Writes the tensors of the base, one name after the other, fused where they have factors."""
+    """Writes the base's tensors one after the other, fused where they have factors."""
 
     def __init__(
-        self,
-        base: Checkpoint,
-        forms: dict[str, Form],
-        touched: dict[str, Layer],
-        factors: Factors,
-        scale: float,
-        rounders: Rounders,
+        self, base: Checkpoint, forms: dict[str, Form], touched: dict[str, Layer], job: Job, rounders: Rounders
     ) -> None:
-        self._rounders = rounders
-        self._base, self._forms, self._touched, self._factors, self._scale = base, forms, touched, factors, scale
+        self._base, self._forms, self._touched, self._job, self._rounders = base, forms, touched, job, rounders
 
     def write(self, name: str, writer: Writer) -> Fused | None:
-        """Write what stands in place of one tensor of the base; return what became of a layer with factors."""
+        """Write the new form of one tensor of the base. Return what became of it if its layer has factors."""
         layer_name, part = _split(name)
         if layer_name not in self._forms:
             writer.copy(name, self._base.tensors[name])
@@ -216,8 +184,8 @@ class _Fuse:
             return None
         layer = self._touched.get(layer_name) or self._base.layer(layer_name)
         form, survival = self._forms[layer_name], Survival()
-        pair = self._factors.get(layer_name)
-        delta = partial(delta_rows, pair, self._scale) if pair else None
+        pair = self._job.factors.get(layer_name)
+        delta = partial(delta_rows, pair, self._job.scale) if pair else None
         rounder = self._rounders(layer_name) if pair and keeps_grid(layer, form) else None
         for first, tensors in store(layer, form, delta, survival, rounder):
             for tensor_name, rows in tensors.items():
@@ -237,15 +205,14 @@ def _unmoved(layer: Layer) -> Fused:
 
 
 def _write_config(base: Checkpoint, forms: dict[str, Form], bits: int | None, folder: Path) -> None:
-    """Write config.json with the base's keys in their order; where nothing has to change it is the base's own file."""
+    """Write config.json with the base's keys in their order. Where nothing changes, copy the base's own file."""
     config, quantized = dict(base.config), {name: form.setting for name, form in forms.items() if form.setting}
     if bits in (16, 32):
         config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-        types = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         stored = {form.dtype for form in forms.values()}
         for key in ("torch_dtype", "dtype"):
             if config.get(key) and len(stored) == 1:
-                config[key] = types[stored.pop()]
+                config[key] = CONFIG_NAMES[stored.pop()]
                 break
     elif quantized:
         entries = {name: asdict(setting) for name, setting in quantized.items()}
@@ -270,7 +237,7 @@ def _write_index(base: Checkpoint, plans: dict[Path, dict[str, Tensor]], folder:
     (folder / INDEX).write_text(json.dumps(index, indent=4) + "\n", encoding="utf-8")
 
 
-def copy_companions(base_folder: Path, folder: Path) -> None:
+def _copy_companions(base_folder: Path, folder: Path) -> None:
     """Copy the base's tokenizer files, chat template, generation settings and licence, byte for byte."""
     for pattern in COPIED:
         for path in sorted(base_folder.glob(pattern)):

@@ -1,8 +1,8 @@
 """The `ollama` target: a folder with a GGUF file and the Modelfile that `ollama create` reads.
 
-Ollama does not read the chat template inside a GGUF file; it wants one of its own kind (a Go template). The model's
-template is recognised by what it makes of a conversation, and written as the Go template that makes the same. Not
-handed to Ollama: safetensors adapters, whose q and k factors its converter turns wrongly, and whose scale it ignores.
+Ollama does not read the chat template inside a GGUF file; it needs a Go template. We recognise the model's template by
+the text that it makes of a conversation, and write the Go template that makes the same text. Ollama gets no safetensors
+adapter from us: its converter reorders the factors of q and k wrongly and ignores the scale.
 """
 
 import shlex
@@ -12,18 +12,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mbf_mlx.base.sources import read_config
 from mbf_mlx.errors import MissingPackageError
-from mbf_mlx.export.gguf.names import read_config
 from mbf_mlx.export.gguf.vocabulary import Vocabulary, read_vocabulary
-from mbf_mlx.export.gguf.write import GGUFReport, Progress, write_gguf
+from mbf_mlx.export.gguf.write import GGUFReport, write_gguf
+from mbf_mlx.export.job import Job
 from mbf_mlx.export.place import fresh_folder
 from mbf_mlx.export.weights.rounding import Rounders, no_rounder
-from mbf_mlx.methods import Factors
 
-MAX_CONTEXT = 8192  # tokens that Ollama makes room for; its own default cuts longer texts off without a word
+MAX_CONTEXT = 8192  # tokens that Ollama makes room for; its own default is less and cuts longer texts silently
 RAW = "{{ .Prompt }}"
 MARK = "\0"  # stands for a system prompt
-TALK = [  # on which templates are compared
+TALK = [  # the conversation on which templates are compared
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "One?"},
     {"role": "assistant", "content": "Two."},
@@ -36,9 +36,9 @@ class Family:
     """A kind of chat template, in Python and as a Go template."""
 
     name: str
-    go: str  # of a conversation, up to where the answer begins
-    stop: tuple[str, ...]  # beside the token that ends a turn
-    render: Callable[[list[dict[str, str]]], str]  # what `go` makes, without the token that begins a text
+    go: str  # the Go template of a conversation, up to where the answer begins
+    stop: tuple[str, ...]  # texts that end an answer, besides the model's own end token
+    render: Callable[[list[dict[str, str]]], str]  # the same in Python, without the token that begins a text
 
 
 def _chatml(messages: list[dict[str, str]]) -> str:
@@ -64,8 +64,8 @@ def _llama2(messages: list[dict[str, str]]) -> str:
     return text
 
 
-# In `go`, LEAD stands for what a template puts before every system prompt (Llama 3.1: the date), and ALONE for the
-# block that it puts where there is no system prompt.
+# In `go`, LEAD is replaced by the text before every system prompt (Llama 3.1: the date), and ALONE by the block for a
+# conversation without a system prompt.
 FAMILIES = (
     Family(
         name="ChatML",
@@ -96,95 +96,61 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Recognised:
-    """A model's chat template, as one of the families makes it."""
+    """A model's chat template, expressed as one of the families."""
 
     family: Family
     go: str
-    system: str  # the prompt for conversations that have none of their own
+    system: str  # the system prompt for conversations that have none of their own
 
 
 @dataclass(frozen=True)
 class OllamaReport:
     """What an `ollama` export did."""
 
-    out: Path
     gguf: GGUFReport
     template: str  # "ChatML", "Llama 3", "Llama 2", "none" (prompts as they are), "unknown"
-    next: list[str]  # commands to type
-    notes: list[str] = field(default_factory=list)  # on the Modelfile; those on the file are the file's
+    notes: list[str] = field(default_factory=list)  # about the Modelfile; `gguf` has its own
 
 
 def write_ollama(
-    base_folder: Path,
-    factors: Factors,
-    scale: float,
-    out: Path,
-    *,
-    name: str,
-    kind: str | None = None,
-    template: str = "chat",
-    license_id: str | None = None,
-    force: bool = False,
-    forbidden: tuple[Path, ...] = (),
-    rounders: Rounders = no_rounder,
-    progress: Progress | None = None,
-    finish: Callable[[Path, OllamaReport], None] | None = None,
+    job: Job, rounders: Rounders = no_rounder, finish: Callable[[Path, OllamaReport], None] | None = None
 ) -> OllamaReport:
-    """Write a folder with `<name>.gguf` and a Modelfile.
+    """Write a folder with a GGUF file and a Modelfile. The folder's name is the model's name in Ollama.
 
     Args:
-        base_folder: As for `write_gguf`, like all arguments that are not named here.
-        factors: The deployed pair of every layer.
-        scale: delta = scale * B @ A.
-        out: The folder to make.
-        name: Of the model in Ollama and of the file.
-        kind: Type of the matrices.
-        template: "chat" where the model was trained with its chat template, "none" where prompts were raw text.
-        license_id: SPDX id of the model's licence.
-        force: Replace an earlier export.
-        forbidden: Folders to stay out of beside the base.
-        rounders: Layer -> the rounder of its inputs.
-        progress: Called after each tensor.
+        job: The export; `job.template` decides whether prompts go through the model's chat template.
+        rounders: As for `write_gguf`.
         finish: Called with the folder before it gets its name.
 
     Raises:
         InputError: what `write_gguf` refuses.
     """
-    config = read_config(base_folder)
-    modelfile, recognised, notes = make_modelfile(
-        f"{name}.gguf", config, read_vocabulary(base_folder, config), template
-    )
-    with fresh_folder(out, force=force, forbidden=(base_folder, *forbidden)) as folder:
-        report = write_gguf(
-            base_folder,
-            factors,
-            scale,
-            folder / f"{name}.gguf",
-            kind=kind,
-            name=name,
-            license_id=license_id,
-            rounders=rounders,
-            progress=progress,
-        )
+    file, config = f"{job.out.name}.gguf", read_config(job.base)
+    modelfile, template, notes = make_modelfile(file, config, read_vocabulary(job.base, config), job.template)
+    with fresh_folder(job.out, force=job.force, forbidden=job.off_limits) as folder:
+        written = write_gguf(replace(job, out=folder / file), rounders)
         (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
-        commands = [f"ollama create {shlex.quote(name)} -f {shlex.quote(str(out / 'Modelfile'))}"]
-        commands.append(f"ollama run {shlex.quote(name)}")
-        report = replace(report, out=out / report.out.name)
-        whole = OllamaReport(out, report, recognised, commands, notes)
+        report = OllamaReport(written, template, notes)
         if finish:
-            finish(folder, whole)
-    return whole
+            finish(folder, report)
+    return report
+
+
+def commands(out: str, base: str) -> list[str]:
+    """Return the command that gives the folder `out` to Ollama, and the one that runs it."""
+    name = shlex.quote(Path(out).name)
+    return [f"ollama create {name} -f {shlex.quote(f'{out}/Modelfile')}", f"ollama run {name}"]
 
 
 def make_modelfile(
     file: str, config: dict[str, Any], vocabulary: Vocabulary, template: str = "chat"
 ) -> tuple[str, str, list[str]]:
-    """Return a Modelfile, the name of the template in it, and what its user should know.
+    """Return a Modelfile, the name of the template in it, and notes for its user.
 
     Args:
         file: Name of the GGUF file beside it.
         config: The base's config.json.
-        vocabulary: Of the base.
+        vocabulary: The base's vocabulary.
         template: "chat" or "none", as the model was trained.
     """
     lines, notes, name, stops = [f"FROM ./{file}"], [], "none", list[str]()
@@ -198,16 +164,18 @@ def make_modelfile(
         lines += [f"SYSTEM {_quoted(found.system)}"] if found.system else []
         stops += found.family.stop
         if "strftime_now" in str(vocabulary.chat_template):
-            notes.append("the model's chat template writes the day's date; the Modelfile keeps the date of the export")
+            notes.append(
+                "the model's chat template writes today's date; the Modelfile always writes the date of the export"
+            )
     else:
         name = "unknown"
         notes.append(
-            "the model's chat template is none that we can write for Ollama: look at what Ollama took for it with "
-            "`ollama show --template`, or give the Modelfile a TEMPLATE of its own"
+            "we cannot write the model's chat template for Ollama: check the one that Ollama chose with "
+            "`ollama show --template`, or add a TEMPLATE to the Modelfile"
         )
     lines += [f'PARAMETER stop "{text}"' for text in dict.fromkeys(stops)]
     lines.append(f"PARAMETER num_ctx {min(config.get('max_position_embeddings') or MAX_CONTEXT, MAX_CONTEXT)}")
-    # Greedy and without a penalty, as scores were measured; Ollama's own defaults would change short answers.
+    # Scores were measured greedily and without a penalty; Ollama's defaults would change short answers.
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     return "\n".join(lines) + "\n", name, notes
 
@@ -217,7 +185,7 @@ def _quoted(text: str) -> str:
 
 
 def recognise(vocabulary: Vocabulary) -> Recognised | None:
-    """Return what a vocabulary's chat template is; None for one that is none of ours."""
+    """Return the family of a vocabulary's chat template; None if it belongs to none."""
     render = _jinja(vocabulary)
     bos = vocabulary.tokens[vocabulary.special["bos"]] if "bos" in vocabulary.special else ""
     talk, bare = render(TALK), render(TALK[1:])
@@ -233,7 +201,7 @@ def recognise(vocabulary: Vocabulary) -> Recognised | None:
             alone = "" if bare == begin + family.render(TALK[1:]) else _between(bare, begin + before, after)
             if alone is None or not alone.startswith(lead) or (lead and "LEAD" not in family.go):
                 continue
-            # What llama.cpp puts before every text by itself must not stand there twice.
+            # llama.cpp may add the begin token itself; then the template must not.
             written = "" if vocabulary.add_bos else begin
             return Recognised(family, written + _fill(family.go, before, lead, alone), alone.removeprefix(lead))
     return None
@@ -245,7 +213,7 @@ def _between(text: str, before: str, after: str) -> str | None:
 
 
 def _fill(go: str, before: str, lead: str, alone: str) -> str:
-    """Return a Go template with what stands before system prompts, and the block where there is none."""
+    """Return a Go template with the text before system prompts filled in, and the block for no system prompt."""
     if not lead:
         return go.replace("ALONE", "").replace("LEAD", "")
     end = go.partition("{{ .Content }}")[2].partition("{{ end }}")[0]
@@ -254,12 +222,12 @@ def _fill(go: str, before: str, lead: str, alone: str) -> str:
 
 
 def _jinja(vocabulary: Vocabulary) -> Callable[[list[dict[str, str]]], str | None]:
-    """Return a function that renders the chat template up to where an answer begins, or returns None if it refuses."""
+    """Return a function that renders the chat template up to where an answer begins; it returns None on an error."""
     try:
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise MissingPackageError("a chat template has to be read: pip install jinja2") from None
+        raise MissingPackageError("reading a chat template needs jinja2: pip install jinja2") from None
     template = vocabulary.chat_template
     if isinstance(template, list):
         template = next((one["template"] for one in template if one["name"] == "default"), "")
@@ -273,7 +241,7 @@ def _jinja(vocabulary: Vocabulary) -> Callable[[list[dict[str, str]]], str | Non
         raise TemplateError(message)
 
     def render(messages: list[dict[str, str]]) -> str | None:
-        # The settings under which chat templates are written: those of transformers.
+        # Chat templates are written for these settings of transformers.
         settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
         environment = ImmutableSandboxedEnvironment(**settings)
         environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}

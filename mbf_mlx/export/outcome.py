@@ -1,4 +1,4 @@
-"""What an export came to: the document that is reported, the refusal where too much was lost, and the card."""
+"""The result of an export: the document that is reported, the refusal where too much was lost, and the card."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mbf_mlx.base.card import CARD
 from mbf_mlx.errors import InputError
 from mbf_mlx.export import card
 from mbf_mlx.export.job import Job
@@ -16,23 +17,24 @@ from mbf_mlx.export.place import LICENCES
 from mbf_mlx.export.weights.fuse import MAX_ERROR, MIN_RETENTION, Fused
 from mbf_mlx.files.storage import Data
 
-# Under this, or beyond weights/fuse.py's limits for the weights, an export is refused. An answer in twenty that turns
-# out otherwise, or a fifth of the update gone, is something a user has to know of and agree to.
+# An export with less agreement, or beyond the limits of weights/fuse.py, is refused. One answer in twenty that changes,
+# or a fifth of the update lost, is something the user has to know and agree to.
 MIN_AGREEMENT = 0.95
-ERRORS = 2  # standard errors by which few rows may miss it by chance
+ERRORS = 2  # standard errors by which a few rows may miss it by chance
 Document = dict[str, Any]
+Commands = Callable[[str, str], list[str]]  # (the export, the base) -> command lines that serve it
 
 
 def small_document(files: Mapping[str, Data]) -> Document:
-    """Return what is said of an adapter, in which nothing is lost."""
+    """Return the document of an adapter export, in which nothing is lost."""
     return {"bytes": sum(len(data) for data in files.values()), "notes": []}
 
 
 def fused_document(layers: list[Fused], bytes_base: int, bytes_out: int) -> Document:
-    """Return what is said of an export that fused the update into weights.
+    """Return the document of an export that fused the update into the weights.
 
     `retention` is the share of the update that the stored weights hold: the mean over the layers, and the lowest.
-    `error` is the length of what they hold beside it, in lengths of the update: the mean over the layers.
+    `error` is how far the stored weights are from W + delta, in lengths of delta: the mean over the layers.
     """
     kept = [layer.retention for layer in layers]
     return {
@@ -47,15 +49,15 @@ def fused_document(layers: list[Fused], bytes_base: int, bytes_out: int) -> Docu
     }
 
 
-def check(job: Job, document: Document, planned: Callable[[int], int]) -> None:
+def check(job: Job, document: Document, planned: Callable[[Job, int], int]) -> None:
     """Refuse an export that lost too much, unless the user allowed it.
 
-    How its answers agree with the live adapter's decides; without rows to ask for, its retention and its error.
+    The agreement of its answers with the live adapter's decides. Without rows to ask, retention and error decide.
 
     Args:
         job: The export.
-        document: Its own; gets `lost`, what it lost too much of.
-        planned: Bits -> bytes of an export with them.
+        document: Its document; gets `lost`, a sentence for each thing that was lost.
+        planned: (job, bits) -> bytes of an export with so many bits.
 
     Raises:
         InputError: with what was lost, and what the alternatives cost.
@@ -66,33 +68,33 @@ def check(job: Job, document: Document, planned: Callable[[int], int]) -> None:
     if quality is None and document["error"] > MAX_ERROR:
         lost.append(
             f"its rounding is {document['error']:.1f} times as large as the update, and there are no rows to show that "
-            "answers survive it; name some with --calibration"
+            "the answers survive it; give some with --calibration"
         )
     if quality is not None and quality["agreement"] < least_agreement(quality["positions"]):
         same = f"{100 * quality['agreement']:.1f} % of {quality['positions']} places"
-        lost.append(f"it says what the live adapter says at {same}; expected at least {100 * MIN_AGREEMENT:.0f} %")
+        lost.append(f"it agrees with the live adapter at {same}; expected at least {100 * MIN_AGREEMENT:.0f} %")
     document["lost"] = lost
     if lost and not job.allow_loss:
         has = job.bits or (4 if (job.kind or "").upper().startswith("Q4") else 8)
-        costs = [f"  --bits {bits}: {planned(bits) / 1e6:,.1f} MB" for bits in (8, 16) if bits > has]
+        costs = [f"  --bits {bits}: {planned(job, bits) / 1e6:,.1f} MB" for bits in (8, 16) if bits > has]
         raise InputError(
             f"{job.out} was not written: {'; '.join(lost)} (it would have {document['bytes'] / 1e6:,.1f} MB)\n"
             + "\n".join([*costs, "  the adapter target: nothing is lost, and the base stays as it is"])
-            + "\nhint: --allow-loss writes it all the same"
+            + "\nhint: --allow-loss writes it anyway"
         )
 
 
 def least_agreement(positions: int) -> float:
-    """Return the share of agreement under which so many positions show that less than MIN_AGREEMENT is left.
+    """Return the agreement below which so many positions show that the true one is under MIN_AGREEMENT.
 
-    One place that differs shows nothing, however few there are.
+    A single position that differs shows nothing, however few positions there are.
     """
     by_chance = ERRORS * sqrt(MIN_AGREEMENT * (1 - MIN_AGREEMENT) / positions)
     return min(MIN_AGREEMENT - by_chance, 1 - 1 / positions)
 
 
 def survived(document: Document) -> list[str]:
-    """Return what an export kept, in sentences."""
+    """Return what an export kept, one sentence each."""
     sentences, quality = [], document.get("quality")
     if "retention" in document:
         sentences.append(
@@ -109,11 +111,16 @@ def survived(document: Document) -> list[str]:
     return sentences
 
 
-def add_card(job: Job, folder: Path, target: str, document: Document) -> None:
-    """Write the model card into an export, and the base's licence beside it."""
-    page = card.text(job.about, target, document["next"], survived(document))
-    (folder / card.NAME).write_text(page, encoding="utf-8")
+def add_card(job: Job, folder: Path, target: str, document: Document, commands: Commands) -> None:
+    """Write the model card into an export's folder, and copy the base's licence files beside it."""
+    serve = commands(job.out.name, job.about.hub_id or job.about.base)
+    (folder / CARD).write_text(card.text(job.about, target, serve, survived(document)), encoding="utf-8")
     for pattern in LICENCES:
         for path in sorted(job.base.glob(pattern)):
             if path.is_file() and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
+
+
+def next_commands(job: Job, commands: Commands) -> list[str]:
+    """Return the commands that serve an export from where it was written."""
+    return commands(str(job.out), str(job.base))

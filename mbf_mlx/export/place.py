@@ -1,7 +1,7 @@
-"""Where an export goes: never over something without --force, never over files we did not write, all of it or nothing.
+"""The place of an export: nothing is replaced without --force, foreign files never are, and no export is half written.
 
-An export is written into a neighbour of its place, flushed to the disk and renamed when it is complete. A folder that
-we wrote holds `mbf_export.json`, which lists its files; only a folder that holds nothing else is ever replaced.
+An export is written beside its place, flushed to the disk and renamed when it is complete. A folder that we wrote holds
+`mbf_export.json`, which lists its files; we replace only a folder that holds nothing else.
 """
 
 import glob
@@ -16,25 +16,25 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.files.storage import Files, read_file, refusal, require_space
 
 LISTING = "mbf_export.json"
-LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")  # files of a base that go with every export of it
-SPARE_BYTES = 16 << 20  # of disk that an export leaves free
+LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")  # files of a base that are copied into its exports
+SPARE_BYTES = 16 << 20  # disk space that an export leaves free
 _FILES = Files()
 _OLD = "-old"  # ends the name of an earlier export while the new one takes its place
 
 
 @contextmanager
 def fresh_folder(out: Path, *, force: bool = False, needs: int = 0, forbidden: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Give a new empty folder to write into; when the block ends well it becomes `out`, else it is removed.
+    """Give a new empty folder; it becomes `out` when the block succeeds, and is removed otherwise.
 
     Args:
         out: The folder to make.
         force: Replace an earlier export there.
         needs: Bytes that will be written.
-        forbidden: Folders that `out` must lie neither in nor around: the stream, the base.
+        forbidden: Folders that `out` must be neither in nor around: the stream, the base.
 
     Raises:
-        InputError: `out` exists (without force, or with files that no export of ours wrote), lies in the wrong place,
-            or does not fit on the disk.
+        InputError: `out` exists (without force, or with files that we did not export), is in a forbidden place, or does
+            not fit on the disk.
     """
     _recover(out)
     check_folder_place(out, force=force, needs=needs, forbidden=forbidden)
@@ -62,9 +62,9 @@ def fresh_file(
     forbidden: tuple[Path, ...] = (),
     is_ours: Callable[[Path], bool] = lambda path: False,
 ) -> Iterator[Path]:
-    """Give the path of a new file to write; when the block ends well it becomes `out`, else it is removed.
+    """Give the path of a new file; it becomes `out` when the block succeeds, and is removed otherwise.
 
-    Arguments and errors are those of `fresh_folder`; `is_ours` tells whether an existing file is an export of ours.
+    Arguments and errors are those of `fresh_folder`; `is_ours` tells whether we exported an existing file.
     """
     _recover(out)
     check_place(out, force=force, needs=needs, forbidden=forbidden, is_ours=is_ours)
@@ -80,19 +80,21 @@ def fresh_file(
 
 
 def check_folder_place(out: Path, *, force: bool = False, needs: int = 0, forbidden: tuple[Path, ...] = ()) -> None:
-    """Raise InputError if no folder may be written to `out`; see `fresh_folder`. For a look ahead of long work."""
+    """Raise InputError if `fresh_folder` would refuse `out`; to be called before long work."""
     check_place(out, force=force, needs=needs, forbidden=forbidden, is_ours=_folder_is_ours)
 
 
 def check_place(
     out: Path, *, force: bool, needs: int, forbidden: tuple[Path, ...], is_ours: Callable[[Path], bool]
 ) -> None:
-    """Raise InputError if nothing may be written to `out`; see `fresh_folder`."""
+    """Raise InputError if nothing may be written to `out`, for the reasons of `fresh_folder`."""
     place = out.absolute()
     for other in forbidden:
-        inside, around = (Path(os.path.realpath(path)) for path in (place, other))  # links may lead in a circle
+        inside, around = (
+            Path(os.path.realpath(path)) for path in (place, other)
+        )  # unlike Path.resolve, it stands links that lead in a circle
         if inside == around or around in inside.parents or inside in around.parents:
-            raise InputError(f"{out}: an export goes beside {other}, neither into nor around it; choose another place")
+            raise InputError(f"{out}: an export must be neither inside nor around {other}; choose another place")
     if not place.parent.is_dir():
         raise InputError(f"{out}: expected its parent folder to exist, got none; make it first: mkdir -p {out.parent}")
     if os.path.lexists(out):
@@ -100,7 +102,7 @@ def check_place(
             raise InputError(f"{out} exists; choose another place, or replace an earlier export with --force")
         if out.is_symlink() or not is_ours(out):
             raise InputError(
-                f"{out} is no export of ours, or holds other files, too; it is left as it is: move it away"
+                f"{out} is no export of ours, or holds other files, too; we leave it as it is: move it away"
             )
     require_space(place.parent, needs + SPARE_BYTES, "the export")
 
@@ -114,13 +116,13 @@ def _folder_is_ours(folder: Path) -> bool:
 
 
 def _partial(out: Path) -> Path:
-    """Return the neighbour that is written first."""
+    """Return the temporary path beside `out` that is written first."""
     place = out.absolute()
     return place.parent / f".{place.name}.mbf-{os.getpid()}"
 
 
 def _recover(out: Path) -> None:
-    """Put in order what killed runs of ours left beside `out`: an earlier export gets its name back, the rest goes."""
+    """Clean up after killed exports to `out`: an earlier export gets its name back, temporary files are removed."""
     place = out.absolute()
     for stale in sorted(place.parent.glob(f".{glob.escape(place.name)}.mbf-*")):
         name = stale.name.removesuffix(_OLD)
@@ -152,7 +154,7 @@ def _write_listing(folder: Path) -> None:
 
 
 def read_listing(folder: Path) -> dict[str, Any]:
-    """Return what `mbf_export.json` of a folder says, or nothing where there is none."""
+    """Return the contents of a folder's `mbf_export.json`; empty if there is none."""
     path = folder / LISTING
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 

@@ -1,4 +1,4 @@
-"""JSON and TOML documents of a user's, read whole, with the file's name in every error."""
+"""JSON and TOML documents, read as a whole. Every error names the file."""
 
 import json
 import tomllib
@@ -10,11 +10,11 @@ from mbf_mlx.files.storage import read_file
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds.
+    """Return the object that a JSON file holds.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        InputError: it cannot be read, or is no JSON object.
+        FileNotFoundError: there is no such file; the caller knows what to say about it.
+        InputError: it cannot be read, or does not hold a JSON object.
     """
     try:
         document = json.loads(read_file(path))
@@ -30,8 +30,12 @@ def read_object(path: Path) -> dict[str, Any]:
 def toml(file: Path, hint: str) -> dict[str, Any]:
     """Return what a TOML file holds.
 
+    Args:
+        file: Its path.
+        hint: What to tell the user if there is no such file.
+
     Raises:
-        InputError: it is missing (with the hint: what such a file is), or cannot be read as TOML.
+        InputError: there is no such file, or it cannot be read as TOML.
     """
     try:
         return tomllib.loads(read_file(file).decode())

@@ -1,7 +1,7 @@
-"""Read and write safetensors files piece by piece, their headers checked before any native parser sees them.
+"""Read and write safetensors files piece by piece. Their headers are checked before any native parser sees them.
 
-A file is 8 bytes of header length, a JSON header (name -> dtype, shape, data_offsets) and the tensors' bytes, no gaps:
-https://github.com/huggingface/safetensors. Bytes are handed on as they are; what they mean is the caller's business.
+A file is 8 bytes with the header's length, a JSON header (name -> dtype, shape, data_offsets) and the tensors' bytes
+without gaps: https://github.com/huggingface/safetensors. dtypes.py says what the bytes mean.
 """
 
 import json
@@ -13,22 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.files import storage
+from mbf_mlx.files.dtypes import BYTES, NUMPY, name_of
 from mbf_mlx.files.storage import Data
 
 if TYPE_CHECKING:
     import numpy as np
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-MAX_LENGTH = (1 << 31) - 1  # of one dimension: MLX counts in 32 bits
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-# What NumPy calls those that it has, in the order in which the tensors lie in a file.
-NUMPY_DTYPES = {
-    "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8", "F32": "<f4", "U32": "<u4", "I32": "<i4", "F16": "<f2",
-    "U16": "<u2", "I16": "<i2", "I8": "|i1", "U8": "|u1", "BOOL": "|b1",
-}  # fmt: skip
+MAX_LENGTH = (1 << 31) - 1  # the longest dimension: MLX counts in 32 bits
 _CHUNK = 1 << 22  # bytes read or written at a time
 
 
@@ -38,34 +30,34 @@ class Entry(NamedTuple):
     name: str
     dtype: str  # "F16"
     shape: tuple[int, ...]
-    begin: int  # of its first byte in the file
+    begin: int  # where its first byte is in the file
     nbytes: int
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Return a file's tensors by name and its metadata, checked against the format and the file's size.
+    """Return a file's tensors by name, and its metadata. Both are checked against the format and the file's size.
 
     Raises:
-        InputError: not a safetensors file, cut off, or a header that contradicts itself or the file.
+        InputError: it is no safetensors file, is cut off, or its header contradicts itself or the file.
     """
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            text = file.read(_header_bytes(file.read(8), size, path))
+            text = file.read(_header_length(file.read(8), size, path))
     except OSError as error:
         raise InputError(f"{path}: cannot read: {error.strerror}") from error
     return _check_header(text, size, path)
 
 
 def header_of(data: Data, where: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Return what `read_header` does, of a file's bytes; `where` names it in errors."""
-    length = _header_bytes(data[:8], len(data), where)
+    """Return what `read_header` returns, for a file's bytes. `where` is the file's name in errors."""
+    length = _header_length(data[:8], len(data), where)
     return _check_header(bytes(data[8 : 8 + length]), len(data), where)
 
 
-def _header_bytes(head: Data, size: int, path: Path) -> int:
-    """Return the length of the header, which a file's first 8 bytes hold."""
+def _header_length(head: Data, size: int, path: Path) -> int:
+    """Return the header's length, which the first 8 bytes of a file hold."""
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
     if length < 2:
         raise InputError(f"{path}: not a safetensors file: expected 8 bytes with the length of its header")
@@ -79,7 +71,7 @@ def _header_bytes(head: Data, size: int, path: Path) -> int:
 
 def _check_header(text: bytes, size: int, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     header = _parse(text, path)
-    metadata = header.pop("__metadata__", None) or {}  # mlx writes null where it has none
+    metadata = header.pop("__metadata__", None) or {}  # mlx writes null if it has none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "__metadata__: expected strings by name")
     begin = 8 + len(text)
@@ -99,12 +91,12 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise _damaged(path, f"{twice} is there twice")
+            raise _damaged(path, f"{twice} appears twice")
         return dict(pairs)
 
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=once)
-        json.dumps(header, ensure_ascii=False).encode()  # half a pair of surrogates, which JSON can spell, is no text
+        json.dumps(header, ensure_ascii=False).encode()  # refuses lone surrogates, which no text has
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
@@ -118,11 +110,11 @@ def _check_entry(name: str, value: Any, begin: int, path: Path) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"{name}: expected dtype, shape and data_offsets, got {str(value)[:80]}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in BYTES:
         raise _damaged(path, f"{name}: unknown dtype {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(_is_count(length, MAX_LENGTH) for length in shape):
         raise _damaged(path, f"{name}: impossible shape {str(shape)[:80]}")
-    nbytes = DTYPE_BYTES[dtype]
+    nbytes = BYTES[dtype]
     for length in shape:
         nbytes *= length
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(at, 1 << 62) for at in offsets):
@@ -142,7 +134,7 @@ def _damaged(path: Path, what: str) -> InputError:
 
 
 def read_bytes(path: Path, entry: Entry) -> Iterator[bytes]:
-    """Yield the bytes of one tensor, in chunks.
+    """Yield the bytes of one tensor in chunks.
 
     Raises:
         InputError: the file ends before the tensor does.
@@ -159,7 +151,7 @@ def read_bytes(path: Path, entry: Entry) -> Iterator[bytes]:
 
 
 class Declared(NamedTuple):
-    """What a tensor to be written will be."""
+    """Name, type and shape of a tensor that will be written."""
 
     name: str
     dtype: str
@@ -171,20 +163,21 @@ def write(path: Path, declared: list[Declared], arrays: "Iterable[np.ndarray]") 
 
     Args:
         path: A new file.
-        declared: Name, dtype and shape of every tensor.
-        arrays: Their values, whatever NumPy type holds the bytes (bfloat16 has none: uint16 does).
+        declared: All its tensors.
+        arrays: Their values, in any NumPy type with the right bytes.
 
     Raises:
-        ValueError: an array whose bytes are not what was declared.
+        ValueError: an array has more or fewer bytes than declared.
+        InputError: the file cannot be written.
     """
-    import numpy as np  # reading headers does without
+    import numpy as np  # reading a header works without it
 
-    head, end = _encode_header(declared, "mlx")
+    head, end = header_bytes(declared, {"format": "mlx"})
     try:
         with open(path, "xb") as file:
             file.write(head)
             for tensor, array in zip(declared, arrays, strict=True):
-                if array.nbytes != math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]:
+                if array.nbytes != math.prod(tensor.shape) * BYTES[tensor.dtype]:
                     raise ValueError(f"{tensor.name}: declared {tensor.dtype} {tensor.shape}, got {array.nbytes} bytes")
                 file.write(np.ascontiguousarray(array).data)
             file.flush()
@@ -192,38 +185,41 @@ def write(path: Path, declared: list[Declared], arrays: "Iterable[np.ndarray]") 
         raise storage.refusal(error, path, end) from error
 
 
-def _encode_header(declared: list[Declared], form: str) -> tuple[bytes, int]:
-    """Return a file's bytes up to its first tensor, and how many the tensors take."""
-    header: dict[str, Any] = {"__metadata__": {"format": form}}
+def header_bytes(declared: Iterable[Declared], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """Return the bytes before a file's first tensor, and how many bytes the tensors take, in the declared order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for tensor in declared:
-        begin, end = end, end + math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    for name, dtype, shape in declared:
+        begin, end = end, end + math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # readers want the data aligned
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes, as readers expect
     return struct.pack("<Q", len(text)) + text, end
 
 
-def encode(tensors: "Mapping[str, np.ndarray]", form: str = "mlx") -> memoryview:
-    """Return a safetensors file's bytes, the same as `safetensors.numpy.save` gives, each tensor copied once.
+def safetensors_bytes(tensors: "Mapping[str, np.ndarray]", form: str = "mlx") -> memoryview:
+    """Return the bytes of a safetensors file: the same that `safetensors.numpy.save` gives. Each tensor is copied once.
 
     Args:
-        tensors: In any order and memory layout.
-        form: What the metadata's "format" says.
+        tensors: By name, in any order and memory layout.
+        form: The value of "format" in the metadata.
+
+    Raises:
+        ValueError: a tensor of a type that we never write.
     """
     import numpy as np
 
     from mbf_mlx.device.threads import side_by_side
 
-    order = {np.dtype(code): (place, dtype) for place, (dtype, code) in enumerate(NUMPY_DTYPES.items())}
-    names = sorted(tensors, key=lambda name: (order[tensors[name].dtype][0], name))
-    declared = [Declared(name, order[tensors[name].dtype][1], tensors[name].shape) for name in names]
-    head, size = _encode_header(declared, form)
+    order, types = list(NUMPY), {name: name_of(tensor.dtype) for name, tensor in tensors.items()}
+    names = sorted(tensors, key=lambda name: (order.index(types[name]), name))
+    declared = [Declared(name, types[name], tensors[name].shape) for name in names]
+    head, size = header_bytes(declared, {"format": form})
     data, at = storage.new_memory(len(head) + size), len(head)
     data[:at] = head
     copies = []
     for name, dtype, shape in declared:
-        copies.append((np.ndarray(shape, NUMPY_DTYPES[dtype], data, at), tensors[name]))
+        copies.append((np.ndarray(shape, NUMPY[dtype], data, at), tensors[name]))
         at += copies[-1][0].nbytes
     side_by_side(lambda copy: np.copyto(*copy), copies, products=False)
     return data

@@ -1,7 +1,7 @@
-"""The few file operations that a stream and an export stand on, each one durable when it returns.
+"""The few file operations that streams and exports are built on. What they write is on the disk when they return.
 
-One small layer, so that tests can make every single operation fail, and so that a full disk, a read-only folder or a
-missing permission reads the same everywhere. It knows no format.
+They stand in one thin layer for two reasons: tests can make any single operation fail, and a full disk, a read-only
+folder or a missing permission gives the same message everywhere. This file knows no file format.
 """
 
 import errno
@@ -10,8 +10,9 @@ import mmap
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from mbf_mlx.errors import InputError
 _SPACE = "free some space and run the command again; nothing was lost"
 _RIGHTS = "change the permissions of the folder, or copy it to a place you can write to"
 _PATH = "choose another path"
-# errno -> (what it means, what to do); every other one is a bug of ours
+# errno -> (what it means, what to do). Every other errno is a bug of ours.
 _REASONS = {
     errno.ENOSPC: ("the disk is full", _SPACE),
     errno.EDQUOT: ("the disk quota is used up", _SPACE),
@@ -37,12 +38,11 @@ _REASONS = {
     errno.ENOENT: ("no such file or folder", _PATH),
 }
 
-
-Data = bytes | memoryview  # of a file
+Data = bytes | memoryview  # the bytes of a file
 
 
 class Files:
-    """File operations that are on the disk when they return; an environment's refusal becomes an InputError."""
+    """File operations that flush to the disk. What the user can mend, such as a full disk, raises an InputError."""
 
     def write(self, path: Path, data: Data) -> None:
         """Write a new file and flush it to the disk."""
@@ -55,14 +55,14 @@ class Files:
             raise refusal(error, path, len(data)) from error
 
     def make_folder(self, path: Path) -> None:
-        """Create a folder and those above it; one that is there is kept."""
+        """Create a folder and its parents; a folder that exists is kept."""
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise refusal(error, path) from error
 
     def sync_file(self, path: Path) -> None:
-        """Flush to the disk what somebody else wrote into a file."""
+        """Flush a file to the disk that other code wrote."""
         try:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
@@ -70,7 +70,7 @@ class Files:
             raise refusal(error, path) from error
 
     def sync_folder(self, path: Path) -> None:
-        """Flush a folder's list of names to the disk."""
+        """Flush a folder's list of names to the disk, so that a rename in it lasts."""
         try:
             handle = os.open(path, os.O_RDONLY)
             try:
@@ -78,19 +78,19 @@ class Files:
             finally:
                 os.close(handle)
         except OSError as error:
-            # Some network and FUSE file systems cannot flush a folder; their own order of operations has to do.
+            # Some network and FUSE file systems cannot flush a folder: we rely on the order of their own operations.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise refusal(error, path) from error
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give `source` the name `target`, replacing a file or link there at one instant."""
+        """Rename `source` to `target`. A file or link of that name is replaced, with no moment in between."""
         try:
             os.replace(source, target)
         except OSError as error:
             raise refusal(error, target) from error
 
     def link(self, target: str, path: Path) -> None:
-        """Make `path` a link to `target`; a text file that holds the target where links do not exist (exFAT, FAT)."""
+        """Make `path` a link to `target`, or a text file that names it where links do not exist (exFAT, FAT)."""
         try:
             os.symlink(target, path)
         except OSError as error:
@@ -99,7 +99,7 @@ class Files:
             self.write(path, target.encode())
 
     def remove(self, path: Path) -> None:
-        """Remove a file, a link or a whole folder of ours; one that is gone already is fine."""
+        """Remove a file, a link or a whole folder of ours. It may be gone already."""
         try:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -110,9 +110,33 @@ class Files:
         except OSError as error:
             raise refusal(error, path) from error
 
+    def discard(self, path: Path) -> None:
+        """Try to remove something that is half made. If that fails, it stays for the next writer to remove."""
+        with suppress(InputError, OSError):
+            self.remove(path)
+
+    def replace(self, path: Path, data: Data) -> None:
+        """Write a file under a temporary name and rename it to `path`: readers see the old file or the new one."""
+        self._swap(path, lambda new: self.write(new, data))
+
+    def replace_link(self, path: Path, target: str) -> None:
+        """Make `path` a link to `target` in the same way."""
+        self._swap(path, lambda new: self.link(target, new))
+
+    def _swap(self, path: Path, make: Callable[[Path], None]) -> None:
+        new = path.with_name(f"{path.name}.new")
+        self.discard(new)
+        try:
+            make(new)
+            self.rename(new, path)
+        except BaseException:
+            self.discard(new)
+            raise
+        self.sync_folder(path.parent)
+
 
 def refusal(error: OSError, path: Path, needed: int = 0, verb: str = "write") -> InputError | OSError:
-    """Return the InputError that says what an OSError means for the user, or the error itself where it means a bug."""
+    """Return an InputError that explains an OSError to the user; an OSError that means a bug comes back as it is."""
     if error.errno not in _REASONS:
         return error
     reason, remedy = _REASONS[error.errno]
@@ -126,7 +150,7 @@ def read_file(path: Path) -> bytes:
     """Return a file's bytes.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: there is no such file.
         InputError: it cannot be read.
     """
     with _reading(path) as file:
@@ -134,7 +158,7 @@ def read_file(path: Path) -> bytes:
 
 
 def read_large(path: Path) -> memoryview:
-    """Return a file's bytes as `read_file` does, in memory of their own that may be written to."""
+    """Return a file's bytes in new memory that may be written to. Raises what `read_file` does."""
     with _reading(path) as file:
         data = new_memory(os.fstat(file.fileno()).st_size)
         return data[: file.readinto(data)]
@@ -144,7 +168,7 @@ def read_large(path: Path) -> memoryview:
 def _reading(path: Path) -> Iterator[BufferedReader]:
     try:
         mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # it may never end, or never begin
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading it may block, or never end
             raise InputError(f"{path}: cannot read: a device, pipe or socket is there\nhint: {_PATH}")
         with open(path, "rb") as file:
             yield file
@@ -155,15 +179,16 @@ def _reading(path: Path) -> Iterator[BufferedReader]:
 
 
 def new_memory(size: int) -> memoryview:
-    """Return memory for a file's bytes; Linux gives it in large pages, in half the time that small ones take."""
+    """Return memory for a file's bytes. On Linux it has large pages, which take half as long to get as small ones."""
     memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if sys.platform == "linux":
+        with suppress(OSError):  # a kernel built without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)[:size]
 
 
 def free_bytes(path: Path) -> int:
-    """Return the bytes that this user can still write where `path` is or would be."""
+    """Return how many bytes this user can still write on the disk of `path`, which need not exist yet."""
     place = path.absolute()
     while not os.path.exists(place) and place != place.parent:
         place = place.parent
@@ -171,10 +196,15 @@ def free_bytes(path: Path) -> int:
 
 
 def require_space(path: Path, needed: int, purpose: str) -> None:
-    """Refuse work that cannot end well.
+    """Refuse work whose result would not fit on the disk.
+
+    Args:
+        path: Where the result goes; it need not exist yet.
+        needed: Bytes.
+        purpose: The work, as the message names it: "a commit".
 
     Raises:
-        InputError: fewer than `needed` bytes are free where `path` is or would be.
+        InputError: fewer than `needed` bytes are free there.
     """
     free = free_bytes(path)
     if free < needed:
@@ -184,7 +214,7 @@ def require_space(path: Path, needed: int, purpose: str) -> None:
 
 
 def sha256(data: Data) -> str:
-    """Return the sha256 of bytes, in hexadecimal; other threads go on meanwhile."""
+    """Return the sha256 of bytes, in hexadecimal. Other threads can run meanwhile."""
     return hashlib.sha256(data).hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""Scores a model on one task; does not aggregate.
+"""Scores a model on one task; scores.py puts the tasks together.
 
-A completion is an exact match if greedy generation would produce its tokens and then the end token. That is so if and
-only if each of them is the argmax at its position of one teacher-forced pass, so nothing is generated. Long answers are
-generated and scored by ROUGE-L. Losses are per supervised token, in nats; scores in [0, 1].
+A completion is an exact match if greedy generation would produce its tokens and then the end token. This is the case
+if and only if each of these tokens is the argmax at its position in one teacher-forced pass, so nothing is generated.
+Long answers are generated and scored by ROUGE-L. Losses are per supervised token, in nats; scores are in [0, 1].
 """
 
 from collections.abc import Callable, Sequence
@@ -26,18 +26,18 @@ BATCH_ROWS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How a model does on the test rows of one task."""
+    """The score of a model on the test rows of one task."""
 
     metric: str
     value: float | None  # in [0, 1]; None where the metric is the loss
     loss: float
     rows: int
-    close_calls: tuple[int, ...] = ()  # rows that rounding may have decided
-    verdicts: tuple[bool, ...] = ()  # exact matches, row by row
+    close_calls: tuple[int, ...] = ()  # indices of rows that rounding may have decided
+    verdicts: tuple[bool, ...] = ()  # for each row, whether it is an exact match
 
 
 def metric_of(rows: Sequence[Encoded]) -> str:
-    """Return the metric that fits a task's test rows; that of plain text where there are none."""
+    """Return the metric that fits a task's test rows; without rows, the metric of plain text."""
     if not len(rows) or rows[0].row.kind == "text":  # all rows of a task are of one kind
         return LOSS
     longest = max(int(row.supervised.sum()) - 1 for row in rows)
@@ -57,11 +57,14 @@ def score(
     """Score the model that `engine` runs on `rows`.
 
     Args:
-        engine: Of the model as it stands, factors written.
-        rows: Test rows of one task, at least one.
+        engine: The engine of the model, which applies the factors that are to be scored.
+        rows: The test rows of one task, at least one.
         metric: "exact_match", "rouge_l" or "loss".
-        model, tokenizer: To generate with; needed for ROUGE-L.
+        model, tokenizer: What generates; needed for ROUGE-L.
         advance: Called with the number of rows done since the last call.
+
+    Raises:
+        InputError: the model's answer to a row is not finite; the row is named.
     """
     loss, verdicts, close = _teacher_forced(engine, rows, advance if metric != ROUGE_L else lambda rows: None)
     if metric == LOSS:
@@ -112,7 +115,7 @@ def longest_answer(row: Encoded) -> int:
 
 
 class RougeL:
-    """The F-measure of an answer against the best of a row's right ones, with stemming as published suites do."""
+    """The ROUGE-L F-measure of an answer against the best right answer, with stemming as published suites do."""
 
     def __init__(self) -> None:
         from rouge_score.rouge_scorer import RougeScorer
@@ -120,7 +123,7 @@ class RougeL:
         self._scorer = RougeScorer(["rougeL"], use_stemmer=True)
 
     def __call__(self, answer: str, row: Encoded) -> float:
-        """Return it, in [0, 1]."""
+        """Return the measure, in [0, 1]."""
         read = row.row
         rights = read.answers or (reference_text(read),)
         return max(float(self._scorer.score(right, answer)["rougeL"].fmeasure) for right in rights)

@@ -1,14 +1,18 @@
-"""What learning tells whoever watches; no mlx here, so that a display is ready before anything loads."""
+"""What learning reports while it runs. No mlx here, so that a display is ready before anything loads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mbf_mlx.stream.records import TaskRecord
+
+if TYPE_CHECKING:
+    from mbf_mlx.methods import State
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What is reported after an optimizer step."""
+    """The figures after an optimizer step."""
 
     step: int
     steps: int
@@ -19,22 +23,25 @@ class Step:
 
 
 class Events:
-    """What a caller may want to show; every method may be left as it is."""
+    """Called while learning runs. A subclass overrides what it wants to show; here every method does nothing."""
 
     def task(self, name: str, t: int, rows: int, notes: Sequence[str]) -> None:
-        """A task begins; `notes` say what was cut, held out, dropped or continued."""
+        """Task number `t` begins; `notes` say what was cut, held out, dropped or continued."""
 
     def step(self, name: str, step: Step, peak_memory: int) -> None:
         """An optimizer step is done."""
 
     def scoring(self, name: str, done: int, total: int) -> None:
-        """So many of the test rows of a task are scored."""
+        """`done` of `total` test rows of a task are scored."""
 
     def measuring(self, name: str, done: int, total: int) -> None:
-        """So many of a task's training rows are measured for a method that asks for it."""
+        """`done` of `total` training rows are measured, for a method that asks for it."""
+
+    def merged(self, name: str, state: "State") -> None:
+        """A task is trained and merged, and not yet scored; `state` is what the next task would start from."""
 
     def note(self, message: str) -> None:
         """Something that the user should know."""
 
-    def learned(self, record: TaskRecord) -> None:
-        """A task is committed."""
+    def learned(self, record: TaskRecord, seconds: float) -> None:
+        """A task is committed; it took `seconds`, from reading its rows to the commit."""

@@ -1,46 +1,245 @@
-"""Task after task: start, train, merge, score, commit. No math of its own.
+"""The one way to learn a task: start, train, measure and merge, score. For a stream, also the commit.
 
-A task is encoded, started from what the method says, trained, merged, scored on the test rows of every task so far with
-the deployed adapter, and committed at one instant. Until then the stream stays as it was; what training has done so far
-stands in `working/`.
+`learn_rows` is that way. A stream (`learn_task`), a cell of an experiment (experiment/cell.py) and the other processes
+of a team (worker.py, its start alone) all go it, with the same settings. They differ in where a training is saved
+(`TrainingPlace`) and in what is scored. No math stands here.
+
+A stream stays as it was until the commit. What training has done so far is saved in the stream's `working/`.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, Generic, TypeVar
 
 from mbf_mlx.config import LearnConfig, settings_of
 from mbf_mlx.data.encode import Encoded, Encoder
 from mbf_mlx.data.task import Task
 from mbf_mlx.data.token_rows import EncodedRows
 from mbf_mlx.device import backend
-from mbf_mlx.engine.lora_layers import write_factors
 from mbf_mlx.errors import InputError
-from mbf_mlx.learning.after_training import conclude, with_extra
-from mbf_mlx.learning.evaluate import Score, metric_of
+from mbf_mlx.learning.after_training import after_training, with_extra
 from mbf_mlx.learning.events import Events
-from mbf_mlx.learning.learner import Learner, machine
-from mbf_mlx.learning.progress import Progress, Trained, progress_to_json
+from mbf_mlx.learning.learner import Learner, run_conditions
+from mbf_mlx.learning.progress import Progress, Tensors, Training, progress_to_json
+from mbf_mlx.learning.record import differences, notes_on, run_of, task_record, what_fell
 from mbf_mlx.learning.scores import TestRows, score_all
 from mbf_mlx.learning.team import Team
 from mbf_mlx.learning.team_task import task_message
 from mbf_mlx.learning.train import train
 from mbf_mlx.learning.tuning import Tuning
-from mbf_mlx.methods import Method, State, not_finite
+from mbf_mlx.methods import Method, State, make, not_finite
 from mbf_mlx.stream.folder import StreamFolder
-from mbf_mlx.stream.records import SCORE_DIGITS, TaskRecord
-from mbf_mlx.stream.saves import Working, check_same_run
+from mbf_mlx.stream.records import TaskRecord
+from mbf_mlx.stream.saves import Saved, Working, check_same_run
+
+Scores = TypeVar("Scores")
 
 
-def known(stream: StreamFolder, task: Task, again: bool) -> bool:
-    """Return whether the stream has learned this task already and it is to be skipped.
+class TrainingPlace:
+    """Where a training is saved while it runs. A subclass may also know trainings that are finished.
+
+    Args:
+        working: The folder of the saves.
+        run: All that decides the training's result, as plain JSON values.
+        saved: The save to go on from.
+    """
+
+    def __init__(self, working: Working, run: dict[str, Any], saved: Saved | None = None) -> None:
+        self.working, self.run, self.saved = working, run, saved
+
+    def finished(self) -> tuple[Training, Tensors] | None:
+        """Return a training that has been done before and the arrays that it left, or None."""
+        return None
+
+    def keep(self, training: Training, tuning: Tuning) -> None:
+        """Called when a training has just ended; `tuning` holds its result."""
+
+
+# From what trains, the training rows and the validation rows.
+FindPlace = Callable[[Tuning, Sequence[Encoded], Sequence[Encoded]], TrainingPlace]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRows:
+    """The token rows that a task is learned from."""
+
+    name: str  # what messages call the task
+    train: Sequence[Encoded]
+    valid: Sequence[Encoded]  # to choose the best step by; may be empty
+    notes: Sequence[str] = ()  # what the user should know about them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned(Generic[Scores]):
+    """A task that has been learned, and not committed."""
+
+    state: State
+    training: Training
+    place: TrainingPlace  # where the training was saved, or found
+    merge_seconds: float  # seconds of measuring and merging, after the training
+    scores: Scores
+
+
+def start_task(learner: Learner, method: Method, state: State, settings: LearnConfig) -> Tuning:
+    """Return what trains on the next task; from now on the engine keeps to the settings' memory."""
+    learner.apply_limits(settings)
+    return Tuning(learner.base.model, method, state)
+
+
+def learn_rows(
+    learner: Learner,
+    method: Method,
+    state: State,
+    rows: TaskRows,
+    settings: LearnConfig,
+    events: Events,
+    find_place: FindPlace,
+    score: Callable[[State], Scores],
+    team: Team | None = None,
+) -> Learned[Scores]:
+    """Learn one task: start, train, measure and merge, score.
+
+    Args:
+        learner: The base model with factors attached.
+        method, state: The method, and the state after the task before.
+        rows: The task's rows.
+        settings: How it is learned: training, memory limit, guard.
+        events: Told what happens.
+        find_place: Returns where this training is saved, or where it was finished before.
+        score: Scores the model, which then applies the merged factors of the state that it is given.
+        team: The processes that share each step's rows.
 
     Raises:
-        InputError: it has learned another task of this name.
+        InputError: numbers that are not finite, a loss that exploded.
+        MemoryLimitError: a batch would not fit; what was done until then is saved.
+    """
+    events.task(rows.name, state.t + 1, len(rows.train), rows.notes)
+    everything = with_extra(method, state, rows.train)
+    if extra := len(everything) - len(rows.train):
+        events.note(f"{rows.name}: trains on {extra} kept rows of earlier tasks, too")
+    backend.reset_peak_memory()
+    tuning = start_task(learner, method, state, settings)
+    place = find_place(tuning, everything, rows.valid)
+    if (finished := place.finished()) is not None:
+        training, arrays = finished
+        tuning.update(arrays)
+    else:
+        if team is not None:
+            team.say(task_message(learner.described(), method, state, everything, settings))
+        training = _train(learner, tuning, everything, rows, settings, events, place, team)
+        place.keep(training, tuning)
+    began = perf_counter()
+    advance = partial(events.measuring, rows.name)
+    after = after_training(method, state, tuning, learner.engine, rows.train, settings.train.batch_size, advance)
+    merge_seconds = perf_counter() - began
+    check_finite(after, rows.name)
+    training = replace(training, peak_memory_bytes=max(training.peak_memory_bytes, backend.peak_memory()))
+    events.merged(rows.name, after)
+    learner.deploy(after.deployed)
+    return Learned(state=after, training=training, place=place, merge_seconds=merge_seconds, scores=score(after))
+
+
+def _train(
+    learner: Learner,
+    tuning: Tuning,
+    everything: Sequence[Encoded],
+    rows: TaskRows,
+    settings: LearnConfig,
+    events: Events,
+    place: TrainingPlace,
+    team: Team | None,
+) -> Training:
+    """Train, saving as the settings say; go on from the place's save where there is one."""
+
+    def save(progress: Progress, tensors: Tensors) -> None:
+        place.working.save(progress.step, place.run, run_conditions(team), progress_to_json(progress), tensors)
+
+    trained = train(
+        tuning,
+        learner.engine,
+        everything,
+        rows.valid,
+        settings.train,
+        report=lambda step: events.step(rows.name, step, backend.peak_memory()),
+        save=save,
+        resume=(Progress(**place.saved.progress), place.saved.tensors) if place.saved else None,
+        guard=settings.guard,
+        team=team,
+    )
+    return Training.of(trained, backend.peak_memory())
+
+
+def check_finite(state: State, name: str) -> None:
+    """Raise InputError where a merged factor is not finite; `name` says of which task."""
+    if bad := not_finite(state):
+        raise InputError(
+            f"{name}: the merged factors of {bad[0]} are not finite; what was learned before is as it was"
+            "\nhint: try a smaller learning rate"
+        )
+
+
+# ---- into a stream
+
+
+def learn_all(
+    stream: StreamFolder,
+    load: Callable[[], Learner],
+    tasks: Sequence[Task],
+    settings: LearnConfig,
+    events: Events,
+    team: Team | None = None,
+) -> list[TaskRecord]:
+    """Learn tasks in order into a stream; each is committed before the next one starts.
+
+    Args:
+        stream: The stream.
+        load: Returns its base model with factors attached; called only if there is a task to learn.
+        tasks: Tasks that have been read.
+        settings: How they are learned; the template is the stream's.
+        events: Told what happens.
+        team: The processes that share each step's rows.
+
+    Returns:
+        The records of the tasks that were learned now; a task that the stream has already is skipped.
+
+    Raises:
+        InputError: something of the user's does not fit; the stream keeps what was committed before.
+    """
+    todo = [task for task in tasks if not _skip(stream, task, settings, events)]
+    if not todo:
+        stream.tidy()  # a run killed just after its last commit is over with this
+        return []
+    records = []
+    with stream.writer():
+        learner = load()
+        method = make(stream.identity.method, stream.identity.method_options)
+        tests = TestRows(learner.tokenizer, settings.data.template, stream.path, stream.path)
+        for number, task in enumerate(todo):
+            if _skip(stream, task, settings, events):
+                continue  # another process has learned it meanwhile, or it is named twice
+            chosen = replace(settings, restart=settings.restart and number == 0)
+            records.append(learn_task(stream, learner, method, task, chosen, events, tests, team))
+    return records
+
+
+def _skip(stream: StreamFolder, task: Task, settings: LearnConfig, events: Events) -> bool:
+    if settings.again or not already_learned(stream, task):
+        return False
+    events.note(f"{task.name}: learned already, skipped (--again learns it once more)")
+    return True
+
+
+def already_learned(stream: StreamFolder, task: Task) -> bool:
+    """Return whether the stream has learned this task.
+
+    Raises:
+        InputError: it has learned another task with this name.
     """
     same_name = [record for record in stream.history() if record.name == task.name]
-    if not same_name or again:
+    if not same_name:
         return False
     if any(record.sha256 == task.sha256 for record in same_name):
         return True
@@ -60,81 +259,59 @@ def learn_task(
     tests: TestRows,
     team: Team | None = None,
 ) -> TaskRecord:
-    """Learn one task into the stream, with the processes of a team where there is one. Needs the stream's writer lock.
+    """Learn one task into the stream and commit it. The caller holds the stream's writer lock.
 
     Raises:
         InputError: rows that do not fit, an interrupted run of something else, numbers that went wrong; the stream
             is as it was.
     """
+    began = time.monotonic()
     stream.require_space()
     generation = stream.current()
     working = Working(stream.working, stream.files)
     working.check_place()
-    run = _run_of(task, generation.number, settings)
+    run = run_of(task, generation.number, settings)
     saved = None
     if settings.restart:
         working.drop()
     elif (saved := working.load()) is not None:
         check_same_run(saved, run, stream.working)
     encoder = Encoder(learner.tokenizer, settings.data, stream.path)
-    rows, valid, test_rows = _encoded(task, encoder, tests, settings)
-    notes = [*encoder.warnings(), *_notes(task, rows)]
+    rows, valid, test = _encoded(task, encoder, tests, settings)
+    notes = [*encoder.warnings(), *notes_on(task, rows, settings, learner.context)]
     if saved is not None:
         notes.append(f"goes on after step {saved.progress['step']}")
-        notes += _differences(saved.machine, machine(team))
-    state = stream.state()
-    events.task(task.name, state.t + 1, len(rows), notes)
-
-    model = learner.base.model
-    everything = with_extra(method, state, rows)
-    if extra := len(everything) - len(rows):
-        events.note(f"{task.name}: trains on {extra} kept rows of earlier tasks, too")
-    learner.bound(settings)
-    backend.reset_peak_memory()
-    tuning = Tuning(model, method, state)
-    if team is not None:
-        team.say(task_message(learner.described(), method, state, everything, settings))
-    trained = train(
-        tuning,
-        learner.engine,
-        everything,
-        valid,
-        settings.train,
-        report=lambda step: events.step(task.name, step, backend.peak_memory()),
-        save=lambda progress, tensors: working.save(
-            progress.step, run, machine(team), progress_to_json(progress), tensors
-        ),
-        resume=(Progress(**saved.progress), saved.tensors) if saved else None,
-        guard=settings.guard,
+        notes += differences(saved.machine, run_conditions(team))
+    learned = learn_rows(
+        learner,
+        method,
+        stream.state(),
+        TaskRows(name=task.name, train=rows, valid=valid, notes=notes),
+        settings,
+        events,
+        find_place=lambda *_: TrainingPlace(working, run, saved),
+        score=lambda _: score_all(stream.history(), task, learner, settings, events, tests),
         team=team,
     )
-    advance = partial(events.measuring, task.name)
-    state = conclude(method, state, tuning, learner.engine, rows, settings.train.batch_size, advance)
-    _check_finite(state, task.name)
-    peak = backend.peak_memory()
-
-    write_factors(model, state.deployed)
-    scores = score_all(stream.history(), task, learner, settings, events, tests)
-    record = _record(task, state.t, trained, rows, len(valid), test_rows, peak, settings, scores, machine(team))
+    record = task_record(
+        task,
+        learned.state.t,
+        learned.training,
+        rows,
+        valid,
+        test,
+        settings,
+        learned.scores,
+        run_conditions(team),
+    )
+    fell = what_fell(stream.history(), learned.scores, stream.path)
     fixed = {"train": settings_of(settings.train), "data": settings_of(settings.data)}
-    stream.commit(state, record, str(learner.base.path), fixed)
+    stream.commit(learned.state, record, str(learner.base.path), fixed)
     working.drop()
-    events.learned(record)
+    events.learned(record, time.monotonic() - began)
+    if fell:
+        events.note(fell)
     return record
-
-
-def _differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    alone = {"processes": 1}
-    saved, now = alone | saved, alone | now
-    changed = [f"{key} was {saved.get(key)}, is {now[key]}" for key in now if saved.get(key) != now[key]]
-    return [f"the result may differ in its last bits: {', '.join(changed)}"] if changed else []
-
-
-def _run_of(task: Task, generation: int, settings: LearnConfig) -> dict[str, Any]:
-    """Return all that decides the result of training a task."""
-    chosen = settings_of(settings.train) | settings_of(settings.data)
-    del chosen["save_every"], chosen["grad_checkpoint"]  # with or without, the numbers are the same
-    return {"task": task.name, "sha256": task.sha256, "generation": generation, **chosen}
 
 
 def _encoded(
@@ -159,64 +336,3 @@ def _encoded(
     if problems:
         raise InputError("\n".join(problems))
     return found[0], found[1], found[2]
-
-
-def _notes(task: Task, rows: EncodedRows) -> list[str]:
-    notes = list(task.warnings)
-    if task.held_out:
-        notes.append(f"no test rows were given: {task.held_out} rows are held out for scoring")
-    if rows.cut_rows:
-        notes.append(f"{rows.cut_rows} rows were too long: their last user message is cut on its left")
-    return notes
-
-
-def _check_finite(state: State, name: str) -> None:
-    if bad := not_finite(state):
-        raise InputError(f"{name}: the merged factors of {bad[0]} are not finite; the stream is as it was")
-
-
-def _record(
-    task: Task,
-    t: int,
-    trained: Trained,
-    rows: EncodedRows,
-    valid_rows: int,
-    test_rows: Sequence[Encoded],
-    peak: int,
-    settings: LearnConfig,
-    scores: Sequence[Score | None],
-    where: dict[str, Any],
-) -> TaskRecord:
-    progress, newest = trained.progress, scores[-1]
-    return TaskRecord(
-        name=task.name,
-        t=t,
-        path=str(Path(task.path).resolve()),
-        sha256=task.sha256,
-        format=task.format,
-        metric=newest.metric if newest else metric_of(test_rows),
-        train_rows=len(rows),
-        valid_rows=valid_rows,
-        test_rows=len(test_rows),
-        held_out=task.held_out,
-        cut_rows=rows.cut_rows,
-        train_tokens=progress.real_tokens,
-        computed_tokens=progress.computed_tokens,
-        steps=progress.step,
-        best_step=progress.best_step or progress.step,
-        seconds=round(progress.seconds, 3),
-        tokens_per_second=round(progress.real_tokens / max(progress.seconds, 1e-9), 2),
-        loss_before=_rounded(progress.loss_before),
-        loss_after=_rounded(trained.loss_after),
-        peak_memory_bytes=peak,
-        settings=settings_of(settings.train) | settings_of(settings.data),
-        labels=task.labels,
-        curve=trained.curve,
-        machine=where,
-        scores=[_rounded(s.value) if s else None for s in scores],
-        losses=[_rounded(s.loss) if s else None for s in scores],
-    )
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, SCORE_DIGITS)

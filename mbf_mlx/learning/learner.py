@@ -2,19 +2,23 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mbf_mlx.base.load import Base, load_base
 from mbf_mlx.base.sources import unpacked_bytes
 from mbf_mlx.config import LearnConfig, LoRAConfig
 from mbf_mlx.device import backend
-from mbf_mlx.engine.engine import Engine, prepare
-from mbf_mlx.engine.lora_layers import attach
+from mbf_mlx.engine.choose import prepare
+from mbf_mlx.engine.engine import Engine
+from mbf_mlx.engine.lora_layers import attach, write_factors
 from mbf_mlx.learning.team import Team
 from mbf_mlx.memory.limit import limit_of
-from mbf_mlx.methods import Layers
+from mbf_mlx.methods import Factors, Layers, Pair
 
 
 @dataclass(frozen=True)
@@ -29,27 +33,46 @@ class Learner:
 
     @property
     def tokenizer(self) -> Any:
-        """The base's, as mlx-lm wraps it."""
+        """The base's tokenizer, as mlx-lm wraps it."""
         return self.base.tokenizer
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the base can read, answer included; None where its config.json does not say."""
+        stated = self.base.config.get("max_position_embeddings")
+        return stated if isinstance(stated, int) and stated > 0 else None
 
     def described(self) -> dict[str, Any]:
         """Return what another process needs to hold the same."""
         base = {"path": str(self.base.path), "fingerprint": self.base.fingerprint}
         return base | {"lora": asdict(self.lora), "packed": self.packed}
 
-    def bound(self, settings: LearnConfig) -> None:
-        """Let the engine keep to the settings' memory: what it computes again, and where it stops."""
+    def apply_limits(self, settings: LearnConfig) -> None:
+        """Let the engine keep to the settings' memory: whether it recomputes activations, and where it stops."""
         checkpoint, by_hand = settings.train.grad_checkpoint, self.engine.by_hand
         limit = limit_of(self.base.path, self.lora, by_hand, self.packed, checkpoint, settings.memory_limit)
         self.engine.checkpoint = checkpoint
         self.engine.before = limit or (lambda batch, training: None)
+
+    def deploy(self, factors: Factors) -> None:
+        """Let the model apply these factors, without dropout; no factors make it the base model again."""
+        nothing = {
+            name: Pair(np.zeros((1, inner), np.float32), np.zeros((out, 1), np.float32))
+            for name, (out, inner) in self.layers.items()
+        }
+        self.base.model.eval()
+        write_factors(self.base.model, factors or nothing)
+
+
+# A base's folder, which layers get factors, whether quantized weights stay packed on a CPU.
+LoadLearner = Callable[[Path, LoRAConfig, bool], Learner]
 
 
 def load_learner(folder: Path, lora: LoRAConfig, keep_quantized: bool = False) -> Learner:
     """Load a base model in the form that trains fastest on this device, with factors attached.
 
     Args:
-        folder: The base's, as `sources.resolve_base` gives it.
+        folder: The base model's folder, as `sources.resolve_base` returns it.
         lora: Which layers get factors.
         keep_quantized: Keep quantized weights packed on a CPU, too.
     """
@@ -60,8 +83,8 @@ def load_learner(folder: Path, lora: LoRAConfig, keep_quantized: bool = False) -
     return Learner(base, layers, prepare(base.model), lora, packed)
 
 
-def machine(team: Team | None = None) -> dict[str, Any]:
-    """Return what a bit-identical continuation depends on beside the run: device, threads, processes, versions."""
+def run_conditions(team: Team | None = None) -> dict[str, Any]:
+    """Return what a bit-identical continuation needs besides the same run: device, threads, processes, versions."""
     device = backend.setup()
     processes = {"processes": team.size} if team else {}
     return processes | {

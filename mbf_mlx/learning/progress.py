@@ -1,34 +1,43 @@
-"""Where a training run stands, and when it is saved."""
+"""Where a training run stands, how it ended, and when it is saved."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 CURVE_POINTS = 24
+SAVE_SHARE = 0.02  # saves that come every so many seconds take at most this share of a run's time
+
+Tensors = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands: all that, with the saved tensors, continues it exactly."""
+    """Where a run stands. Together with the saved tensors it continues the run exactly."""
 
     step: int = 0  # optimizer steps taken
-    first_loss: float | None = None  # of the first step
+    first_loss: float | None = None  # loss of the first step
     high_steps: int = 0  # steps in a row whose loss was far above the first
-    best_loss: float | None = None  # of the best validation
+    best_loss: float | None = None  # loss of the best validation
     best_step: int = 0
-    validations_since: int = 0  # without a better one
+    validations_since: int = 0  # validations since the best one
     loss_before: float | None = None  # on the sample rows, before the first step
-    losses: list[float] = field(default_factory=list)  # of every step
+    losses: list[float] = field(default_factory=list)  # one for each step
     real_tokens: int = 0
     computed_tokens: int = 0
     seconds: float = 0.0  # in training steps and their batches
     stopped: bool = False  # patience ran out
 
 
+def progress_to_json(progress: Progress) -> dict[str, Any]:
+    """Return a run's progress as plain JSON values."""
+    return asdict(progress)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The end of a run: `tuning` holds what was tuned, the best of it where there was validation."""
+    """The end of a run. `tuning` holds the tuned factors, the best ones where there was validation."""
 
     progress: Progress
     loss_after: float | None
@@ -41,19 +50,42 @@ class Trained:
         return [(int(p[-1]) + 1, round(float(np.mean([losses[i] for i in p])), 4)) for p in parts if len(p)]
 
 
-def progress_to_json(progress: Progress) -> dict[str, Any]:
-    """Return a run's place as plain JSON values."""
-    return asdict(progress)
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The figures of a finished training, as a stream's history and an experiment's results hold them."""
 
+    seconds: float  # in training steps and their batches
+    steps: int
+    best_step: int  # 0 without validation
+    tokens: int  # real ones, without padding
+    computed_tokens: int
+    loss_before: float | None
+    loss_after: float | None
+    curve: Sequence[tuple[int, float]]
+    peak_memory_bytes: int
 
-SAVE_SHARE = 0.02  # of a run's time, at most, goes into saves that come every so many seconds
+    @classmethod
+    def of(cls, trained: Trained, peak_memory: int) -> "Training":
+        """Return the figures of a run that has just ended."""
+        progress = trained.progress
+        return cls(
+            seconds=progress.seconds,
+            steps=progress.step,
+            best_step=progress.best_step,
+            tokens=progress.real_tokens,
+            computed_tokens=progress.computed_tokens,
+            loss_before=progress.loss_before,
+            loss_after=trained.loss_after,
+            curve=trained.curve,
+            peak_memory_bytes=peak_memory,
+        )
 
 
 class SaveClock:
-    """Says when a run is saved next: after so many steps, or seconds, and then no sooner than keeps saves cheap.
+    """Says when a run is saved next: after so many steps or seconds, but never so often that saves become costly.
 
     Args:
-        steps, seconds: Between two saves; None where the other counts, or nothing does.
+        steps, seconds: The distance between two saves; None where the other one counts, or none does.
         now: Seconds on any clock that only goes forward.
     """
 
@@ -65,5 +97,5 @@ class SaveClock:
         return bool(self.steps and step % self.steps == 0) or bool(self.seconds and now - self.last >= self.pause)
 
     def saved(self, began: float, ended: float) -> None:
-        """Take note of a save; a slow one (large factors, a slow disk) puts off the next."""
+        """Note a save. A slow save (large factors, a slow disk) puts off the next one."""
         self.last, self.pause = ended, max(self.seconds or 0.0, (ended - began) * (1 / SAVE_SHARE - 1))

@@ -1,11 +1,11 @@
 """Several processes that share the rows of each training step, started by mlx.launch or mpirun.
 
-Process 0 does what a process alone does: it reads tasks, trains, validates, scores, writes and prints. The others hold
-the base model (worker.py). Before each step process 0 tells them the factors and the step's rows; every process takes
-its share of each batch, and the sums of losses and gradients over supervised tokens are added up. Nobody else's
-optimizer or rounding counts, so processes on different machines cannot drift apart.
+Process 0 does everything that a single process does: it reads tasks, trains, validates, scores, writes and prints. The
+other processes hold the base model (worker.py). Before each step, process 0 sends them the factors and the step's rows.
+Every process computes its share of each batch, and the sums of losses and gradients over supervised tokens are added
+up. Only process 0 has an optimizer, so processes on different machines cannot drift apart.
 
-A message is one safetensors file, as bytes, that process 0 says to all. What travels between processes is mlx's own.
+A message is one safetensors file, as bytes, that process 0 sends to all. mlx.distributed carries it.
 """
 
 import json
@@ -21,7 +21,7 @@ import safetensors.numpy
 from mbf_mlx.device import backend
 from mbf_mlx.errors import InputError
 
-# What mlx.launch (ring, NCCL, JACCL), Open MPI and MPICH say to the processes that they start: which of them one is.
+# The variables in which mlx.launch (ring, NCCL, JACCL), Open MPI and MPICH tell a process its number.
 PLACES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 END = "end"
 
@@ -30,21 +30,22 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Message:
-    """What process 0 says to all others."""
+    """A message from process 0 to all others."""
 
     kind: str
-    values: dict[str, Any] = field(default_factory=dict)  # as JSON has them
+    values: dict[str, Any] = field(default_factory=dict)  # plain JSON values
     tensors: Tensors = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """Return a safetensors file, in which the tensor without a name is the JSON text."""
+        """Return a safetensors file; its tensor with the empty name holds kind and values as JSON text."""
         text = json.dumps({"kind": self.kind, "values": self.values}).encode()
         named = {f".{name}": np.ascontiguousarray(each) for name, each in self.tensors.items()}
-        return safetensors.numpy.save({"": np.frombuffer(text, dtype=np.uint8), **named})
+        data: bytes = safetensors.numpy.save({"": np.frombuffer(text, dtype=np.uint8), **named})
+        return data
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Message":
-        """Return what `to_bytes` was given."""
+        """Return the message that `to_bytes` was called on."""
         tensors = safetensors.numpy.load(data)
         document = json.loads(tensors.pop("").tobytes())
         return cls(document["kind"], document["values"], {name[1:]: each for name, each in tensors.items()})
@@ -54,7 +55,7 @@ class Team:
     """The processes of one run, as one of them sees it.
 
     Args:
-        group: mlx's own.
+        group: The group that mx.distributed.init returns.
     """
 
     def __init__(self, group: Any) -> None:
@@ -63,23 +64,23 @@ class Team:
         self._in_step = False  # between a step's message and its sum, where no other message is understood
 
     def share(self, indices: Sequence[int]) -> list[int]:
-        """Return the rows of a batch that this process computes; there may be none."""
+        """Return the indices of a batch's rows that this process computes; there may be none."""
         return share(indices, self.rank, self.size)
 
     def say(self, message: Message) -> None:
-        """Tell all others; process 0 alone does. After "step" comes `add`, with every process."""
+        """Send a message to all others; only process 0 does so. After a "step", every process calls `add`."""
         data = message.to_bytes()
         self._in_step = message.kind == "step"
         self._sum(np.array([len(data)], dtype=np.int64))
         self._sum(np.frombuffer(data, dtype=np.uint8))
 
     def hear(self) -> Message:
-        """Wait for what process 0 says next."""
+        """Wait for the next message of process 0."""
         length = int(self._sum(np.zeros(1, dtype=np.int64))[0])
         return Message.from_bytes(self._sum(np.zeros(length, dtype=np.uint8)).tobytes())
 
     def add(self, arrays: Tensors) -> Tensors:
-        """Return the sums over all processes of arrays (any shape, float32) that each of them has, by name."""
+        """Return sums over all processes, by name; each process calls this with arrays of the same names and shapes."""
         names = sorted(arrays)
         flat = self._sum(np.concatenate([np.asarray(arrays[name], np.float32).reshape(-1) for name in names]))
         self._in_step = False
@@ -87,7 +88,7 @@ class Team:
         return {name: part.reshape(arrays[name].shape) for name, part in zip(names, parts, strict=True)}
 
     def end(self) -> None:
-        """Let the others go; in the midst of a step they notice by themselves that this process is gone."""
+        """End the run of the others. In the middle of a step they notice on their own that process 0 is gone."""
         if self.rank == 0 and not self._in_step:
             self.say(Message(END))
 
@@ -109,19 +110,19 @@ class Team:
 
 
 def share(indices: Sequence[int], rank: int, size: int) -> list[int]:
-    """Return the rows of a batch that process `rank` of `size` computes: neighbours, as even in number as can be."""
+    """Return the indices that process `rank` of `size` computes: neighbours, split as evenly as possible."""
     return [int(i) for i in np.array_split(np.asarray(indices, dtype=np.int64), size)[rank]]
 
 
 @contextmanager
 def joined() -> Iterator[Team | None]:
-    """Join the other processes of this run, if it was started with any; at the end process 0 lets them go.
+    """Join the other processes of this run, if there are any. At the end, process 0 ends their run.
 
     Yields:
-        The team, or None where this process is alone.
+        The team, or None if this process is alone.
 
     Raises:
-        InputError: it was started as one of several, and cannot reach them.
+        InputError: this process was started as one of several and cannot reach the others.
     """
     place = next((os.environ[name] for name in PLACES if os.environ.get(name)), None)
     if place is None:

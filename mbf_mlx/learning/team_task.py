@@ -1,7 +1,7 @@
-"""What a task's training steps depend on, told by process 0 to the others of a run: rows, method, state, settings.
+"""The message by which process 0 tells the others about a task: rows, method, state, settings.
 
-The message's arrays: the tokens of all rows end to end, what of them is supervised, the rows' lengths, and the state's
-factors (FIELD LAYER) and kept arrays (NAME LAYER). No row's text and no path of a task file travels.
+Its arrays are the tokens of all rows end to end, which of them are supervised, the rows' lengths, and the state's
+factors ("deployed FIELD LAYER") and kept arrays ("kept NAME LAYER"). No row's text and no task file's path is sent.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ ELSEWHERE = Path("(a row of process 0)")
 def task_message(
     base: dict[str, Any], method: Method, state: State, rows: Sequence[Encoded], settings: LearnConfig
 ) -> Message:
-    """Return all that a task's steps depend on; `base` says which model the workers hold, and how."""
+    """Return a message with everything that a task's steps depend on; `base` describes the model that workers load."""
     tensors: Tensors = {
         "tokens": np.concatenate([row.tokens for row in rows]).astype(np.int32),
         "supervised": np.concatenate([row.supervised for row in rows]).astype(np.uint8),
@@ -44,7 +44,7 @@ def task_message(
 
 
 def rows_of(message: Message) -> list[Encoded]:
-    """Return the rows of a "task" message; where they came from is process 0's to say."""
+    """Return the rows of a "task" message. Only process 0 knows the files they came from."""
     tensors = message.tensors
     ends = np.cumsum(tensors["lengths"])[:-1]
     tokens, supervised = np.split(tensors["tokens"], ends), np.split(tensors["supervised"].astype(bool), ends)

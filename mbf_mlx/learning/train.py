@@ -1,9 +1,14 @@
-"""Fine-tunes the attached factors on one task; neither merges nor commits.
+"""Tunes the attached factors on one task. Does not merge and does not commit.
 
-Cross-entropy over supervised tokens alone, with the method's penalty where it has one; AdamW with warmup and cosine
-decay, a fresh optimizer for each task. Every random choice is a function of (seed, epoch) or (seed, step), so a run is
-continued from a save to the bit-identical result. Losses are per supervised token, in nats, without any penalty. What
-trains, and how the model applies it, is tuning.py's.
+The loss is the cross-entropy over supervised tokens alone, plus the method's penalty if it has one. The optimizer is
+AdamW, a fresh one for each task, with warmup and cosine decay. Every random choice is a function of (seed, epoch) or
+(seed, step), so a run that goes on from a save ends with the same bits. Losses are per supervised token, in nats, and
+leave the penalty out. tuning.py decides what trains and how the model applies it.
+
+Clipping and the rate are computed here and not by mlx.optimizers, whose numbers differ in their last bits:
+`clip_grad_norm` divides by the norm + 1e-6, and its schedules compute in float32, which gives another rate at about
+half of the steps. Streams and experiments of before must go on to the same bits. A test holds both to mlx's own, within
+1e-6.
 """
 
 import math
@@ -22,15 +27,13 @@ from mbf_mlx.device.machine import freed_memory_kept
 from mbf_mlx.engine.engine import Arrays, Engine
 from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.learning.events import Step
-from mbf_mlx.learning.progress import Progress, SaveClock, Trained
+from mbf_mlx.learning.progress import Progress, SaveClock, Tensors, Trained
 from mbf_mlx.learning.team import Message, Team
 from mbf_mlx.learning.tuning import Tuning
 
 FLOOR = 0.1  # share of the peak rate at which the decay ends
+GUARD_RISE = 0.5  # nats: a run that ends with so much more loss, and GUARD_FACTOR times as much, has ruined the task
 GUARD_FACTOR, GUARD_STEPS = 3.0, 50  # a loss this many times the first, for so many steps, has exploded
-
-Tensors = dict[str, np.ndarray]
-
 
 Save = Callable[[Progress, Tensors], None]
 
@@ -53,16 +56,15 @@ def train(
 
     Args:
         tuning: What trains.
-        engine: Of its model.
-        rows: To train on, at least one.
-        valid: To choose the best step by; may be empty.
+        engine: The engine of its model.
+        rows: The rows to train on, at least one.
+        valid: The rows to choose the best step by; may be empty.
         config: Epochs or steps, rates, batch sizes.
         report: Called after every optimizer step.
-        save: Called with what continues the run, as often as `config.save_every` says (`working.SaveClock`), and at
-            the end.
-        resume: What `save` was given last.
-        guard: Stop a run whose loss has exploded.
-        team: Processes that share each step's rows; they have been told of the task.
+        save: Called with everything that continues the run, as often as `config.save_every` says, and at the end.
+        resume: What `save` was called with last.
+        guard: Stop a run whose loss has exploded, and refuse one that ends far worse than it began.
+        team: The processes that share each step's rows; they have been told of the task.
 
     Raises:
         InputError: a loss or gradient that is not finite, or a loss that exploded; the step and its rows are named.
@@ -105,18 +107,21 @@ def train(
             save(progress, run.tensors())
             clock.saved(began, time.monotonic())
     run.restore_best()
-    return Trained(progress=progress, loss_after=run.sample_loss(f"step {progress.step}: the loss after training"))
+    loss_after = run.sample_loss(f"step {progress.step}: the loss after training")
+    if guard and progress.loss_before is not None:
+        run.check_end(progress.loss_before, loss_after)
+    return Trained(progress=progress, loss_after=loss_after)
 
 
 class Sums:
-    """The loss of some of a task's rows and its gradients, summed over their supervised tokens."""
+    """The loss and its gradients, summed over the supervised tokens of some of a task's rows."""
 
     def __init__(self, tuning: Tuning, engine: Engine, rows: Sequence[Encoded]) -> None:
         self.tuning, self.engine, self.rows = tuning, engine, rows
         self.loss_and_grad = engine.loss_and_grad(tuning.apply)
 
     def __call__(self, batches: Sequence[Batch]) -> tuple[mx.array, Arrays]:
-        """Return them for batches that go through the model one after another; nothing for no batch."""
+        """Return loss and gradients of batches that go through the model one after another; zeros for no batch."""
         trained = self.tuning.trained
         total, gradients = mx.array(0.0), {name: mx.zeros_like(array) for name, array in trained.items()}
         for batch in batches:
@@ -127,20 +132,44 @@ class Sums:
         return total, gradients
 
     def over(self, team: Team, batches: Sequence[Sequence[int]]) -> tuple[mx.array, Arrays]:
-        """Return them for batches of row indices, each of which the processes of a team share."""
+        """Return loss and gradients of batches, given as row indices; the team's processes share each batch."""
         total, gradients = self([make_batch(self.rows, own) for rows in batches if (own := team.share(rows))])
         sums = team.add({"": np.array(total)} | {f".{name}": np.array(g) for name, g in gradients.items()})
         return mx.array(sums[""]), {name: mx.array(sums[f".{name}"]) for name in gradients}
 
 
 def seed_dropout(seed: int, step: int, rank: int = 0) -> None:
-    """Let a step's dropout depend on nothing but these; processes that share a step drop different inputs."""
+    """Make a step's dropout depend on these numbers alone; processes that share a step drop different inputs."""
     mx.random.seed((seed << 32) + (rank << 24) + step)
+
+
+def rate_at(config: TrainConfig, steps: int, step: int) -> float:
+    """Return the learning rate of a step: linear warmup, then cosine decay to a tenth of the peak.
+
+    Args:
+        config: The peak rate, and the share of the steps that warm up.
+        steps: All steps of the run.
+        step: The step, from 1.
+    """
+    warmup = max(1, round(config.warmup * steps))
+    if step <= warmup:
+        return config.learning_rate * step / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return config.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def clipped(gradients: Arrays, most: float) -> tuple[Arrays, mx.array]:
+    """Return gradients whose common norm is at most `most` (0: any), and the norm that they had."""
+    norm = mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.array(0.0)))
+    if not most:
+        return gradients, norm
+    share = mx.minimum(1.0, most / norm)
+    return {name: g * share for name, g in gradients.items()}, norm
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Begun:
-    """A step that the device computes."""
+    """A step that the device is computing."""
 
     number: int
     group: list[Batch]
@@ -168,15 +197,11 @@ class _Run:
         self.best: Tensors = {}
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, from 1: linear warmup, then cosine decay to a tenth of the peak."""
-        warmup = max(1, round(self.config.warmup * self.steps))
-        if step <= warmup:
-            return self.config.learning_rate * step / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return self.config.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
+        """The learning rate of a step, from 1."""
+        return rate_at(self.config, self.steps, step)
 
     def groups(self, skip: int) -> Iterator[list[Batch]]:
-        """The batches of each optimizer step after the first `skip`, as many epochs as the steps take."""
+        """Yield the batches of each optimizer step after the first `skip`, for as many epochs as the steps take."""
         step, epoch, size = 0, 0, self.config.grad_accumulation_steps
         while step < self.steps:
             plan = plan_batches(self.lengths, self.config.batch_size, self.config.seed, epoch)
@@ -189,7 +214,7 @@ class _Run:
             epoch += 1
 
     def begin(self, number: int, group: list[Batch]) -> _Begun:
-        """Begin a step, without waiting for the device; the factors become those after it."""
+        """Begin a step without waiting for the device; `tuning` then holds the factors after it."""
         seed_dropout(self.config.seed, number)
         tuning, trained = self.tuning, self.tuning.trained
         supervised = sum(len(batch.targets) for batch in group)
@@ -203,18 +228,14 @@ class _Run:
         if self.penalty_and_grad is not None:
             _, new = self.penalty_and_grad(trained)
             gradients = {name: gradient + new[name] for name, gradient in gradients.items()}
-        norm = mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.array(0.0)))
-        clipped = gradients
-        if self.config.max_grad_norm:
-            share = mx.minimum(1.0, self.config.max_grad_norm / norm)
-            clipped = {name: g * share for name, g in gradients.items()}
+        short, norm = clipped(gradients, self.config.max_grad_norm)
         self.optimizer.learning_rate = mx.array(self.rate(number))
-        tuning.update(self._at_rates(trained, self.optimizer.apply_gradients(clipped, trained)))
+        tuning.update(self._at_rates(trained, self.optimizer.apply_gradients(short, trained)))
         mx.async_eval(total, norm, self.optimizer.state)
         return _Begun(number=number, group=group, loss=total, supervised=supervised, norm=norm, gradients=gradients)
 
     def finish(self, progress: Progress, begun: _Begun, guard: bool) -> Progress:
-        """Wait for a step that was begun, and judge its loss."""
+        """Wait for a step that was begun, and check its loss."""
         number, group, value = begun.number, begun.group, float(begun.loss) / begun.supervised
         if not (math.isfinite(value) and math.isfinite(float(begun.norm))):
             raise InputError(self._not_finite(number, group, value, begun.gradients))
@@ -236,8 +257,21 @@ class _Run:
             computed_tokens=progress.computed_tokens + sum(batch.computed_tokens for batch in group),
         )
 
+    def check_end(self, before: float, after: float) -> None:
+        """Refuse factors that do far worse on the task's own rows than those that training started from.
+
+        Raises:
+            InputError: the loss, in nats, has grown beyond three times what it was, and by more than GUARD_RISE.
+        """
+        if after > max(GUARD_FACTOR * before, before + GUARD_RISE):
+            raise InputError(
+                f"training has made the task worse: its loss was {before:.3f} before and is {after:.3f}; the stream is"
+                " as it was before this task"
+                f"\nhint: a smaller --learning-rate than {self.config.learning_rate:g} and --restart, or --no-guard"
+            )
+
     def _at_rates(self, old: Arrays, new: Arrays) -> Arrays:
-        """Return the arrays after a step of each one's own rate: AdamW's whole step is proportional to it."""
+        """Return the arrays after a step, each at its own rate: AdamW's whole step is proportional to the rate."""
         rates = self.tuning.rates
         return {n: a if rates[n] == 1 else old[n] + rates[n] * (a - old[n]) for n, a in new.items()}
 
@@ -254,7 +288,17 @@ class _Run:
         )
 
     def mean_loss(self, rows: Sequence[Encoded], what: str = "") -> float:
-        """Loss per supervised token over `rows`; one that has to be finite is named by `what`."""
+        """Return the factors' own loss per supervised token over `rows`, without dropout.
+
+        With `what`, a loss that is not finite is an error.
+        """
+        self.tuning.model.eval()
+        try:
+            return self._mean_loss(rows, what)
+        finally:
+            self.tuning.model.train()
+
+    def _mean_loss(self, rows: Sequence[Encoded], what: str) -> float:
         total, count = 0.0, 0
         for indices in plan_batches(lengths_of(rows), self.config.batch_size, 0, 0):
             batch = make_batch(rows, indices)
@@ -270,15 +314,12 @@ class _Run:
         return total / count
 
     def sample_loss(self, what: str = "") -> float:
-        """Loss over evenly spaced training rows: the start's jump and what training brought show in it."""
+        """Return the loss on evenly spaced training rows, to compare before and after training."""
         picks = np.linspace(0, len(self.rows) - 1, min(SAMPLE_ROWS, len(self.rows))).astype(int)
-        self.tuning.model.eval()
-        loss = self.mean_loss([self.rows[int(i)] for i in picks], what)
-        self.tuning.model.train()
-        return loss
+        return self.mean_loss([self.rows[int(i)] for i in picks], what)
 
     def judge(self, progress: Progress, number: int, valid_loss: float) -> Progress:
-        """Keep the factors of the best validation."""
+        """Keep the factors if this validation is the best so far."""
         if progress.best_loss is None or valid_loss < progress.best_loss:
             self.best = self._trained()
             return replace(progress, best_loss=valid_loss, best_step=number, validations_since=0)

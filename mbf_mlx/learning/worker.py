@@ -1,6 +1,6 @@
-"""What the processes beside the first do in a run of several: hold the base model, compute their share of each step.
+"""What every process but the first does in a run of several: hold the base model and compute its share of each step.
 
-A worker touches no stream, reads no task file and prints nothing: rows, method, state and factors come from process 0.
+A worker touches no stream, reads no task file and prints nothing. Rows, method, state and factors come from process 0.
 """
 
 from collections.abc import Callable
@@ -9,24 +9,24 @@ from mbf_mlx.base.fingerprint import fingerprint
 from mbf_mlx.base.sources import BaseFolder
 from mbf_mlx.config import LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
+from mbf_mlx.learning.learn import start_task
 from mbf_mlx.learning.learner import Learner, load_learner
 from mbf_mlx.learning.team import END, Message, Team
 from mbf_mlx.learning.team_task import rows_of, state_of
 from mbf_mlx.learning.train import Sums, seed_dropout
-from mbf_mlx.learning.tuning import Tuning
 from mbf_mlx.methods import make
 
 
 def work(team: Team, find: Callable[[str], BaseFolder], base: str | None = None) -> None:
-    """Compute shares of steps until process 0 lets us go.
+    """Compute shares of steps until process 0 ends the run.
 
     Args:
-        team: Of a process that is not the first.
-        find: Where the base model of a name is, on this machine.
-        base: Its name here; None takes the folder that process 0 has it in.
+        team: The team, as a process that is not the first sees it.
+        find: Returns where the base model of a given name is on this machine.
+        base: The base's name on this machine; None takes the path that process 0 has.
 
     Raises:
-        InputError: the base model is not here or is another one, or process 0 is gone.
+        InputError: the base model is not here or is a different one, or process 0 is gone.
     """
     worker: _Worker | None = None
     learner: Learner | None = None
@@ -39,19 +39,19 @@ def work(team: Team, find: Callable[[str], BaseFolder], base: str | None = None)
 
 
 class _Worker:
-    """One task, as far as its steps need it."""
+    """What the steps of one task need."""
 
     def __init__(self, team: Team, learner: Learner, message: Message) -> None:
         self.team, self.seed = team, message.values["seed"]
         train = TrainConfig(grad_checkpoint=message.values["checkpoint"])
-        learner.bound(LearnConfig(train=train, memory_limit=message.values["memory_limit"]))
+        settings = LearnConfig(train=train, memory_limit=message.values["memory_limit"])
         name, options = message.values["method"]
-        self.tuning = Tuning(learner.base.model, make(name, options), state_of(message))
+        self.tuning = start_task(learner, make(name, options), state_of(message), settings)
         self.tuning.model.train()
         self.sums = Sums(self.tuning, learner.engine, rows_of(message))
 
     def step(self, message: Message) -> None:
-        """Compute our share of a step and add it to the others'."""
+        """Compute our share of a step and add it to those of the others."""
         seed_dropout(self.seed, message.values["number"], self.team.rank)
         self.tuning.update(message.tensors)
         self.sums.over(self.team, message.values["batches"])

@@ -1,27 +1,28 @@
-"""What is alive in memory while a model trains: a formula in bytes, from a model's shape and a batch's.
+"""How much memory training takes: a formula in bytes, from the shape of the model and the shape of a batch.
 
 Letters, as in engine/llama_pass.py: T tokens that a batch computes (the shared prefix's P once, then R rows of at most
-W); N supervised positions; D the hidden size; I the MLP's; H heads and G groups of keys and values, each of size d; V
-the vocabulary; r the rank; b bytes of a number (4 on a CPU, else the model's own 2).
+W); N supervised positions; D the hidden size; I the MLP's hidden size; H heads and G groups of heads that share keys
+and values; d the size of a head; V the vocabulary; r the rank; b the bytes of a number (4 on a CPU, else the model's
+own 2).
 
     peak = process + weights + factors + inputs + activations + logits
 
-    process       Python, mlx, the tokenizer; a constant, measured
-    weights       on a CPU every number in float32, or packed as in the file with one piece unpacked at a time
-    factors       16 r (in + out) a layer: the factors, their gradient, AdamW's two moments, all in float32
-    inputs        12 bytes a number of what a method has measured of the inputs after training: the directions asked
-                  for, the sum, what the batches at hand add to it
-    activations   what the blocks keep for the way back, as below, and what one block's way back takes besides
-    logits        4 V bytes a position and array, under a fixed budget whatever N is; but 3 arrays of N through mlx-lm's
-                  own pass without --grad-checkpoint: mlx runs ahead of what it computes, so chunks are alive together
+    process       Python, mlx, the tokenizer; a measured constant
+    weights       on a CPU every number in float32, or packed as in the file, with one piece unpacked at a time
+    factors       16 r (in + out) for each layer: the factors, their gradient, AdamW's two moments, all in float32
+    inputs        12 bytes for each number that a method measures of the inputs after training: the directions, the sum
+                  so far, and what the current batches add
+    activations   what the blocks keep for the backward pass, as below, and what one block's backward pass adds
+    logits        4 V bytes for each position and array, within a fixed budget for any N. But through mlx-lm's own pass
+                  without --grad-checkpoint it is 3 arrays of all N: mlx allocates ahead, so all chunks are in memory
 
-A block keeps, on a CPU (engine/llama_pass.py), 4 bytes times
-    T (4 D + H d + 2 I) + (P + R W) (H + 2 G) d, and its attention weights H W (R W + P R) + H P P where they are small;
-through mlx-lm's own pass b times T (5 D + (H + 2 G) d + 2 H (P + W) + 4 I). The last block's part is N tokens on a CPU.
-On several cores each computes a part of the rows, the first of them the prefix for all. With --grad-checkpoint every
-block keeps T D, and one at a time all of it.
+On a CPU (engine/llama_pass.py) a block keeps 4 bytes times
+    T (4 D + H d + 2 I) + (P + R W) (H + 2 G) d, and its attention weights H W (R W + P R) + H P P if they are small.
+Through mlx-lm's own pass it keeps b times T (5 D + (H + 2 G) d + 2 H (P + W) + 4 I). On a CPU the last block keeps
+most of this for N tokens only. On several cores each computes a part of the rows, and the first computes the prefix for
+all. With --grad-checkpoint every block keeps T D, and one block at a time keeps everything.
 
-`benchmarks/memory.py` holds this against what was measured. Knows no mlx and reads no files.
+`benchmarks/memory.py` compares this with measurements. This file does not use mlx and reads no files.
 """
 
 from dataclasses import dataclass, replace
@@ -46,8 +47,8 @@ class Shape:
     head_dim: int
     blocks: int
     vocabulary: int
-    tied: bool  # the embedding is also the head
-    file_bytes: int  # of all weights as they are stored
+    tied: bool  # whether the embedding is also the head
+    file_bytes: int  # all weights as they are stored
     packed_bytes: int  # the same with scales and norms in float32, as a CPU holds packed weights
     plain_bytes: int  # every number in float32
 
@@ -80,9 +81,9 @@ class Run:
     num_layers: int  # blocks with factors
     by_hand: bool  # whether engine/llama_pass.py computes the pass, in float32
     packed: bool  # whether quantized weights stay packed
-    checkpoint: bool
-    cores: int = 1  # that compute parts of a batch side by side
-    measured: int = 0  # numbers in the directions in which a method has the layers' inputs measured
+    checkpoint: bool  # whether blocks are computed again in the backward pass
+    cores: int = 1  # how many parts of a batch are computed side by side
+    measured: int = 0  # numbers in the directions in which a method measures the layers' inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +91,11 @@ class Load:
     """The shape of one batch."""
 
     rows: int  # R
-    width: int  # W, of the longest row after the prefix
+    width: int  # W, tokens of the longest row after the prefix
     prefix: int  # P
     tokens: int  # T
     supervised: int  # N
-    most_supervised: int  # of one row
+    most_supervised: int  # supervised positions of the row that has most
 
     @classmethod
     def of(cls, batch: Batch) -> "Load":
@@ -107,14 +108,14 @@ class Load:
 
     @classmethod
     def full(cls, rows: int, length: int, answer: int | None = None) -> "Load":
-        """Return the largest batch: rows of `length` tokens, the last `answer` (or all) of them supervised."""
+        """Return the largest batch: all rows have `length` tokens, the last `answer` of them (or all) supervised."""
         width, each = length - 1, min(length - 1, answer or length - 1)
         return cls(rows=rows, width=width, prefix=0, tokens=rows * width, supervised=rows * each, most_supervised=each)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The parts of a peak, in bytes."""
+    """The parts of the peak, in bytes."""
 
     process: int
     weights: int
@@ -122,16 +123,16 @@ class Memory:
     inputs: int
     activations: int
     logits: int
-    loading: int  # what loading takes at most, besides process and weights; gone when training begins
+    loading: int  # what loading adds at most to process and weights; freed before training begins
 
     @property
     def held(self) -> int:
-        """What is there before, between and after batches."""
+        """What is held between batches."""
         return self.process + self.weights + self.factors + self.inputs
 
     @property
     def batch(self) -> int:
-        """What one training step takes besides."""
+        """What one batch adds."""
         return self.activations + self.logits
 
     @property
@@ -141,7 +142,7 @@ class Memory:
 
 
 def predict(shape: Shape, run: Run, load: Load, *, training: bool = True) -> Memory:
-    """Return what training (or scoring) on batches of this shape takes at its peak."""
+    """Return what training on a batch of this shape takes at its peak, or scoring it."""
     largest = 4 * max(shape.vocabulary * shape.hidden, shape.hidden * shape.intermediate)
     if not run.by_hand:
         weights, loading = shape.file_bytes, 0
@@ -178,7 +179,7 @@ def _activations(shape: Shape, run: Run, load: Load, training: bool) -> int:
 
 
 def _by_hand(shape: Shape, run: Run, load: Load) -> tuple[int, int]:
-    """Return the numbers that one block keeps, and those that its way back takes besides."""
+    """Return how many numbers one block keeps, and how many its backward pass adds."""
     parts = parts_of(load.rows, load.prefix, load.tokens - load.prefix, run.cores)
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     padded = load.prefix + load.rows * load.width
@@ -191,23 +192,23 @@ def _by_hand(shape: Shape, run: Run, load: Load) -> tuple[int, int]:
     scores = shape.heads * load.width * load.rows * (load.width + load.prefix)
     once = load.tokens * (shape.intermediate + 4 * shape.hidden + 2 * (query + 2 * key))
     once += scores if weights else 2 * scores
-    if run.packed:  # one piece, and its codes on the way
+    if run.packed:  # one unpacked piece, and its codes while it is unpacked
         largest = max(shape.vocabulary * shape.hidden, shape.hidden * shape.intermediate)
         once += parts * min(PIECE_BYTES // 4, largest) * 2
     return kept, once
 
 
 def _by_hand_last(shape: Shape, load: Load) -> int:
-    """Return the numbers that the last block keeps: keys and values of all tokens, the rest of supervised ones."""
+    """Return how many numbers the last block keeps: keys and values for all tokens, the rest for supervised ones."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    asking = load.rows * load.most_supervised
+    queries = load.rows * load.most_supervised
     kept = load.tokens * 2 * shape.hidden + (load.prefix + load.rows * load.width) * 2 * key
-    kept += load.supervised * (3 * shape.hidden + query + 2 * shape.intermediate) + asking * query
-    return kept + shape.heads * asking * (load.width + load.prefix)
+    kept += load.supervised * (3 * shape.hidden + query + 2 * shape.intermediate) + queries * query
+    return kept + shape.heads * queries * (load.width + load.prefix)
 
 
 def _through_mlx(shape: Shape, load: Load) -> tuple[int, int]:
-    """Return the same of mlx-lm's own pass, with mlx's gradients."""
+    """Return the same numbers for mlx-lm's own pass with mlx's gradients."""
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     tokens, seen = load.prefix + load.rows * load.width, load.prefix + load.width
     kept = tokens * (5 * shape.hidden + query + 2 * key + 2 * shape.heads * seen + 4 * shape.intermediate)
@@ -225,7 +226,7 @@ def _logits(shape: Shape, run: Run, load: Load) -> int:
 
 
 def ways_to_fit(shape: Shape, run: Run, load: Load, limit: int) -> list[str]:
-    """Return the flags with which such a batch would fit into `limit` bytes, the one that costs least time first."""
+    """Return sets of flags with which such a batch would fit into `limit` bytes, the fastest first."""
     others = [run]
     if not run.checkpoint:
         others.append(replace(run, checkpoint=True))

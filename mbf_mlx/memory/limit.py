@@ -1,4 +1,4 @@
-"""Stops a run before a batch that would take more memory than it may have, instead of leaving that to the allocator."""
+"""Stops a run before a batch that would take too much memory, instead of letting the system end it."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ def memory_limit(given: int) -> int:
     """Return how many bytes this process may hold on its device.
 
     Args:
-        given: What the user said; 0 is four fifths of what is available now, what the process holds already included,
-            and on a GPU four fifths of what the device reports.
+        given: The user's limit in bytes. 0 means four fifths of what the device reports on a GPU. On a CPU it means
+            four fifths of what is available now, together with what the process already holds.
     """
     device = backend.setup()
     if given:
@@ -27,22 +27,26 @@ def memory_limit(given: int) -> int:
 
 
 class Limit:
-    """Called before each batch; raises where the formula says that it would not fit.
+    """Called before each batch; raises if the formula says that the batch would not fit.
 
     Args:
-        shape, run: As formula.py has them.
-        limit: Bytes.
+        shape, run: The model and the run, as formula.py describes them.
+        limit: How many bytes the process may hold.
     """
 
     def __init__(self, shape: Shape, run: Run, limit: int):
         self.shape, self.run, self.limit = shape, run, limit
-        self._fitted = -1  # bytes of the largest batch that has gone through
+        self._fitted = -1  # bytes of the largest batch that was let through
 
     def __call__(self, batch: Batch, training: bool) -> None:
         """Check a batch, if it is larger than all before it.
 
+        Args:
+            batch: The batch that is about to be computed.
+            training: Whether it is trained on, or only scored.
+
         Raises:
-            MemoryLimitError: it would not fit.
+            MemoryLimitError: the batch would not fit.
         """
         load = Load.of(batch)
         needed = predict(self.shape, self.run, load, training=training)
@@ -57,19 +61,19 @@ class Limit:
         ways = ways_to_fit(self.shape, self.run, load, self.limit - (held - needed.held))
         hint = f"\nhint: it would fit with {'; or '.join(ways)}" if ways else "\nhint: this takes a larger machine"
         return (
-            f"a batch of {load.rows} rows and {load.tokens} tokens takes {units.size(needed.batch)} besides the"
-            f" {units.size(held)} that are held, and the limit is {units.size(self.limit)} (--memory-limit);"
+            f"a batch of {load.rows} rows and {load.tokens} tokens needs {units.size(needed.batch)} more than the"
+            f" {units.size(held)} that are in use, and the limit is {units.size(self.limit)} (--memory-limit);"
             f" what was learned before is kept{hint}"
         )
 
 
 def limit_of(folder: Path, lora: LoRAConfig, by_hand: bool, packed: bool, checkpoint: bool, given: int) -> Limit | None:
-    """Return the limit of a run, or None where nobody knows what the architecture's batches take.
+    """Return the limit of a run, or None if the formula does not cover the architecture.
 
     Args:
-        folder: The base model's.
+        folder: The base model's folder.
         lora: Which layers have factors.
-        by_hand, packed, checkpoint: As `memory.Run` has them.
+        by_hand, packed, checkpoint: As `formula.Run` explains.
         given: As `memory_limit` takes it.
     """
     try:

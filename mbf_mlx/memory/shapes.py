@@ -1,8 +1,7 @@
-"""A model's and a run's shape in numbers, from a folder or a recipe."""
+"""The numbers that the memory formula needs: of a model, from its folder or its recipe, and of a run's settings."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mbf_mlx.base.recipe import ModelShape, Recipe
 from mbf_mlx.base.sources import read_config, unpacked_bytes, weight_files
@@ -12,18 +11,14 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
 from mbf_mlx.memory.formula import Run, Shape
 
-if TYPE_CHECKING:
-    pass
-
-
-SHARE = 0.8  # of what is there, up to which a plan fits; past it and up to all of it, it is tight
+SHARE = 0.8  # a plan fits if it takes at most this share of the memory; with more than that it is tight
 
 
 def shape_of_folder(folder: Path) -> Shape:
     """Return the shape of a model folder.
 
     Raises:
-        InputError: its config.json lacks what the formula needs: an architecture that is not like a Llama.
+        InputError: its config.json lacks what the formula needs, because the architecture is not like a Llama.
     """
     config = read_config(folder)
     config = config.get("text_config") or config
@@ -52,18 +47,29 @@ def shape_of_recipe(recipe: Recipe) -> Shape:
     """Return the shape that a recipe describes.
 
     Raises:
-        InputError: it describes none.
+        InputError: the recipe gives no shape.
     """
     facts: ModelShape | None = recipe.shape
     if facts is None:
         raise InputError(f"{recipe.name}: its recipe gives no shape\nhint: mbf fetch {recipe.name}, then plan with it")
-    names = ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "blocks", "vocabulary", "tied")
-    shape = Shape(**{name: getattr(facts, name) for name in names}, file_bytes=0, packed_bytes=0, plain_bytes=0)
+    shape = Shape(
+        hidden=facts.hidden,
+        intermediate=facts.intermediate,
+        heads=facts.heads,
+        kv_heads=facts.kv_heads,
+        head_dim=facts.head_dim,
+        blocks=facts.blocks,
+        vocabulary=facts.vocabulary,
+        tied=facts.tied,
+        file_bytes=0,
+        packed_bytes=0,
+        plain_bytes=0,
+    )
     embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
     values, norms = embeddings + shape.blocks * shape.block_values, (2 * shape.blocks + 1) * shape.hidden
     return replace(
         shape,
-        # Beside its codes a group has a scale and an offset of 16 bits; a CPU holds them in 32.
+        # Beside its codes a group has a scale and an offset: 16 bits each in the file, 32 on a CPU.
         file_bytes=round(values * (facts.bits / 8 + 4 / facts.group)) + 2 * norms,
         packed_bytes=round(values * (facts.bits / 8 + 8 / facts.group)) + 4 * norms,
         plain_bytes=4 * (values + norms),
@@ -74,10 +80,10 @@ def run_of(shape: Shape, lora: LoRAConfig, *, by_hand: bool, packed: bool, check
     """Return what the formula needs of the settings.
 
     Args:
-        shape: The model's.
+        shape: The model's shape.
         lora: Which layers get factors.
-        by_hand: Whether engine/llama_pass.py will compute the pass: a Llama on a CPU.
-        packed, checkpoint: As `memory.Run` has them.
+        by_hand: Whether engine/llama_pass.py will compute the pass, as it does for a Llama on a CPU.
+        packed, checkpoint: As `formula.Run` explains.
     """
     return Run(
         rank=lora.rank,

@@ -1,35 +1,32 @@
 """Continual methods: what each keeps between tasks, how a task starts, what is deployed after it.
 
-A method works on factors alone and in the namespace of the arrays it is given; it runs no model. One file each.
+One file a method. A method works on factors alone, in the library of the arrays that it is given; it runs no model.
+docs/methods.md lists the methods and shows how to write one.
 """
 
-from mbf_mlx.methods.base import (
-    Factors,
-    Layers,
-    Method,
-    Pair,
-    Row,
-    Seen,
-    State,
-    each_layer,
-    empty_state,
-    hooks,
-    measured_rows,
-    not_finite,
-)
+from mbf_mlx.methods.base import Inputs, Method, Need, Seen, TokenRow, Tuned, measured_rows
+from mbf_mlx.methods.checks import check_choices, check_number
+from mbf_mlx.methods.factors import Factors, Layers, Pair, each_layer, in_double
 from mbf_mlx.methods.registry import make, names
+from mbf_mlx.methods.state import State, empty_state, first_factors, not_finite
 
 __all__ = [
     "Factors",
+    "Inputs",
     "Layers",
     "Method",
+    "Need",
     "Pair",
-    "Row",
     "Seen",
     "State",
+    "TokenRow",
+    "Tuned",
+    "check_choices",
+    "check_number",
     "each_layer",
     "empty_state",
-    "hooks",
+    "first_factors",
+    "in_double",
     "make",
     "measured_rows",
     "names",

@@ -1,30 +1,33 @@
-"""Anchored, then merged: what training still did to old inputs is taken back where the new task has no use for it.
+"""Anchored, then merged: take back what training did to old inputs where the new task does not need it.
 
-The penalty of `anchored` makes a change that old inputs see dear, not impossible: M becomes M + D while the next task
-trains. Once it has trained, its own inputs are known, too, and the update that is deployed is the W that minimizes
+The penalty of `anchored` makes a change that old inputs notice expensive, not impossible: M becomes M + D while the
+next task trains. After training, the new task's inputs are known, too. Deployed is the update W that minimizes
 
     (1 - w) E_old |(W - M) x|^2 + w E_new |(W - M - D) x|^2
 
-each token counting as its row's loss depends on it. In a direction that only one side's inputs have, that side decides;
-where both have it, it is a compromise. The minimum has a closed form in the few directions that the two A's span
-(`reference.merge_by_inputs`), is cut to the stream's rank in the same metric, and costs no training. The next task
-starts from it, with A orthonormal and the function kept.
+where a token counts as much as its row's loss depends on it. In a direction that only one side's inputs have, that
+side decides; where both have it, W is a compromise. The minimum has a closed form in the few directions that the two
+A's span (`reference.merge_by_inputs`). It is cut to the stream's rank in the same metric, and costs no training. The
+next task starts from it, with an orthonormal A and the same function.
 
-Keeps: what `anchored` keeps, one pair and the sketch, together no more than two pairs. Constant in the number of tasks.
+Keeps: what `anchored` keeps: one pair and the sketch, together at most two pairs. Constant in the number of tasks.
 
 Source: ours; for one layer with full Grams the closed form is RegMean, Jin et al. 2023, arXiv:2212.09849.
 """
 
 from mbf_mlx.methods.anchored import Anchored
-from mbf_mlx.methods.base import Factors, Seen, State, check_number, check_two_pairs
+from mbf_mlx.methods.base import Inputs
+from mbf_mlx.methods.checks import check_number, check_two_pairs
+from mbf_mlx.methods.factors import Factors
+from mbf_mlx.methods.state import State
 
 
 class AnchoredMerge(Anchored):
-    """Anchored, and every task merged by inputs.
+    """Anchored, with every task merged by inputs.
 
     Args:
-        strength: Of the penalty, in units of the loss (nats).
-        weight: w, how much the newest task's inputs count, in [0, 1]; 1 is `anchored` where nothing is cut.
+        strength: Weight of the penalty, in units of the loss (nats).
+        weight: w, how much the newest task's inputs count, in [0, 1]; with 1 it is `anchored`, if nothing is cut.
         first_a: A of the first task: "orthonormal", or "uniform" as in LoRA.
 
     Raises:
@@ -44,9 +47,13 @@ class AnchoredMerge(Anchored):
         Raises:
             InputError: a layer with fewer inputs than two pairs have rows.
         """
-        check_two_pairs(self.name, state)
+        check_two_pairs(self.name, state.layers, state.rank)
         return super().start(state)
 
-    def finish(self, state: State, tuned: Factors, inputs: dict[str, Seen] | None = None) -> State:
-        """Merge what was tuned with what was deployed; `inputs` are the task's, as `measure` asks for them."""
+    def finish(self, state: State, tuned: Factors, inputs: Inputs | None = None) -> State:
+        """Merge what was tuned with what was deployed, by the inputs of both.
+
+        Raises:
+            ValueError: no inputs.
+        """
         return self.merge(state, tuned, inputs, self.options["weight"])

@@ -1,15 +1,16 @@
 """C-LoRA: one LoRA for all tasks with a routing matrix between its factors, R = R_old + R_delta.
 
-delta = B R A. Task t trains R_delta, from zero, with R_old fixed, and A and B with it; afterwards R_old is their sum.
-The loss has `orthogonal` * |R_old^T R_delta|^2 besides (Frobenius), so that a new task writes into directions of the
-shared subspace that the old ones left free. In the first task R_old is zero and R_delta starts as the identity.
+delta = B R A. Task t trains R_delta, which starts at zero, together with A and B; R_old is fixed. Afterwards R_old
+becomes their sum. The loss also has `orthogonal` * |R_old^T R_delta|^2 (Frobenius), so that a new task writes into
+directions of the shared subspace that the old tasks left free. In the first task R_old is zero and R_delta starts as
+the identity.
 
 Keeps: A, B, B R (deployed) and R of rank x rank in every layer. Constant in the number of tasks.
 
-Source: Zhang et al. 2025, arXiv:2502.17920, for vision transformers; no public code was found. Known from it: one
-low-rank adapter, R = R_old + R_delta with R_old fixed, an orthogonality term. Left open, chosen here: between what the
-term is (old and new routing, which needs no second copy of A and B), its square and weight, and that A and B go on
-training at a rate of their own.
+Source: Zhang et al. 2025, arXiv:2502.17920, for vision transformers; we found no public code. From the paper: one
+low-rank adapter, R = R_old + R_delta with R_old fixed, an orthogonality term. It leaves open what we chose here:
+which two things are orthogonal (old and new routing, which needs no second copy of A and B), that the term is
+squared, its weight, and that A and B go on training at a rate of their own.
 """
 
 from dataclasses import replace
@@ -17,7 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mbf_mlx.methods.base import FIRST_A, Factors, Pair, State, check_choices, check_number, first_factors
+from mbf_mlx.methods.base import Inputs, Method
+from mbf_mlx.methods.checks import check_choices, check_number
+from mbf_mlx.methods.factors import FIRST_A, Factors, Pair
+from mbf_mlx.methods.state import State, first_factors
 from mbf_mlx.reference import Array
 
 
@@ -29,12 +33,12 @@ class Routed(NamedTuple):
     r: Array  # (rank, rank), R_delta
 
 
-class CLora:
-    """One LoRA, routed.
+class CLora(Method):
+    """One LoRA with a routing matrix.
 
     Args:
         orthogonal: Weight of the orthogonality term.
-        rate_shared: Learning rate of A and B as a share of the routing's, after the first task; 0 holds them.
+        rate_shared: Learning rate of A and B as a share of the routing's, after the first task; 0 holds them fixed.
         first_a: "uniform" as in LoRA, or "orthonormal".
 
     Raises:
@@ -42,18 +46,12 @@ class CLora:
     """
 
     name = "c-lora"
-    grows = False
 
     def __init__(self, orthogonal: float = 0.1, rate_shared: float = 1.0, first_a: str = "uniform") -> None:
         self.options: dict[str, Any] = {"orthogonal": orthogonal, "rate_shared": rate_shared, "first_a": first_a}
         check_choices(self.name, self.options, {"first_a": FIRST_A})
         check_number(self.name, "orthogonal", orthogonal, 0)
         check_number(self.name, "rate_shared", rate_shared, 0)
-
-    def rates(self, state: State) -> dict[str, float]:
-        """Return the learning rates of A and B as a share of the task's own."""
-        rate = self.options["rate_shared"] if state.t else 1.0
-        return {"a": rate, "b": rate}
 
     def start(self, state: State) -> dict[str, Routed]:
         """Return A and B as they are and a zero R_delta; for the first task a random A, a zero B and the identity."""
@@ -63,6 +61,11 @@ class CLora:
             return {name: Routed(a, b, eye.copy()) for name, (a, b) in first.items()}
         kept = state.kept
         return {n: Routed(state.deployed[n].a, kept["b"][n], 0 * kept["routing"][n]) for n in state.layers}
+
+    def rates(self, state: State) -> dict[str, float]:
+        """Return the learning rates of A and B as a share of the task's own."""
+        rate = self.options["rate_shared"] if state.t else 1.0
+        return {"a": rate, "b": rate}
 
     def effective(self, tuned: dict[str, Routed], state: State) -> Factors:
         """Return A and B R."""
@@ -78,8 +81,8 @@ class CLora:
             total = total + (overlap * overlap).sum()
         return self.options["orthogonal"] * total
 
-    def finish(self, state: State, tuned: dict[str, Routed]) -> State:
-        """Take R_delta into R_old and deploy B R with A."""
+    def finish(self, state: State, tuned: dict[str, Routed], inputs: Inputs | None = None) -> State:
+        """Add R_delta to R_old and deploy B R with A."""
         kept = {
             "b": {name: fields.b for name, fields in tuned.items()},
             "routing": {name: self._routing(state, name, fields.r) for name, fields in tuned.items()},

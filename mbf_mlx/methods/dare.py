@@ -1,13 +1,13 @@
-"""DARE: most entries of each task's change are dropped at random, the rest enlarged to make up for them, then added.
+"""DARE: most entries of each task's change are dropped at random; the rest is enlarged to make up for it, then added.
 
-Each entry is dropped with probability p and otherwise divided by 1 - p, so its expectation stays; sparse vectors get in
-each other's way less. What is dropped is drawn from the stream's seed, the task's number and the layer.
+Each entry is dropped with probability p and otherwise divided by 1 - p, so its expectation stays the same. Sparse
+vectors disturb each other less. The stream's seed, the task's number and the layer decide what is dropped.
 
 Keeps: one pair, and the tuned one where tasks start from it. Constant in the number of tasks.
 
 Source: Yu et al. 2024, arXiv:2311.03099 (p of 0.9 and more for full fine-tuning), with task arithmetic as the merge.
-Its public code agrees: each entry by itself, kept ones divided by 1 - p. There the entries are those of all weights of
-a fully fine-tuned model, and what is merged is merged at once; here the sum grows task by task, which is the same sum.
+Its public code agrees: each entry is dropped on its own, and kept ones are divided by 1 - p. There the entries are all
+weights of a fully fine-tuned model, merged at once; here the sum grows task by task, which gives the same sum.
 """
 
 from typing import Literal
@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods.base import check_number
+from mbf_mlx.methods.checks import check_number
 from mbf_mlx.methods.task_vectors import TaskVectors
 from mbf_mlx.reference import Array, namespace
 
@@ -24,8 +24,8 @@ class Dare(TaskVectors):
     """Drop and rescale, then the sum.
 
     Args:
-        drop: p, the probability of an entry to be dropped, in [0, 1).
-        coefficient: Of the sum when deployed, a number or "1/t", the mean.
+        drop: p, the probability that an entry is dropped, in [0, 1).
+        coefficient: What the sum is multiplied by when it is deployed: a number, or "1/t" for the mean.
         space: "factors" or "delta", as in `task_vectors`.
         start: "first", the same draw for every task, as published; "tuned", the last tuned pair.
         first_a: "uniform" as in LoRA, or "orthonormal".
@@ -50,7 +50,7 @@ class Dare(TaskVectors):
             raise InputError("dare: drop: expected a number below 1, or nothing is left")
 
     def combine(self, merged: Array, vector: Array, generator: np.random.Generator) -> Array:
-        """Return the sum of the earlier tasks' vectors and what is left of the newest, enlarged."""
+        """Return the sum of the earlier tasks' vectors and of what is left of the newest, enlarged."""
         drop = self.options["drop"]
         left = namespace(vector).asarray(generator.random(vector.shape) >= drop).astype(vector.dtype)
         return merged + vector * left / (1 - drop)

@@ -1,19 +1,19 @@
-"""Frozen A: a random A drawn once for all tasks; B alone trains and is merged (the paper's FREA-MB).
+"""Frozen A: a random A is drawn once for all tasks; only B trains and is merged (the paper's FREA-MB).
 
-With one A for all tasks, merging B is merging products, exactly, and nothing that an old B was tuned against ever
-changes. What it costs is that B has to make do with `rank` random directions of the input.
+With one A for all tasks, merging B is exactly merging products, and an old B always meets the A that it was tuned with.
+The cost: B sees the input in `rank` random directions only.
 
 Keeps: one A and two B (merged and tuned), one A and one B where nothing is merged. Constant in the number of tasks.
 
 Source: Qiao and Mahdavi 2025, arXiv:2512.23017, ablations; Zhang et al. 2023, LoRA-FA, arXiv:2308.03303, for one task.
 """
 
-from mbf_mlx.methods.base import check_choices
+from mbf_mlx.methods.checks import check_choices
 from mbf_mlx.methods.slao import Slao
 
 
 class FrozenA(Slao):
-    """`slao` with B alone training.
+    """`slao` in which only B trains.
 
     Args:
         first_a: How A is drawn: "orthonormal", or "uniform" as in LoRA.

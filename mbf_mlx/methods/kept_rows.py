@@ -1,10 +1,11 @@
-"""Token rows as a few flat arrays, so that a stream can keep them beside its factors."""
+"""Token rows packed into a few flat arrays, so that a stream can keep them beside its factors."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from mbf_mlx.methods.base import STREAM, Row, State
+from mbf_mlx.methods.base import TokenRow
+from mbf_mlx.methods.state import STREAM, State
 from mbf_mlx.reference import Array
 
 NAMES = ("rows_tokens", "rows_supervised", "rows_length", "rows_task")
@@ -12,14 +13,16 @@ BYTES_PER_TOKEN = 4 + 1 / 8
 BYTES_PER_ROW = 4 + 4
 
 
-def pack(rows: Sequence[Row], tasks: Sequence[int], tokens: int = 0, count: int = 0) -> dict[str, dict[str, Array]]:
-    """Return rows, each with its task's number, as `State.kept` has them.
+def pack(
+    rows: Sequence[TokenRow], tasks: Sequence[int], tokens: int = 0, count: int = 0
+) -> dict[str, dict[str, Array]]:
+    """Return rows with their tasks' numbers, in the form that `State.kept` holds.
 
     Args:
         rows: Token rows.
         tasks: The number of each row's task.
-        tokens: Room for at least so many tokens, the rest zero: what is kept has one size however full it is.
-        count: Room for at least so many rows.
+        tokens: Make room for at least this many tokens, so that what is kept has one size however full it is.
+        count: Make room for at least this many rows.
     """
     lengths = np.array([len(row.tokens) for row in rows], dtype=np.int32)
     tokens, count = max(tokens, int(lengths.sum())), max(count, len(rows))
@@ -31,15 +34,15 @@ def pack(rows: Sequence[Row], tasks: Sequence[int], tokens: int = 0, count: int 
     return {name: {STREAM: array} for name, array in zip(NAMES, arrays, strict=True)}
 
 
-def unpack(state: State) -> tuple[list[Row], list[int]]:
-    """Return the rows that a state keeps and each one's task."""
+def unpack(state: State) -> tuple[list[TokenRow], list[int]]:
+    """Return the rows that a state keeps, and the number of each row's task."""
     if NAMES[0] not in state.kept:
         return [], []
     tokens, bits, lengths, tasks = (np.asarray(state.kept[name][STREAM]) for name in NAMES)
     supervised = np.unpackbits(bits, count=len(tokens)).astype(bool)
     count = int((lengths > 0).sum())
     ends = np.cumsum(lengths[:count])
-    rows = [Row(tokens[end - n : end], supervised[end - n : end]) for n, end in zip(lengths, ends, strict=False)]
+    rows = [TokenRow(tokens[end - n : end], supervised[end - n : end]) for n, end in zip(lengths, ends, strict=False)]
     return rows, tasks[:count].tolist()
 
 

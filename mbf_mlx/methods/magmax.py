@@ -1,8 +1,8 @@
-"""MagMax: tasks train one after the other; of every entry the largest change that any task made is kept.
+"""MagMax: tasks train one after the other; for every entry, the largest change that any task made is kept.
 
-Each entry of the combined vector is that of the task where it is largest in absolute value; of equal ones the later. It
-is deployed with a coefficient below 1. A maximum needs no more than the largest so far, so it streams: exactly in the
-space "factors", in "delta" up to the cut.
+Each entry of the combined vector comes from the task where it is largest in absolute value; of equal ones, from the
+later task. The vector is deployed with a coefficient below 1. A maximum needs only the largest value so far, so
+nothing else is kept: the result is exact in the space "factors", and exact up to the cut in "delta".
 
 Keeps: two pairs (combined and tuned). Constant in the number of tasks.
 
@@ -17,10 +17,10 @@ from mbf_mlx.reference import Array, namespace
 
 
 class MagMax(TaskVectors):
-    """Largest magnitude of every entry.
+    """The largest magnitude of every entry.
 
     Args:
-        coefficient: Of the combined vector when deployed.
+        coefficient: What the combined vector is multiplied by when it is deployed.
         space: "factors" or "delta", as in `task_vectors`.
         start: "tuned", the last tuned pair, as published; "first", the first draw for every task.
         first_a: "uniform" as in LoRA, or "orthonormal".
@@ -37,5 +37,5 @@ class MagMax(TaskVectors):
         super().__init__(start, space, coefficient, first_a)
 
     def combine(self, merged: Array, vector: Array, generator: np.random.Generator) -> Array:
-        """Return of every entry the one with the larger magnitude."""
+        """Return, for every entry, the value with the larger magnitude."""
         return namespace(vector).where(abs(vector) >= abs(merged), vector, merged)

@@ -1,19 +1,22 @@
 """O-LoRA: IncLoRA whose new A is kept orthogonal to all old ones.
 
-The loss has `orthogonal` * sum of |A_old A_new^T| (all entries, all old tasks, all layers) besides, and
-`shrink` * sum of the norms of the new factors.
+The loss also has `orthogonal` * sum of |A_old A_new^T| (over all entries, old tasks and layers), and `shrink` * sum
+of the norms of the new factors.
 
-Keeps: one pair a task, as a single one of rank r * t. It grows with the number of tasks.
+Keeps: one pair a task, as a single pair of rank r * t. It grows with the number of tasks.
 
-Source: Wang et al. 2023, arXiv:2310.14152, and its public code. What agrees: the term, not squared and not averaged; no
-term in the first task; the norms are of each factor by itself; weights 0.5 and 0 for the short orders. What differs:
-there the terms are added in every micro-batch, so accumulating gradients makes them weigh more; here once a step.
+Source: Wang et al. 2023, arXiv:2310.14152, and its public code. What agrees: the term is neither squared nor
+averaged; the first task has no term; each factor has a norm of its own; the weights are 0.5 and 0 as for the short
+orders. What differs: there the terms are added in every micro-batch, so they weigh more with gradient accumulation;
+here they are added once a step.
 """
 
 from typing import Any
 
-from mbf_mlx.methods.base import Factors, State, check_number
+from mbf_mlx.methods.checks import check_number
+from mbf_mlx.methods.factors import Factors
 from mbf_mlx.methods.inclora import IncLora
+from mbf_mlx.methods.state import State
 from mbf_mlx.reference import Array, namespace
 
 
@@ -38,7 +41,7 @@ class OLora(IncLora):
         check_number(self.name, "shrink", shrink, 0)
 
     def penalty(self, tuned: Factors, state: State) -> Array | None:
-        """Return both terms, None in the first task, which has no old A (nor, in the public code, a shrinking)."""
+        """Return the sum of both terms; None in the first task, as in the public code."""
         if state.t == 0:
             return None
         total: Any = 0.0
@@ -50,5 +53,5 @@ class OLora(IncLora):
 
 
 def safe_norm(x: Array) -> Array:
-    """Return the Frobenius norm, with a gradient that stays finite where x is zero, as B is at the start."""
+    """Return the Frobenius norm; its gradient is finite even where x is zero, as B is at the start."""
     return namespace(x).sqrt((x * x).sum() + 1e-12)

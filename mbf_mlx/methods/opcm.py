@@ -1,16 +1,17 @@
-"""OPCM: the newest task's update is cleaned of what lies in the merged one's main directions, then added.
+"""OPCM: remove from the newest task's update what lies in the merged update's main directions, then add the rest.
 
-With the merged update M = U S V^T and the newest task's D, P = U^T D V says how D acts between M's own directions. Its
-diagonal and its leading k x k block are removed from D, k as large as M's leading singular values make up no more than
-`alpha` of their sum. Then M <- (lambda(t-1) M + cleaned D) / lambda(t), where lambda(t) makes the norm of M, over all
-layers, the mean of the norms of all tasks' updates; for orthogonal ones of one size that is sqrt(t).
+Let M = U S V^T be the merged update and D the newest task's. P = U^T D V says how D acts between M's own directions.
+Its diagonal and its leading k x k block are removed from D; k is the largest number of M's leading singular values
+that make up at most `alpha` of their sum. Then M <- (lambda(t-1) M + cleaned D) / lambda(t). lambda(t) is chosen so
+that the norm of M, over all layers, is the mean of the norms of all tasks' updates; for orthogonal updates of one
+size it is sqrt(t).
 
-Everything stays in factors: M has rank r, cleaned D at most 2r, the sum is cut back to rank r after every task.
+Everything stays in factors: M has rank r, cleaned D at most 2r, and the sum is cut back to rank r after every task.
 
 Keeps: the merged pair and two numbers. Constant in the number of tasks.
 
 Source: Tang et al. 2025, arXiv:2501.09522, and its public code (alpha 0.5). There M has full rank and is never cut, and
-the diagonal goes on beyond M's rank, in directions that only the SVD's routine decides; here it ends with the rank.
+the diagonal goes on beyond M's rank, in directions that the SVD routine picks arbitrarily; here it ends with the rank.
 """
 
 import math
@@ -19,21 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from mbf_mlx.methods.base import (
-    FIRST_A,
-    STREAM,
-    Factors,
-    Pair,
-    State,
-    check_choices,
-    check_number,
-    first_factors,
-    in_double,
-)
+from mbf_mlx.methods.base import Inputs, Method
+from mbf_mlx.methods.checks import check_choices, check_number
+from mbf_mlx.methods.factors import FIRST_A, Factors, Pair, in_double
+from mbf_mlx.methods.state import STREAM, State, first_factors, keep_factors, kept_factors
 from mbf_mlx.reference import Array, cut_rank, namespace, stack_pairs, update_norm
 
 
-class Opcm:
+class Opcm(Method):
     """Orthogonal-projection-based continual merging.
 
     Args:
@@ -46,7 +40,7 @@ class Opcm:
     """
 
     name = "opcm"
-    grows = False
+    absorbs = True
 
     def __init__(self, alpha: float = 0.5, start: str = "first", first_a: str = "uniform") -> None:
         self.options: dict[str, Any] = {"alpha": alpha, "start": start, "first_a": first_a}
@@ -54,17 +48,15 @@ class Opcm:
         check_number(self.name, "alpha", alpha, 0, 1)
 
     def start(self, state: State) -> Factors:
-        """Return the first draw, every time or for the first task alone; else the last tuned pair."""
+        """Return the first draw for the first task, with `start` "first" for every task; else the last tuned pair."""
         if state.t == 0 or self.options["start"] == "first":
             return first_factors(replace(state, t=0), self.options["first_a"])
-        return {name: Pair(state.kept["tuned_a"][name], state.kept["tuned_b"][name]) for name in state.layers}
+        return kept_factors(state, "tuned")
 
-    def finish(self, state: State, tuned: Factors) -> State:
+    def finish(self, state: State, tuned: Factors, inputs: Inputs | None = None) -> State:
         """Merge the update of task state.t + 1."""
         t, norm = state.t + 1, _norm(tuned)
-        kept: dict[str, dict[str, Array]] = {}
-        if self.options["start"] == "tuned":
-            kept = {"tuned_a": {n: p.a for n, p in tuned.items()}, "tuned_b": {n: p.b for n, p in tuned.items()}}
+        kept = keep_factors("tuned", tuned) if self.options["start"] == "tuned" else {}
         if state.t == 0:
             numbers, deployed = [1.0, norm], dict(tuned)
         else:
@@ -82,7 +74,7 @@ class Opcm:
 
         def merge(merged_a: Array, merged_b: Array, tuned_a: Array, tuned_b: Array) -> tuple[Array, Array]:
             rank = merged_a.shape[0]
-            a, b = cut_rank(merged_a, merged_b, rank)  # balanced: the singular values are on their squared row norms
+            a, b = cut_rank(merged_a, merged_b, rank)  # balanced: a row's squared norm is a singular value
             s = (a * a).sum(axis=1)
             root = namespace(a).sqrt(namespace(a).where(s > 0, s, 1.0))
             v, u = a / root[:, None], b / root
@@ -96,7 +88,7 @@ class Opcm:
 
 
 def _mask(s: np.ndarray, alpha: float, like: Array) -> Array:
-    """Return 1 on the diagonal and on the leading block that `alpha` gives, 0 elsewhere."""
+    """Return 1 on the diagonal and on the leading block, whose size follows from `alpha`; 0 elsewhere."""
     share = np.cumsum(s) / (s.sum() or 1.0)
     block = int((share <= alpha + 1e-12).sum())
     mask = np.eye(len(s))

@@ -1,50 +1,41 @@
-"""Merging products: what is deployed is a mean of the tasks' updates B @ A, not of their B under the newest A.
+"""Merging products: deploy a mean of the tasks' updates B @ A, not a mean of their B under the newest A.
 
-After task t the update is (1 - w) merged_B merged_A + w tuned_B tuned_A, exactly, cut back to a pair of the stream's
-rank; w = t ** -exponent. So an old B is never used under an A that it was not tuned with.
+After task t the update is exactly (1 - w) merged_B merged_A + w tuned_B tuned_A, cut back to a pair of the stream's
+rank; w = t ** -exponent. So an old B is never used with an A that it was not tuned with.
 
-Options are what can be had at the same memory:
+The options cost no more memory:
 - where the next task starts: at the tuned pair, at the merged one (then nothing else is kept), or between them;
-- in which basis: see `basis`;
-- `metric`: what is near is judged by weights here, by the tasks' own inputs in `products_by_inputs`;
-- `rate_a`: how fast A learns after the first task, compared with B: the less A moves, the less the cut takes away.
+- in which basis it starts: see `basis`;
+- `metric`: whether the cut is judged by weights, as here, or by the tasks' own inputs, as in `products_by_inputs`;
+- `rate_a`: how fast A learns after the first task, compared with B. The less A moves, the less the cut takes away.
 
 Keeps: two pairs (merged and tuned), or one where tasks start from the merged one. Constant in the number of tasks.
 
-Source: ours; Algorithm 1 of arXiv:2512.23017 merges B alone and is `slao`.
+Source: ours. Algorithm 1 of arXiv:2512.23017, which merges only B, is `slao`.
 """
 
 from dataclasses import replace
 from typing import Any
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods.base import (
-    FIRST_A,
-    Factors,
-    Pair,
-    State,
-    check_choices,
-    check_number,
-    check_sizes,
-    each_layer,
-    first_factors,
-    in_double,
-    pad_rank,
-)
+from mbf_mlx.methods.base import Inputs, Method
+from mbf_mlx.methods.checks import check_choices, check_number, check_sizes
+from mbf_mlx.methods.factors import FIRST_A, Factors, Pair, each_layer, in_double, pad_rank
+from mbf_mlx.methods.state import State, first_factors, keep_factors
 from mbf_mlx.reference import Array, cut_rank, in_basis, merge_products, stack_pairs
 
 CHOICES = {"basis": ("qr", "qr-preserving", "balanced", "keep"), "first_a": FIRST_A}
 
 
-class Products:
+class Products(Method):
     """The merge of products.
 
     Args:
         exponent: w = t ** -exponent is the weight of task t, in [0, 2]; 0.5 as in the paper, 1 is the plain mean.
-        rank: Of what is merged and deployed; None is the stream's.
+        rank: Rank of what is merged and deployed; None takes the stream's.
         start: The pair that the next task starts from: "tuned", "merged", or the tuned one's share in between.
-        basis: Of the start, as in `reference.in_basis`: "qr" as in Algorithm 1, "qr-preserving", "balanced" or "keep".
-            A merged pair has no basis of its own, so it cannot start with "qr".
+        basis: Basis of the start, as in `reference.in_basis`: "qr" as in Algorithm 1, "qr-preserving", "balanced" or
+            "keep". A merged pair has no basis of its own, so it cannot start with "qr".
         rate_a: A's learning rate as a share of B's, after the first task, in [0, 1].
         first_a: A of the first task: "orthonormal", or "uniform" as in LoRA.
 
@@ -53,7 +44,6 @@ class Products:
     """
 
     name = "products"
-    grows = False
 
     def __init__(
         self,
@@ -79,12 +69,7 @@ class Products:
                 "products: a merged pair's A is one of many that give its product, so an orthonormal basis with B as it"
                 " is would be another function; use basis 'qr-preserving' or 'balanced'"
             )
-        if rate_a < 1:
-            self.rates = self._rates  # a hook that learning/train.py looks for by name
-
-    def _rates(self, state: State) -> dict[str, float]:
-        """Return the learning rates of A and B as shares of the task's own."""
-        return {"a": self.options["rate_a"] if state.t else 1.0, "b": 1.0}
+        self.absorbs = rate_a == 1
 
     def start(self, state: State) -> Factors:
         """Return the factors that task state.t + 1 starts from."""
@@ -94,6 +79,10 @@ class Products:
             return first_factors(state, self.options["first_a"])
         start = self._start(state.rank)
         return each_layer(lambda name: Pair(*in_double(start, *self._pairs(state, name))), state.deployed)
+
+    def rates(self, state: State) -> dict[str, float]:
+        """Return the learning rates of A and B as shares of the task's own."""
+        return {"a": self.options["rate_a"] if state.t else 1.0, "b": 1.0}
 
     def _rank(self, state: State) -> int:
         return self.options["rank"] or state.rank
@@ -115,7 +104,7 @@ class Products:
 
         return start
 
-    def finish(self, state: State, tuned: Factors) -> State:
+    def finish(self, state: State, tuned: Factors, inputs: Inputs | None = None) -> State:
         """Merge the tuned factors of task state.t + 1 into the deployed ones."""
         rank = self._rank(state)
 
@@ -132,7 +121,5 @@ class Products:
         return float((state.t + 1) ** -float(self.options["exponent"]))
 
     def _kept(self, tuned: Factors) -> dict[str, dict[str, Array]]:
-        """Return the tuned pairs, where the next task starts from them."""
-        if self._share == 0:
-            return {}
-        return {"tuned_a": {n: p.a for n, p in tuned.items()}, "tuned_b": {n: p.b for n, p in tuned.items()}}
+        """Return the tuned pairs if the next task needs them for its start."""
+        return keep_factors("tuned", tuned) if self._share else {}

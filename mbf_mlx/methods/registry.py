@@ -1,14 +1,16 @@
-"""The continual methods by name."""
+"""The continual methods by name: ours, and those that installed packages add (installed.py)."""
 
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from mbf_mlx.errors import InputError
+from mbf_mlx.methods import installed
 from mbf_mlx.methods.anchored import Anchored
 from mbf_mlx.methods.anchored_merge import AnchoredMerge
-from mbf_mlx.methods.base import Method, check_choices, check_number
+from mbf_mlx.methods.base import Method
 from mbf_mlx.methods.c_lora import CLora
+from mbf_mlx.methods.checks import check_choices, check_number
 from mbf_mlx.methods.dare import Dare
 from mbf_mlx.methods.ewc import Ewc
 from mbf_mlx.methods.frozen_a import FrozenA
@@ -28,6 +30,10 @@ from mbf_mlx.methods.sequential import Sequential
 from mbf_mlx.methods.slao import Slao
 from mbf_mlx.methods.task_arithmetic import TaskArithmetic
 from mbf_mlx.methods.ties import Ties
+
+# Keeps no rows, and did better than the paper's method on the five tasks that we measured: docs/experiments.md.
+DEFAULT_METHOD = "anchored"
+UNLOADED_METHOD = "slao"  # for a stream whose first task is trained elsewhere: it needs neither model nor rows
 
 
 def _replay(
@@ -66,11 +72,7 @@ def _products(
     return made
 
 
-# The paper's method, what it is compared with, then those that merge, hold parameters back, look at rows again, grow.
-
-DEFAULT_METHOD = "anchored"  # it was ahead of all others in every order: docs/experiments.md
-UNLOADED_METHOD = "slao"  # of a stream whose first task is trained elsewhere: it needs no model and no rows
-
+# The paper's method and what it is compared with, then those that merge, hold parameters back, see rows again, grow.
 _METHODS: dict[str, Callable[..., Method]] = {
     "slao": Slao,
     "sequential": Sequential,
@@ -97,19 +99,23 @@ _METHODS: dict[str, Callable[..., Method]] = {
 
 
 def names() -> list[str]:
-    """Return the names that `make` knows, the paper's method first."""
-    return list(_METHODS)
+    """Return the names that `make` knows: ours, the paper's method first, then those of installed packages."""
+    return [*_METHODS, *(name for name in installed.names() if name not in _METHODS)]
 
 
 def make(name: str, options: dict[str, Any] | None = None) -> Method:
     """Return the method called `name`.
 
+    One of our own names always means our method. Installed packages are looked at only for other names.
+
     Raises:
-        InputError: no such method, or options that it does not take.
+        InputError: no such method, options that it does not take, or an installed method that cannot be loaded.
     """
-    if name not in _METHODS:
+    options = options or {}
+    factory = _METHODS.get(name) or installed.load(name)
+    if factory is None:
         raise InputError(f"method: expected one of {', '.join(names())}, got {name!r}")
-    known = list(inspect.signature(_METHODS[name]).parameters)
-    if unknown := [key for key in options or {} if key not in known]:
+    known = list(inspect.signature(factory).parameters)
+    if unknown := [key for key in options if key not in known]:
         raise InputError(f"method {name}: expected options of {', '.join(known)}, got {unknown[0]!r}")
-    return _METHODS[name](**(options or {}))
+    return factory(**options)

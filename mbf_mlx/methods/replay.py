@@ -1,17 +1,17 @@
 """Experience replay: some rows of old tasks are kept and trained on again with every new one.
 
-The reservoir has a fixed number of bytes. Which rows of a task stay is decided by a hash of their tokens and the seed:
-those with the smallest come first, the tasks take turns, and what does not fit any more is dropped. A row that was
-dropped could never come back, so the reservoir is what one would have chosen with all rows at hand.
+The reservoir has a fixed number of bytes. A hash of a row's tokens and the seed decides which rows stay: rows with
+the smallest hash come first, the tasks take turns, and what no longer fits is dropped. A dropped row could never come
+back, so the reservoir holds what one would have chosen with all rows at hand.
 
 It goes on top of any other method (`method`), sequential LoRA by default. The rows are the user's data: they stay in
 the stream's own state and are never exported.
 
-Keeps: what the other method keeps, and the reservoir. Constant in the number of tasks.
+Keeps: what the other method keeps, and the reservoir. Constant in the number of tasks, if the other method is.
 
 Source: Chaudhry et al. 2019, arXiv:1902.10486, for tiny episodic memories. Public code (`er` of aimagelab/mammoth)
-draws old rows into every batch, from a reservoir of so many rows that each row seen enters by chance; here they are
-mixed into the task's rows once, the reservoir has so many bytes, and each task the same share of it.
+draws old rows into every batch, from a reservoir of so many rows that each row seen enters by chance. Here old rows
+are mixed into the task's rows once, the reservoir has so many bytes, and each task has the same share of it.
 """
 
 import hashlib
@@ -24,26 +24,29 @@ import numpy as np
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import kept_rows as packed
-from mbf_mlx.methods.base import Method, Row, State, check_number
+from mbf_mlx.methods.base import Inputs, Method, TokenRow, Tuned
+from mbf_mlx.methods.checks import check_number
+from mbf_mlx.methods.factors import Factors
+from mbf_mlx.methods.state import State
+from mbf_mlx.reference import Array
 
-TOKENS_PER_ROW = 16  # room for the rows' own numbers is left for rows of this mean length and longer
-LONGEST = 1 / 8  # of the reservoir: a longer row never enters
+TOKENS_PER_ROW = 16  # the reservoir has room for the lengths and tasks of its rows where they are this long on average
+LONGEST = 1 / 8  # of the reservoir; a longer row never enters
 
 
-class Replay:
+class Replay(Method):
     """A reservoir of rows on top of another method.
 
     Args:
-        method: The other method, made by `make` and not one that looks at rows or gradients itself.
+        method: The other method, made by `make`; one that does not need rows or gradients itself.
         bytes: Size of the reservoir.
-        share: Old rows trained on with a task, as a share of the task's own; all that are kept where there are fewer.
+        share: Old rows trained on with a task, as a share of the task's own rows; all that are kept, if they are fewer.
 
     Raises:
         InputError: an argument outside its choices.
     """
 
     name = "replay"
-    needs = "rows"
 
     def __init__(self, method: Method, bytes: int, share: float) -> None:
         self.method = method
@@ -55,35 +58,47 @@ class Replay:
         }
         check_number(self.name, "bytes", bytes, 1000)
         check_number(self.name, "share", share, 0)
-        if hasattr(method, "needs"):
-            raise InputError(
-                f"replay: method: {method.name} looks at a task's {method.needs} itself; choose another one"
-            )
+        if clash := method.needs - {"inputs"}:
+            raise InputError(f"replay: method: {method.name} needs a task's {min(clash)} itself; choose another one")
+        self.needs = method.needs | {"rows"}
         self.grows = method.grows
         self.tokens = int(bytes / (packed.BYTES_PER_TOKEN + packed.BYTES_PER_ROW / TOKENS_PER_ROW)) // 8 * 8
-        for hook in ("rates", "effective", "penalty", "measure"):
-            if hasattr(method, hook):
-                setattr(self, hook, getattr(method, hook))
 
-    def start(self, state: State) -> Any:
+    def start(self, state: State) -> Tuned:
         """Return what the other method starts from."""
         return self.method.start(state)
 
-    def finish(self, state: State, tuned: Any, **more: Any) -> State:
-        """Return the other method's state, the reservoir as it was."""
-        mine = {key: value for key, value in state.kept.items() if key in packed.NAMES}
-        others = {key: value for key, value in state.kept.items() if key not in packed.NAMES}
-        state = self.method.finish(replace(state, kept=others), tuned, **more)
-        return replace(state, kept=state.kept | mine)
+    def rates(self, state: State) -> dict[str, float]:
+        """Return the other method's rates."""
+        return self.method.rates(state)
 
-    def extra_rows(self, state: State, count: int) -> list[Row]:
+    def effective(self, tuned: Tuned, state: State) -> Factors:
+        """Return what the other method lets the model apply."""
+        return self.method.effective(tuned, state)
+
+    def penalty(self, tuned: Tuned, state: State) -> Array | None:
+        """Return the other method's penalty."""
+        return self.method.penalty(tuned, state)
+
+    def extra_rows(self, state: State, count: int) -> list[TokenRow]:
         """Return old rows to train on with the `count` rows of the next task, drawn without repetition."""
         rows, _ = packed.unpack(state)
         generator = np.random.default_rng([state.seed, state.t])
         chosen = generator.permutation(len(rows))[: round(self.options["share"] * count)]
         return [rows[i] for i in sorted(chosen)]
 
-    def after_task(self, state: State, rows: Sequence[Row]) -> State:
+    def measure(self, state: State, tuned: Tuned) -> dict[str, Array]:
+        """Return the directions that the other method asks for."""
+        return self.method.measure(state, tuned)
+
+    def finish(self, state: State, tuned: Tuned, inputs: Inputs | None = None) -> State:
+        """Return the other method's state, with the reservoir as it was."""
+        mine = {key: value for key, value in state.kept.items() if key in packed.NAMES}
+        others = {key: value for key, value in state.kept.items() if key not in packed.NAMES}
+        state = self.method.finish(replace(state, kept=others), tuned, inputs)
+        return replace(state, kept=state.kept | mine)
+
+    def after_task(self, state: State, rows: Sequence[TokenRow], gradients: Tuned) -> State:
         """Let the rows of task state.t into the reservoir."""
         old, tasks = packed.unpack(state)
         everything = [*zip(old, tasks, strict=True), *((row, state.t) for row in rows)]
@@ -94,7 +109,7 @@ class Replay:
             turn[task] += 1
             in_turns.append((turn[task], task, row))
         in_turns.sort(key=lambda entry: entry[:2])
-        kept: list[Row] = []
+        kept: list[TokenRow] = []
         kept_tasks: list[int] = []
         left = self.tokens
         for _, task, row in in_turns:
@@ -109,5 +124,5 @@ class Replay:
         return replace(state, kept=state.kept | reservoir)
 
 
-def _hash(row: Row, seed: int) -> bytes:
+def _hash(row: TokenRow, seed: int) -> bytes:
     return hashlib.blake2b(row.tokens.tobytes(), digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()

@@ -1,18 +1,18 @@
-"""Running mean: both factors averaged over all tasks, each task counting as much as any other.
+"""Running mean: both factors are averaged over all tasks, and every task counts the same.
 
-After task t the deployed factors are those of t - 1 moved by 1/t towards the tuned ones. A mean of factors is not a
-mean of products; `products` with exponent 1 is that one.
+After task t the deployed factors are those of task t - 1, moved by 1/t towards the tuned ones. A mean of factors is
+not a mean of products; for that, use `products` with exponent 1.
 
 Keeps: two pairs (merged and tuned). Constant in the number of tasks.
 
-Source: model soups over time, as in Wortsman et al. 2022, arXiv:2203.05482; the tasks train one after the other.
+Source: model soups over time, as in Wortsman et al. 2022, arXiv:2203.05482; here the tasks train one after the other.
 """
 
 from mbf_mlx.methods.slao import Slao
 
 
 class RunningMean(Slao):
-    """`slao` with both factors merged by 1/t and the next task starting from the tuned pair as it is.
+    """`slao` that merges both factors by 1/t and starts the next task from the tuned pair as it is.
 
     Args:
         first_a: "uniform" as in LoRA, or "orthonormal".

@@ -1,4 +1,4 @@
-"""Sequential LoRA: one pair trained on through all tasks, nothing merged; what every method is compared with.
+"""Sequential LoRA: one pair trains on through all tasks and nothing is merged; every method is compared with it.
 
 Keeps: the deployed pair, nothing else. Constant in the number of tasks.
 """
@@ -6,11 +6,14 @@ Keeps: the deployed pair, nothing else. Constant in the number of tasks.
 from dataclasses import replace
 from typing import Any
 
-from mbf_mlx.methods.base import FIRST_A, Factors, State, check_choices, first_factors
+from mbf_mlx.methods.base import Inputs, Method
+from mbf_mlx.methods.checks import check_choices
+from mbf_mlx.methods.factors import FIRST_A, Factors
+from mbf_mlx.methods.state import State, first_factors
 
 
-class Sequential:
-    """Plain SeqLoRA, and what methods are built on that add a penalty to it.
+class Sequential(Method):
+    """Plain sequential LoRA, and the base of methods that add a penalty to it.
 
     Args:
         first_a: A of the first task: "uniform" as in LoRA, or "orthonormal".
@@ -20,16 +23,16 @@ class Sequential:
     """
 
     name = "sequential"
-    grows = False
+    absorbs = True
 
     def __init__(self, first_a: str = "uniform") -> None:
         self.options: dict[str, Any] = {"first_a": first_a}
         check_choices(self.name, self.options, {"first_a": FIRST_A})
 
     def start(self, state: State) -> Factors:
-        """Return the last tuned pair, or a random A and a zero B for the first task."""
+        """Return the last tuned pair; for the first task a random A and a zero B."""
         return dict(state.deployed) if state.t else first_factors(state, self.options["first_a"])
 
-    def finish(self, state: State, tuned: Factors) -> State:
+    def finish(self, state: State, tuned: Factors, inputs: Inputs | None = None) -> State:
         """Deploy the tuned pair as it is."""
         return replace(state, t=state.t + 1, deployed=dict(tuned))

@@ -1,7 +1,9 @@
 """Merge before Forget (SLAO), the paper's method, and its ablations as arguments.
 
-Task t starts from an orthonormal basis of the last tuned A and from the last tuned B; after it, A is the tuned one and
-B moves by 1/sqrt(t) towards the tuned one. Keeps: one A and two B (merged and tuned). Constant in the number of tasks.
+Task t starts from an orthonormal basis of the last tuned A and from the last tuned B. After the task, A is the tuned
+one and B moves by 1/sqrt(t) towards the tuned one.
+
+Keeps: one A and two B (merged and tuned). Constant in the number of tasks.
 
 Source: Qiao and Mahdavi 2025, arXiv:2512.23017, Algorithm 1; the ablations are those of its tables.
 """
@@ -9,32 +11,33 @@ Source: Qiao and Mahdavi 2025, arXiv:2512.23017, Algorithm 1; the ablations are 
 from dataclasses import replace
 from typing import Any
 
-from mbf_mlx.methods.base import Factors, Pair, State, each_layer, first_factors, in_double
+from mbf_mlx.methods.base import Inputs, Method
+from mbf_mlx.methods.factors import Factors, Pair, each_layer, in_double
 from mbf_mlx.methods.slao_switches import check_switches
+from mbf_mlx.methods.state import State, first_factors
 from mbf_mlx.reference import merge, merge_weight, move, signed_qr
 
 
-class Slao:
+class Slao(Method):
     """Algorithm 1 by default.
 
     Args:
         start_a: "qr", the orthonormal basis of the last tuned A; "qr-preserving", the same with B (and merged B) moved
             along, so that the function does not change: A = R Q starts from Q and B R; "keep", the last tuned A as it
-            is; "random", drawn anew.
+            is; "random", a new draw.
         first_a: A of the first task: "uniform" as in LoRA, or "orthonormal".
         start_b: "tuned", the last tuned B; "merged", the deployed one (the paper's Last-Merge); "zero".
         merged: what is merged after a task: "b"; "b moved", where merged B is first fitted by least squares to give the
             merged update with the new A (ours); "a"; "a and b"; "none", which deploys the tuned pair.
         weight: "1/sqrt(t)"; "1/t"; or a constant in (0, 1], which the first task ignores.
-        train: which factors train; the other one stays as it was drawn (the paper's FREA and FREB). The paper leaves
-            open how a frozen B is drawn: here as A is, (out) in the place of (in), and A starts at zero.
+        train: which factors train; the other one stays as it was drawn (the paper's FREA and FREB). The paper does not
+            say how a frozen B is drawn. Here it is drawn as A is, with (out) in place of (in), and A starts at zero.
 
     Raises:
         InputError: an argument outside its choices, or a combination without meaning.
     """
 
     name = "slao"
-    grows = False
 
     def __init__(
         self,
@@ -53,20 +56,19 @@ class Slao:
             "weight": weight,
             "train": train,
         }
-        self.options = self.settings  # a method made of this one shows its own
+        self.options = self.settings  # a subclass sets options of its own
         check_switches(self.name, self.settings)
-        if train != "a and b":
-            self.rates = self._rates  # a hook that learning/train.py looks for by name
-
-    def _rates(self, state: State) -> dict[str, float]:
-        """Return the learning rates of A and B as shares of the task's own: 0 for a factor that does not train."""
-        return {factor: float(factor in self.settings["train"].split(" and ")) for factor in "ab"}
+        self.absorbs = train == "a and b"
 
     def start(self, state: State) -> Factors:
         """Return the factors that task state.t + 1 starts from."""
         if state.t == 0 or self.settings["start_a"] == "random":
             return first_factors(state, self.settings["first_a"], zero="a" if self.settings["train"] == "a" else "b")
         return each_layer(lambda name: self._start_pair(state, name), state.deployed)
+
+    def rates(self, state: State) -> dict[str, float]:
+        """Return rate 0 for a factor that does not train, 1 for one that does."""
+        return {factor: float(factor in self.settings["train"].split(" and ")) for factor in "ab"}
 
     def _start_pair(self, state: State, name: str) -> Pair:
         tuned, deployed = self.tuned(state, name), state.deployed[name]
@@ -76,7 +78,7 @@ class Slao:
         basis, r = in_double(signed_qr, tuned.a)
         return Pair(basis, b @ r if self.settings["start_a"] == "qr-preserving" else b)
 
-    def finish(self, state: State, tuned: Factors) -> State:
+    def finish(self, state: State, tuned: Factors, inputs: Inputs | None = None) -> State:
         """Merge the tuned factors of task state.t + 1 into the deployed ones."""
         t, merged = state.t + 1, self.settings["merged"]
         if t == 1 or merged == "none":
@@ -105,7 +107,7 @@ class Slao:
         return Pair(a, b)
 
     def tuned(self, state: State, name: str) -> Pair:
-        """Return the last tuned pair: a factor that is not merged is deployed as it was tuned."""
+        """Return a layer's last tuned pair; a factor that is not merged is deployed as it was tuned."""
         a, b = state.deployed[name]
         kept = state.kept
         return Pair(

@@ -1,10 +1,11 @@
-"""The switches of `slao`: what each may be, and which of them mean nothing together."""
+"""The switches of `slao`: their choices, and which combinations have no meaning."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods.base import FIRST_A, check_choices
+from mbf_mlx.methods.checks import check_choices
+from mbf_mlx.methods.factors import FIRST_A
 
 CHOICES = {
     "start_a": ("qr", "qr-preserving", "keep", "random"),
@@ -17,10 +18,10 @@ WEIGHTS = ("1/sqrt(t)", "1/t")
 
 
 def check_switches(name: str, settings: Mapping[str, Any]) -> None:
-    """Refuse switches of the method `name` that are outside their choices or mean nothing together.
+    """Refuse switches of the method `name` that are outside their choices, or that have no meaning together.
 
     Raises:
-        InputError: naming the method, the switches and what to use.
+        InputError: it names the method, the switches and what to use instead.
     """
     check_choices(name, settings, CHOICES)
     weight, merged, train = settings["weight"], settings["merged"], settings["train"]

@@ -1,12 +1,12 @@
-"""Task arithmetic: every task trains from the same start, and the changes are added, times a coefficient.
+"""Task arithmetic: every task trains from the same start; the changes are added and multiplied by a coefficient c.
 
-Deployed is c times the sum of all tasks' B @ A, cut to the stream's rank after every task (space "delta"), or A0 and c
-times the sums of A - A0 and of B (space "factors").
+Deployed is c times the sum of all tasks' B @ A, cut to the stream's rank after every task (space "delta"), or A0 plus c
+times the sum of A - A0, and c times the sum of B (space "factors").
 
 Keeps: one pair, and the tuned one where tasks start from it. Constant in the number of tasks.
 
 Source: Ilharco et al. 2023, arXiv:2212.04089 (coefficient 0.3 to 0.4 for some eight tasks; 1/t is the mean). Its public
-code agrees: one coefficient for the plain sum of all vectors. There a vector has all weights of a fully fine-tuned
+code agrees: one coefficient for the plain sum of all vectors. There a vector holds all weights of a fully fine-tuned
 model, and the coefficient is chosen on validation rows of all tasks, which a stream does not keep.
 """
 
@@ -22,7 +22,7 @@ class TaskArithmetic(TaskVectors):
     """The sum of all tasks' vectors.
 
     Args:
-        coefficient: Of the sum when deployed, a number or "1/t".
+        coefficient: c, a number or "1/t".
         space: "delta" or "factors", as in `task_vectors`.
         start: "first", the same draw for every task, as published; "tuned", the last tuned pair.
         first_a: "uniform" as in LoRA, or "orthonormal".

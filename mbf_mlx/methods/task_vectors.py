@@ -1,34 +1,37 @@
 """What MagMax, task arithmetic and DARE share: a task is a vector, and the vectors of all tasks are combined.
 
 A vector is what training changed, as arrays of plain numbers, in one of two spaces:
-- "factors": the entries of A - A0 and of B, where A0 is the first draw (B0 is zero). What is combined stays a pair of
-  the same rank, so nothing is lost between tasks; but a rule for entries of weights is applied to entries of factors.
-- "delta": the entries of B @ A, one layer at a time. The rule is the published one; its result has any rank and is cut
-  to the best approximation of the stream's rank after every task, which the published rule does not know.
+- "factors": the entries of A - A0 and of B, where A0 is the first draw (B0 is zero). The result stays a pair of the
+  same rank, so nothing is lost between tasks. But a rule that was made for entries of weights is applied to entries
+  of factors.
+- "delta": the entries of B @ A, one layer at a time. The rule is the published one. Its result can have any rank and
+  is cut to the best approximation of the stream's rank after every task; the published rule does not do this.
 
-Deployed is A0 + c * vector (factors) or c * vector (delta), with a coefficient c. The combined vector is read back from
-the deployed pair and A0 from the seed, so neither is kept.
+Deployed is A0 + c * vector (factors) or c * vector (delta), with a coefficient c. The combined vector can be read
+back from the deployed pair, and A0 drawn again from the seed, so neither is kept.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods.base import FIRST_A, Factors, Pair, State, check_choices, check_number, first_factors, in_double
+from mbf_mlx.methods.base import Inputs, Method
+from mbf_mlx.methods.checks import check_choices, check_number
+from mbf_mlx.methods.factors import FIRST_A, Factors, Pair, in_double
+from mbf_mlx.methods.state import State, first_factors, keep_factors, kept_factors
 from mbf_mlx.reference import Array, namespace, split_delta
 
 STARTS = ("first", "tuned")
 SPACES = ("factors", "delta")
 
 
-class TaskVectors(ABC):
-    """A method that combines the vectors of tasks; what makes it one is `combine`."""
+class TaskVectors(Method):
+    """A method that combines the vectors of tasks; a subclass says how, in `combine`."""
 
-    name = ""
-    grows = False
+    absorbs = True
 
     def __init__(self, start: str, space: str, coefficient: float | Literal["1/t"], first_a: str, **more: Any) -> None:
         self.options = {"start": start, "space": space, "coefficient": coefficient, "first_a": first_a, **more}
@@ -40,15 +43,21 @@ class TaskVectors(ABC):
 
     @abstractmethod
     def combine(self, merged: Array, vector: Array, generator: np.random.Generator) -> Array:
-        """Return the combined vector of all tasks so far, from that of the earlier ones and the newest task's own."""
+        """Return the combined vector of all tasks so far, with the arrays' own shape.
+
+        Args:
+            merged: The combined vector of the earlier tasks, zeros for the first task.
+            vector: The newest task's vector, of the same shape.
+            generator: For a rule that draws at random; it depends on the seed, the task and the layer.
+        """
 
     def start(self, state: State) -> Factors:
-        """Return the first draw, every time or for the first task alone; else the last tuned pair."""
+        """Return the first draw for the first task, with `start` "first" for every task; else the last tuned pair."""
         if state.t == 0 or self.options["start"] == "first":
             return self._first(state)
-        return {name: Pair(state.kept["tuned_a"][name], state.kept["tuned_b"][name]) for name in state.layers}
+        return kept_factors(state, "tuned")
 
-    def finish(self, state: State, tuned: Factors) -> State:
+    def finish(self, state: State, tuned: Factors, inputs: Inputs | None = None) -> State:
         """Combine the vector of task state.t + 1 with those before."""
         first = self._first(state) if self.options["space"] == "factors" else {}
         deployed = {}
@@ -62,9 +71,7 @@ class TaskVectors(ABC):
                 deployed[name] = Pair(_as(a, first[name].a) + c * a, c * b)
             else:
                 deployed[name] = Pair(*in_double(self._delta_pair(state, name, generator), *tuned[name]))
-        kept = {}
-        if self.options["start"] == "tuned":
-            kept = {"tuned_a": {n: p.a for n, p in tuned.items()}, "tuned_b": {n: p.b for n, p in tuned.items()}}
+        kept = keep_factors("tuned", tuned) if self.options["start"] == "tuned" else {}
         return replace(state, t=state.t + 1, deployed=deployed, kept=kept)
 
     def _old_factors(self, state: State, name: str, first: Pair, a: Array, b: Array) -> tuple[Array, Array]:

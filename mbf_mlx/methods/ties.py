@@ -1,13 +1,13 @@
-"""TIES: trim each task's change to its largest entries, elect a sign for every entry, average those that agree with it.
+"""TIES: trim each task's change to its largest entries, elect a sign for every entry, average the values that agree.
 
-Per task the share `density` of entries with the largest magnitude stays. Of each entry, the sign with the larger total
-over all tasks wins, and the deployed value is the mean over the tasks with that sign, times a coefficient.
+In each task the share `density` of entries with the largest magnitude stays. For each entry, the sign with the larger
+total over all tasks wins. Deployed is the mean over the tasks with that sign, times a coefficient.
 
-All that this needs of an entry is the sum and the number of its positive values and the same of its negative ones. So
-it streams, exactly, in constant memory: two options of `memory`:
-- "streamed": the entries are those of A - A0 and of B; four arrays of each.
-- "exact": the entries are those of B @ A, as published; every task's pair is kept, and the result, of any rank, is cut
-  to the best approximation of the stream's rank.
+For one entry this needs only the sum and number of its positive values, and the same of its negative ones. So it can be
+computed exactly in constant memory. `memory` has two choices:
+- "streamed": the entries are those of A - A0 and of B; four arrays for each factor.
+- "exact": the entries are those of B @ A, as published. Every task's pair is kept, and the result, which can have any
+  rank, is cut to the best approximation of the stream's rank.
 
 Keeps: streamed: five pairs' worth, constant. Exact: the deployed pair and one pair a task; it grows.
 
@@ -20,26 +20,30 @@ from typing import Any
 
 import numpy as np
 
-from mbf_mlx.methods.base import FIRST_A, Factors, Pair, State, check_choices, check_number, first_factors, in_double
+from mbf_mlx.methods.base import Inputs, Method
+from mbf_mlx.methods.checks import check_choices, check_number
+from mbf_mlx.methods.factors import FIRST_A, Factors, Pair, in_double
+from mbf_mlx.methods.state import State, first_factors
 from mbf_mlx.reference import Array, namespace, split_delta
 
 SUMS = ("sum_up", "sum_down", "count_up", "count_down")
 
 
-class Ties:
+class Ties(Method):
     """Trim, elect, average.
 
     Args:
         density: Share of entries that stay, in (0, 1].
-        coefficient: Of the average when deployed.
+        coefficient: What the average is multiplied by when it is deployed.
         memory: "streamed" or "exact".
-        first_a: "uniform" as in LoRA, or "orthonormal"; every task starts from this draw, as published.
+        first_a: "uniform" as in LoRA, or "orthonormal". Every task starts from this draw, as published.
 
     Raises:
         InputError: an argument outside its choices.
     """
 
     name = "ties"
+    absorbs = True
 
     def __init__(
         self, density: float = 0.2, coefficient: float = 1.0, memory: str = "streamed", first_a: str = "uniform"
@@ -59,8 +63,8 @@ class Ties:
         """Return the first draw, for every task."""
         return first_factors(replace(state, t=0), self.options["first_a"])
 
-    def finish(self, state: State, tuned: Factors) -> State:
-        """Add the vector of task state.t + 1 and merge anew."""
+    def finish(self, state: State, tuned: Factors, inputs: Inputs | None = None) -> State:
+        """Add the vector of task state.t + 1 and merge again."""
         kept = {key: dict(tensors) for key, tensors in state.kept.items()}
         first, deployed = self.start(state), {}
         for name, pair in tuned.items():
@@ -76,7 +80,7 @@ class Ties:
         return replace(state, t=state.t + 1, deployed=deployed, kept=kept)
 
     def _add(self, kept: dict[str, dict[str, Array]], name: str, factor: str, vector: Array) -> Array:
-        """Add a vector to the four sums of one factor and return what is deployed of it."""
+        """Add a vector to the four sums of one factor, and return the merged vector."""
         sums = self._parts(vector)
         for i, key in enumerate(SUMS):
             sums[i] = sums[i] + kept.setdefault(f"{key}_{factor}", {}).get(name, 0 * vector)
@@ -93,7 +97,7 @@ class Ties:
         return merge
 
     def _parts(self, vector: Array) -> list[Array]:
-        """Return what the trimmed vector adds to the sums and counts of positive and of negative entries."""
+        """Return what the trimmed vector adds to the four sums: positive, negative, and the counts of both."""
         xp, size = namespace(vector), abs(vector)
         count = max(1, round(self.options["density"] * int(np.prod(vector.shape))))
         trimmed = xp.where(size >= xp.sort(size.reshape(-1))[-count], vector, 0 * vector)
@@ -101,7 +105,7 @@ class Ties:
         return [trimmed * up, -trimmed * down, up, down]
 
     def _elect(self, sum_up: Array, sum_down: Array, count_up: Array, count_down: Array) -> Array:
-        """Return the mean of the entries of the winning sign, times the coefficient; 0 where the two signs tie."""
+        """Return the mean over the winning sign, times the coefficient; 0 where the two signs tie."""
         xp, c = namespace(sum_up), self.options["coefficient"]
         up, down = sum_up / xp.maximum(count_up, 1), sum_down / xp.maximum(count_down, 1)
         return c * xp.where(sum_up > sum_down, up, xp.where(sum_down > sum_up, -down, 0 * up))

@@ -1,4 +1,4 @@
-"""A model's first blocks with random weights, to see how fast this machine trains them."""
+"""Times a small model with random weights, to see how fast this machine trains blocks like those of the real one."""
 
 import importlib
 import time
@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mbf_mlx.base import unpack
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.data.batches import Batch
 from mbf_mlx.device.machine import freed_memory_kept
-from mbf_mlx.engine.engine import prepare
+from mbf_mlx.engine.choose import prepare
 from mbf_mlx.engine.lora_layers import attach
 from mbf_mlx.learning.tuning import Tuning
 from mbf_mlx.memory.formula import Run
@@ -28,20 +28,20 @@ class Taken:
     """Seconds that one batch took."""
 
     step: float  # forward and back
-    forward: float  # forward alone
-    token: float  # one token more of an answer, generated after the batch's first row
+    forward: float  # forward only
+    token: float  # one more token of an answer, generated after the batch's first row
 
 
 @freed_memory_kept()
 def seconds(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch, blocks: int, vocabulary: int) -> Taken:
-    """Return how long a batch takes in the first blocks of a model.
+    """Return how long a batch takes in a small model that is like the real one.
 
     Args:
-        config: The model's config.json.
+        config: The real model's config.json.
         lora: Which layers get factors.
-        run: How it is trained.
-        batch: What is computed; its tokens do not matter.
-        blocks, vocabulary: The trial's own, smaller than the model's.
+        run: How the model is trained.
+        batch: The batch to compute; which tokens it holds does not matter.
+        blocks, vocabulary: Sizes of the small model.
     """
     small = {**config, "num_hidden_layers": blocks, "vocab_size": vocabulary, "quantization": None}
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
@@ -69,10 +69,10 @@ def seconds(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch, bl
 
 
 def _fastest(work: Callable[[], Any]) -> float:
-    work()  # the first is slower: threads start, memory is taken
+    work()  # the first call is slower: threads start, memory is allocated
     taken = []
     for _ in range(REPEATS):
         started = time.perf_counter()
         work()
         taken.append(time.perf_counter() - started)
-    return min(taken)  # what else the machine does only adds
+    return min(taken)  # other work on the machine can only add time

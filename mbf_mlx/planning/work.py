@@ -1,7 +1,6 @@
-"""What learning would take on a machine, before anything is trained: memory by formula, time by a short trial, disk.
+"""How much work learning a task is: its batches and tokens, what the method measures, its time and its disk space.
 
-The shape of a model comes from its folder's config and headers, or from a recipe where it is not here yet. Bytes and
-seconds. The formula itself is memory/formula.py's.
+Time is work times a rate, and the rate comes from a short trial on this machine (timing.py). Bytes and seconds.
 """
 
 import math
@@ -15,53 +14,36 @@ from mbf_mlx.config import SAMPLE_ROWS, LoRAConfig, TrainConfig
 from mbf_mlx.data.batches import Batch, lengths_of, make_batch, plan_batches
 from mbf_mlx.data.encode import Encoded
 from mbf_mlx.memory.formula import Load, Run
-from mbf_mlx.memory.shapes import SHARE
-from mbf_mlx.methods import Layers, Method, empty_state, measured_rows
-from mbf_mlx.methods.base import first_factors
+from mbf_mlx.methods import Layers, Method, empty_state, first_factors, measured_rows
 
 if TYPE_CHECKING:
     from mbf_mlx.planning.timing import Taken
 
-FITS, TIGHT, NO = "fits", "tight", "no"
-# What Metal recommends to take of a Mac's memory, by what Apple's tools print for these machines; not measured by us.
-MAC_SHARE, LARGE_MAC, LARGE_MAC_SHARE = 2 / 3, 36_000_000_000, 3 / 4
-TRIAL_BLOCKS = 4  # of the model that is timed; what each of them takes is what the real one's take
-TRIAL_VOCABULARY = 64  # of the model that is timed
-HEAD_VOCABULARY = 4096  # of the one that says what a wider head takes, at most
-PLANNED_BATCHES = 400  # of an epoch whose shapes are looked at
+TRIAL_BLOCKS = 4  # blocks of the small model that is timed; each takes as long as a block of the real model
+TRIAL_VOCABULARY = 64  # vocabulary of the small model
+HEAD_VOCABULARY = 4096  # largest vocabulary of the small model that shows what a wider head takes
+PLANNED_BATCHES = 400  # most batches of an epoch whose shapes are looked at
 
 
 def measured_values(method: Method, layers: Layers, rank: int) -> int:
-    """Return the numbers of the directions in which a method has the inputs of its layers measured, all together."""
-    if not hasattr(method, "measure"):
+    """Return how many numbers the directions have, of all layers, in which a method measures the layers' inputs."""
+    if "inputs" not in method.needs:
         return 0
     state = empty_state(layers, rank)
     return sum(int(directions.size) for directions in method.measure(state, first_factors(state, "uniform")).values())
 
 
-def usable(memory: int, kind: str) -> int:
-    """Return what of a machine's memory its device may take, by its kind: "cpu", "metal" or "cuda"."""
-    if kind != "metal":
-        return memory
-    return int(memory * (LARGE_MAC_SHARE if memory >= LARGE_MAC else MAC_SHARE))
-
-
-def verdict(peak: int, available: int) -> str:
-    """Return whether a peak fits into what is available."""
-    return FITS if peak <= SHARE * available else TIGHT if peak <= available else NO
-
-
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The batches that tasks will make."""
+    """The batches and tokens of one task."""
 
-    steps: int  # optimizer steps of all tasks
+    steps: int  # optimizer steps
     loads: tuple[Load, ...]  # the different shapes of training batches
-    typical: Batch  # one of middle size
-    train_tokens: float  # computed in all steps
-    other_tokens: float  # computed without a way back: validation, losses before and after, scoring
-    generated_tokens: float  # of long answers, one after another, each as long as it may become
-    measured_tokens: float  # that the method looks at once more, on the way back, too
+    typical: Batch  # a training batch of middle size
+    train_tokens: float  # computed forward and back in all steps
+    other_tokens: float  # computed forward only: validation, losses before and after, scoring
+    generated_tokens: float  # written one by one to score long answers; each answer counts with its largest length
+    measured_tokens: float  # computed once more, forward and back, because the method measures them
 
 
 def work_of(
@@ -75,23 +57,20 @@ def work_of(
     """Return the work of one task.
 
     Args:
-        rows, valid, test: Its rows.
-        config: Epochs or steps, batch sizes.
-        scored: How often its test rows are scored: after it, and after each task that is learned after it.
-        method: The stream's: some measure rows after training.
+        rows, valid, test: Its rows to train on, to validate with and to score.
+        config: How it is trained.
+        scored: How often its test rows are scored: once after it, and once after each later task.
+        method: The stream's method; some methods measure rows after training.
     """
-    from mbf_mlx.learning.evaluate import (  # it needs mlx, which other plans do without
-        ROUGE_L,
-        longest_answer,
-        metric_of,
-    )
+    # These need mlx; a forecast without tasks does not.
+    from mbf_mlx.learning.evaluate import ROUGE_L, longest_answer, metric_of
 
     lengths = lengths_of(rows)
-    plan = plan_batches(lengths, config.batch_size, config.seed, 0)
-    groups = math.ceil(len(plan) / config.grad_accumulation_steps)
+    epoch = plan_batches(lengths, config.batch_size, config.seed, 0)
+    groups = math.ceil(len(epoch) / config.grad_accumulation_steps)
     steps = config.iters or config.epochs * groups
-    chosen = [plan[i] for i in np.linspace(0, len(plan) - 1, min(PLANNED_BATCHES, len(plan))).astype(int)]
-    longest = max(plan, key=lambda batch: max(lengths[i] for i in batch))
+    chosen = [epoch[i] for i in np.linspace(0, len(epoch) - 1, min(PLANNED_BATCHES, len(epoch))).astype(int)]
+    longest = max(epoch, key=lambda batch: max(lengths[i] for i in batch))
     batches = sorted((make_batch(rows, indices) for indices in [*chosen, longest]), key=lambda b: b.computed_tokens)
     each = float(np.mean([_real(batch) for batch in batches]))
     return Work(
@@ -108,9 +87,11 @@ def work_of(
 
 
 def _measured_rows(method: Method | None, count: int) -> int:
-    if hasattr(method, "measure"):
+    if method is None:
+        return 0
+    if "inputs" in method.needs:
         return len(measured_rows(count))
-    return count if getattr(method, "needs", None) == "gradients" else 0
+    return count if "gradients" in method.needs else 0
 
 
 def _real(batch: Batch) -> int:
@@ -119,33 +100,36 @@ def _real(batch: Batch) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Rate:
-    """How long a batch takes, by a trial on this machine."""
+    """How long tokens take on this machine, as a trial showed."""
 
-    step: float  # seconds a token, forward and back
-    forward: float  # seconds a token, forward alone
+    step: float  # seconds a token, computed forward and back
+    forward: float  # seconds a token, computed forward only
     token: float  # seconds a generated token
 
     def seconds(self, work: Work) -> float:
-        """Return how long a task's work takes."""
+        """Return the seconds that a task's work takes."""
         both_ways = (work.train_tokens + work.measured_tokens) * self.step
         return both_ways + work.other_tokens * self.forward + work.generated_tokens * self.token
 
 
-def measure(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch) -> Rate:
-    """Return the rate at which this machine trains a model, from one of its first blocks and from several.
+def measured_rate(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch) -> Rate:
+    """Return the rate at which this machine trains a model.
+
+    Small models with one block, with several blocks and with a wider head are timed. What a block and a head take is
+    the difference; the real model has more of both.
 
     Args:
-        config: Its config.json.
-        lora: Which layers get factors; all blocks are taken to have some.
-        run: How it is trained.
-        batch: Of middle size, as `Work.typical`.
+        config: The model's config.json.
+        lora: Which layers get factors; every block is assumed to have some.
+        run: How the model is trained.
+        batch: A batch of middle size, `Work.typical`.
     """
-    from mbf_mlx.planning import timing as trial
+    from mbf_mlx.planning import timing
 
-    one, some = (trial.seconds(config, lora, run, batch, blocks, TRIAL_VOCABULARY) for blocks in (1, TRIAL_BLOCKS))
+    one, some = (timing.seconds(config, lora, run, batch, blocks, TRIAL_VOCABULARY) for blocks in (1, TRIAL_BLOCKS))
     more = (int(config["num_hidden_layers"]) - 1) / (TRIAL_BLOCKS - 1)
     width = min(HEAD_VOCABULARY, max(int(config["vocab_size"]), 2 * TRIAL_VOCABULARY))
-    wide = trial.seconds(config, lora, run, batch, 1, width)
+    wide = timing.seconds(config, lora, run, batch, 1, width)
     wider = int(config["vocab_size"]) / (width - TRIAL_VOCABULARY)
 
     def whole(part: "Callable[[Taken], float]") -> float:
@@ -160,10 +144,10 @@ def measure(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch) ->
 
 
 def disk_bytes(layers: dict[str, tuple[int, int]], rank: int) -> int:
-    """Return what a stream takes at most while it learns: two generations, the one being written, a save of training.
+    """Return the most bytes of a stream while it learns: two generations, the one being written, a save of the run.
 
     Args:
         layers: The (out, in) of each layer with factors.
-        rank: Theirs.
+        rank: The rank of the factors.
     """
     return 12 * sum(4 * rank * (out + inner) for out, inner in layers.values()) + (1 << 20)

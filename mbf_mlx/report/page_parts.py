@@ -1,6 +1,6 @@
-"""What the pages of reports are made of: one file, nothing fetched, light and dark, for paper and for phones.
+"""The parts of a report's page: one HTML file that fetches nothing, for light and dark screens, phones and paper.
 
-Every text is escaped here. Plots are drawn by plots.py, with their numbers in a table beside them.
+Every text is escaped here. plots.py draws the plots; the numbers of each plot are also in a table.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,11 +8,10 @@ from html import escape
 from typing import Any
 
 from mbf_mlx import __version__
-from mbf_mlx.report import plots as report_plots
-from mbf_mlx.report.plots import Curve
+from mbf_mlx.report.plots import Curve, lines
 from mbf_mlx.report.terminal import percent
 
-CURVES = 8  # lines of one plot
+CURVES = 8  # most lines in one plot
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c2024; --soft: #c9ced6; --heat: #5aa9e6; --c0: #1668b3;
@@ -81,27 +80,27 @@ def page(title: str, subtitle: str, parts: Iterable[str]) -> str:
 
 
 def section(title: str, words: str = "") -> str:
-    """Return the head of a section."""
+    """Return the heading of a section, and a paragraph of words under it."""
     return f"<h2>{escape(title)}</h2>" + (f"<p>{escape(words)}</p>" if words else "")
 
 
 def scroll(inside: str) -> str:
-    """Return what may be wider than a phone."""
+    """Return a part that scrolls sideways if it is wider than the screen."""
     return f'<div class="scroll" tabindex="0">{inside}</div>'
 
 
 def row(parts: Iterable[str]) -> str:
-    """Return plots beside each other, where there is room."""
+    """Return parts that stand side by side if there is room."""
     return '<div class="row">' + "".join(scroll(part) for part in parts) + "</div>"
 
 
 def details(title: str, inside: str, wrap: bool = True) -> str:
-    """Return what is folded away until it is asked for."""
+    """Return a part that is folded away until the reader opens it."""
     return f"<details><summary>{escape(title)}</summary>{scroll(inside) if wrap else inside}</details>"
 
 
 def big(numbers: Sequence[tuple[str, str]]) -> str:
-    """Return a few numbers, each (what it is, value), that stand out."""
+    """Return a few large numbers, each given as (name, value)."""
     return (
         '<div class="big">'
         + "".join(f"<div><b>{escape(v)}</b><span>{escape(n)}</span></div>" for n, v in numbers)
@@ -110,7 +109,7 @@ def big(numbers: Sequence[tuple[str, str]]) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") -> str:
-    """Return a table of texts."""
+    """Return a table; every cell is shown as text."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)
     return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>'
@@ -119,20 +118,28 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "")
 def charts(
     curves: Sequence[Curve], xlabel: str, ylabel: str, title: str, *, share: bool = False, digits: int = 3
 ) -> list[str]:
-    """Return the curves as plots of a few lines each, and all of their numbers in one table."""
+    """Return the curves as plots of at most CURVES lines each, and all their numbers in one table.
+
+    Args:
+        curves: The curves; `share` says that their values are in [0, 1] and shown in percent.
+        xlabel, ylabel, title: Words of the axes, and the name of the plots.
+        digits: Decimals of the table's numbers, if they are no shares.
+    """
     plots = []
     for first in range(0, len(curves), CURVES):
         some, name = curves[first : first + CURVES], f"{title} {first // CURVES + 1}"
-        plots.append(report_plots.lines(some, xlabel, ylabel, name, percent=share, beside=curves))
+        plots.append(lines(some, xlabel, ylabel, name, percent=share, beside=curves))
     places = sorted({x for curve in curves for x in curve.x})
 
-    def said(value: float | None) -> str:
-        return percent(value) if share else "" if value is None else f"{value:.{digits}f}"
+    def shown(value: float | None) -> str:
+        if value is None:
+            return ""
+        return percent(value) if share else f"{value:.{digits}f}"
 
     rows = []
     for x in places:
         values = [dict(zip(curve.x, curve.y)).get(x) for curve in curves]
-        rows.append([f"{x:g}", *("" if value is None else said(value) for value in values)])
+        rows.append([f"{x:g}", *map(shown, values)])
     return [row(plots), details("As a table", table([xlabel, *(curve.name for curve in curves)], rows))]
 
 

@@ -1,12 +1,13 @@
-"""The report's plots as SVG, drawn by matplotlib, in colours that the page decides.
+"""The plots of a report as SVG, drawn by matplotlib, in the page's own colours.
 
-What is drawn has stand-in colours, and they become the page's CSS variables: so one picture is right in the light, in
-the dark and on paper. Text stays text. Scores come in [0, 1] and are shown in percent.
+Plots are drawn in placeholder colours, which are then replaced by the page's CSS variables: one picture serves light
+screens, dark screens and paper. Text stays text. Scores are in [0, 1] and shown in percent.
 """
 
 import io
 import re
 from collections.abc import Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 INK, SOFT, HEAT = "#0a0b01", "#0a0b02", "#0a0b03"
@@ -15,7 +16,7 @@ MARKERS = "osD^vPX*"
 _VARIABLES = {INK: "--ink", SOFT: "--soft", HEAT: "--heat", **{c: f"--c{i}" for i, c in enumerate(SERIES)}}
 _STYLE = {
     "svg.fonttype": "none",
-    "figure.constrained_layout.w_pad": 0.15,  # inches: a number at an axis' end reaches over it
+    "figure.constrained_layout.w_pad": 0.15,  # inches: the last number of an axis is wider than the axis
     "text.parse_math": False,  # a task may be called "$x"
     "text.color": INK,
     "axes.edgecolor": SOFT,
@@ -36,7 +37,7 @@ _STYLE = {
 
 
 class Curve(NamedTuple):
-    """One line of a plot."""
+    """One line of a plot; a y of None is a gap."""
 
     name: str
     x: Sequence[float]
@@ -44,7 +45,7 @@ class Curve(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """One value of a comparison."""
+    """One dot of a comparison, with its deviation over seeds."""
 
     name: str
     value: float
@@ -52,10 +53,10 @@ class Bar(NamedTuple):
 
 
 def heat_map(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], title: str) -> str:
-    """Return a matrix of scores; where there is none the cell stays empty."""
+    """Return a matrix of scores, with values[row][column]; a score of None leaves its cell empty."""
     cell = 0.62
     width = cell * len(columns) + 0.085 * max(len(name) for name in rows) + 0.4
-    with _drawing(width, cell * 0.8 * len(rows) + 0.085 * max(map(len, columns)) + 0.3) as (figure, axes):
+    with _Drawing(width, cell * 0.8 * len(rows) + 0.085 * max(map(len, columns)) + 0.3) as (figure, axes):
         from matplotlib.patches import Rectangle
 
         for i, line in enumerate(values):
@@ -83,14 +84,18 @@ def lines(
     percent: bool = False,
     beside: Sequence[Curve] = (),
 ) -> str:
-    """Return curves over a number that counts up, each with its own colour and marker.
+    """Return curves over a whole number such as a step, each in its own colour and with its own marker.
 
-    The y axis has room for the curves `beside`, too, which other plots show, so that plots can be compared.
+    Args:
+        curves: What is drawn.
+        xlabel, ylabel, title: Words of the axes; the title names the picture for screen readers.
+        percent: Whether values are in [0, 1] and shown in percent.
+        beside: Curves of other plots beside this one. The y axis has room for them, so that plots can be compared.
     """
     share = 100 if percent else 1
     known = [share * v for curve in (*curves, *beside) for v in curve.y if v is not None]
     many = max(len(curve.x) for curve in curves) > 12
-    with _drawing(5.6, 3.0 + 0.2 * ((len(curves) + 1) // 2)) as (figure, axes):
+    with _Drawing(5.6, 3.0 + 0.2 * ((len(curves) + 1) // 2)) as (figure, axes):
         for number, curve in enumerate(curves):
             color, marker = SERIES[number % len(SERIES)], "" if many else MARKERS[number % len(MARKERS)]
             style = "-" if number < len(SERIES) else "--"
@@ -109,8 +114,8 @@ def lines(
 
 
 def comparison(bars: Sequence[Bar], xlabel: str, title: str, color: int = 0) -> str:
-    """Return one dot a method with its deviation, in the given order."""
-    with _drawing(5.2, 0.3 * len(bars) + 0.9) as (figure, axes):
+    """Return one dot with its deviation for each method, in the given order."""
+    with _Drawing(5.2, 0.3 * len(bars) + 0.9) as (figure, axes):
         for place, bar in enumerate(bars):
             spread = 100 * (bar.deviation or 0)
             caps = 3 if spread else 0
@@ -123,8 +128,8 @@ def comparison(bars: Sequence[Bar], xlabel: str, title: str, color: int = 0) -> 
         return _svg(figure, title)
 
 
-class _drawing:
-    """A figure and its axes, with our style, closed at the end."""
+class _Drawing:
+    """A figure and its axes in our style, while a `with` block draws."""
 
     def __init__(self, width: float, height: float) -> None:
         self.size = (width, height)
@@ -143,7 +148,7 @@ class _drawing:
 
 
 def _svg(figure: Any, title: str) -> str:
-    """Return the figure for the inside of a page: named, without a size of its own, in the page's colours."""
+    """Return the figure as SVG for a page: with a name, the page's colours, and a width that follows the page."""
     import matplotlib
 
     out = io.StringIO()
@@ -151,19 +156,13 @@ def _svg(figure: Any, title: str) -> str:
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    width = float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])  # type: ignore[index]
+    width = figure.get_figwidth() * 72  # points
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    # Points of 1/72 inch: at 1.25 pixels each the text has the size of the page's small print.
+    # At 1.25 pixels a point, text has the size of the page's small print.
     wide = 1.25 * width
-    style = f'style="width:{wide:.0f}px;min-width:{0.7 * wide:.0f}px" role="img" aria-label="{_escaped(title)}"'
+    style = f'style="width:{wide:.0f}px;min-width:{0.7 * wide:.0f}px" role="img" aria-label="{escape(title)}"'
     text = text.replace("<svg ", f"<svg {style} ", 1)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var({variable})")
     return re.sub(r"(font: [\d.]+px) [^;\"]+", r"\1 system-ui, sans-serif", text)
-
-
-def _escaped(text: str) -> str:
-    from html import escape
-
-    return escape(text)

@@ -1,4 +1,4 @@
-"""The page of a stream: what is remembered, how it was trained, what is held between tasks, settings and hashes."""
+"""The page of a stream: what is remembered, how it was trained, what is kept between tasks, settings and hashes."""
 
 from collections.abc import Sequence
 from html import escape
@@ -7,7 +7,7 @@ from typing import Any
 
 from mbf_mlx import units
 from mbf_mlx.report import page_parts as html
-from mbf_mlx.report import plots as report_plots
+from mbf_mlx.report import plots
 from mbf_mlx.report.plots import Curve
 from mbf_mlx.report.terminal import percent, summary
 
@@ -18,7 +18,7 @@ def stream_page(document: Document) -> str:
     """Return the page of a stream.
 
     Args:
-        document: What `mbf status --json` prints.
+        document: The stream's status, as `mbf status --json` prints it.
     """
     tasks, scores = document["tasks"], document["scores"]
     names, numbered = [task["name"] for task in tasks], [f"{t}. {task['name']}" for t, task in enumerate(tasks, 1)]
@@ -26,8 +26,10 @@ def stream_page(document: Document) -> str:
     if any(value is not None for row in scores for value in row):
         lower = [[value if j <= i else None for j, value in enumerate(row)] for i, row in enumerate(scores)]
         parts += [
-            html.section("What is remembered", "Score on each task (columns) after each task (rows), in percent."),
-            html.scroll(report_plots.heat_map(numbered, names, lower, "Matrix of scores")),
+            html.section(
+                "What is remembered", "Score on each task (columns) after each task was learned (rows), in percent."
+            ),
+            html.scroll(plots.heat_map(numbered, names, lower, "Matrix of scores")),
             html.details(
                 "As a table", html.table(["after", *names], [[n, *map(percent, r)] for n, r in zip(numbered, lower)])
             ),
@@ -37,7 +39,9 @@ def stream_page(document: Document) -> str:
     curves = [_curve(task["name"], task["curve"]) for task in tasks if task["curve"]]
     if curves:
         parts += [
-            html.section("Training", "Loss per supervised token while a task trained, and what training took."),
+            html.section(
+                "Training", "Loss per token that is trained on, while each task trained; and what training took."
+            ),
             *html.charts(curves, "optimizer step", "loss, nats", "Training loss"),
         ]
     if tasks:
@@ -46,9 +50,9 @@ def stream_page(document: Document) -> str:
         peaks = [Curve("while a task trained", range(1, len(tasks) + 1), [t["peak_memory_bytes"] / 1e9 for t in tasks])]
         parts += [
             html.scroll(html.table(columns, rows)),
-            html.section("Memory", "What training needed at its highest, and what is held between tasks."),
-            html.scroll(report_plots.lines(peaks, "task", "GB", "Peak memory of training")),
-            html.scroll(html.table(["held between tasks", "bytes"], _held(document))),
+            html.section("Memory", "Peak memory of training, and what is kept between tasks."),
+            html.scroll(plots.lines(peaks, "task", "GB", "Peak memory of training")),
+            html.scroll(html.table(["kept between tasks", "bytes"], _held(document))),
             html.details(
                 "Peak memory as a table",
                 html.table(["task", "peak"], [[t["name"], units.size(t["peak_memory_bytes"])] for t in tasks]),
@@ -67,7 +71,7 @@ def _stream_numbers(document: Document) -> list[tuple[str, str]]:
     for name in ("backward_transfer", "forgetting"):
         if document[name] is not None:
             shown.append((f"{name.replace('_', ' ')}, points", f"{100 * document[name]:+.1f}"))
-    return [*shown, ("held between tasks", units.size(document["kept_bytes"]))]
+    return [*shown, ("kept between tasks", units.size(document["kept_bytes"]))]
 
 
 def _task_curves(names: Sequence[str], scores: Sequence[Sequence[float | None]]) -> list[Curve]:
@@ -86,13 +90,13 @@ def _task_numbers(task: Document) -> list[str]:
 
 def _held(document: Document) -> list[list[str]]:
     names = {
-        "adapter_bytes": "the deployed adapter (file)",
-        "state_bytes": "for the next task (file)",
+        "adapter_bytes": "deployed adapter (file)",
+        "state_bytes": "state for the next task (file)",
         "kept_bytes": "all arrays together",
     }
     return [[words, f"{document[key]:,}"] for key, words in names.items()]
 
 
 def _words(document: Document) -> list[str]:
-    """Return what stands under the large numbers, without what these say already."""
+    """Return the lines under the large numbers, without those that repeat a large number."""
     return [line for line in summary(document) if not line.startswith("average accuracy")]

@@ -1,4 +1,4 @@
-"""The matrix of scores and the sizes, in the terminal."""
+"""What the terminal shows of a stream: the matrix of scores, and a few lines of averages and sizes."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ from rich.table import Table
 from rich.text import Text
 
 Document = dict[str, Any]
-MOST = 12  # tasks that the matrix shows: it takes as long for task 1000 as for task 13
-KEEPS_ROWS = ("replay", "joint")  # the methods that keep the user's data
+MOST = 12  # most tasks that the matrix shows
+KEEPS_ROWS = ("replay", "joint")  # methods that keep rows of the user's data
 
 
 def matrix(document: Document, width: int) -> Table:
-    """Return R as a table: one row for each learned task, one column for each task it was scored on, in percent.
+    """Return the scores R as a table in percent: a row for each learned task, a column for each task scored after it.
 
     Args:
-        document: A stream's status.
-        width: Of the terminal, in characters. Where more tasks were learned than it has room for, or than MOST, the
-            newest alone are shown, and the others' mean as "earlier".
+        document: A stream's status, as `status_document` returns it.
+        width: Characters of a line of the terminal. If they have no room for all tasks, or if there are more than
+            MOST, only the newest tasks are shown; the mean of the others is the column "earlier".
     """
     tasks, scores = document["tasks"], document["scores"]
     first = _first_shown([task["name"] for task in tasks], width)
@@ -37,7 +37,7 @@ def matrix(document: Document, width: int) -> Table:
 
 
 def _first_shown(names: list[str], width: int) -> int:
-    """Return the place of the first task from which on a table has room for all."""
+    """Return the index of the first task to show, so that it and all later ones fit into the width."""
     shown: list[str] = []
     for name in reversed(names[-MOST:]):
         more = [name, *shown]
@@ -62,12 +62,12 @@ def _cell(value: float | None) -> Text:
 
 
 def percent(value: float | None) -> str:
-    """Return a score in [0, 1] as percent with one decimal, "-" where there is none."""
+    """Return a score in [0, 1] in percent with one decimal; "-" for None."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
 def summary(document: Document) -> list[str]:
-    """Return the lines under the matrix: averages, what is kept between tasks, the base."""
+    """Return the lines under the matrix: averages, sizes, base and settings."""
     lines = []
     if document["average_accuracy"] is not None:
         mixed = " (exact match and ROUGE-L mixed)" if document["mixed_metrics"] else ""
@@ -79,11 +79,13 @@ def summary(document: Document) -> list[str]:
     count = len(document["tasks"])
     lines.append(f"{count} task{'' if count == 1 else 's'} in one adapter of {document['adapter_bytes']:,} bytes")
     lines.append(
-        f"beside it for the next task {document['state_bytes']:,} bytes; arrays held between tasks"
+        f"kept for the next task: {document['state_bytes']:,} bytes; all arrays together:"
         f" {document['kept_bytes']:,} bytes"
     )
     if document["method"] in KEEPS_ROWS:
-        lines.append("rows of its tasks are kept in the stream's state, to be trained on again; no export holds them")
+        lines.append(
+            "this method keeps rows of its tasks in the stream, to train on them again; no export contains them"
+        )
     lora = document["settings"]["lora"]
     keys = ", ".join(key.rpartition(".")[2] for key in lora["keys"])
     lines.append(

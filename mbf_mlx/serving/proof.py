@@ -1,4 +1,4 @@
-"""Proof that an adapter is applied: it changes the logits of a probe."""
+"""Proof that an adapter is applied: it changes the logits of a short probe text."""
 
 from pathlib import Path
 from typing import Any
@@ -7,29 +7,35 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm import load
 
-from mbf_mlx.base.sources import BaseFolder
+from mbf_mlx.base.sources import BaseFolder, check_folder, read_config
 from mbf_mlx.errors import InputError
-from mbf_mlx.stream.folder import Generation, StreamFolder
+from mbf_mlx.stream.folder import StreamFolder
+from mbf_mlx.stream.generations import Generation
 
-PROBE = "The stream learns"  # what the adapter is tried on
-
-
-PROBE_TOKENS = 4  # more than one: with one token nothing that q or k learned can show
+PROBE = "The stream learns"
+SIZES = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"),
+)
+PROBE_TOKENS = 4  # more than one: with a single token, what q and k learned has no effect
 
 
 def adapter_of(generation: Generation) -> str | None:
-    """Return where a generation's deployed adapter is, or None where nothing was learned."""
+    """Return the path of a generation's deployed adapter; None if nothing was learned."""
     return str(generation.folder / "adapter") if generation.manifest.t else None
 
 
 def prove_adapter(model: Any, tokenizer: Any, stream: StreamFolder, adapter: str | None) -> str:
-    """Return in a sentence what answers: a model whose adapter, tried on a few tokens, changed the logits.
+    """Check that the adapter changes the logits of a few tokens; return a sentence on the model that answers.
 
     Args:
-        model: Loaded by mlx-lm with the adapter at `adapter`; None where the stream has learned nothing.
+        model: As mlx-lm loads it with the adapter.
+        tokenizer: The model's tokenizer.
+        stream: The stream.
+        adapter: The adapter's path; None if the stream has learned nothing.
 
     Raises:
-        InputError: the logits are what they are without it, or not finite.
+        InputError: the adapter does not change the logits, or they are not finite.
     """
     base = stream.identity.base.name
     if adapter is None:
@@ -44,35 +50,60 @@ def prove_adapter(model: Any, tokenizer: Any, stream: StreamFolder, adapter: str
         layer.scale = scale
     change = float(np.abs(with_it - without).max())
     if not np.isfinite(change) or change == 0:
-        what = "changes no logits" if change == 0 else "makes logits that are not finite"
+        what = "changes no logits" if change == 0 else "gives logits that are not finite"
         raise InputError(
-            f"{adapter}: the adapter {what} of {base}: it would answer as the base does"
-            f"\nhint: mbf status {stream.path} --verify checks the stream; mbf undo takes the last task back"
+            f"{adapter}: the adapter {what} of {base}, so it would not answer as it was taught"
+            f"\nhint: mbf status {stream.path} --verify checks the stream; mbf undo removes the last task"
         )
     return f"{base} with the adapter of {_tasks(stream)}, which changes logits by up to {change:.2g}"
 
 
 def prove_fused(stream: StreamFolder, base: BaseFolder, fused: Path) -> str:
-    """Return in a sentence what answers: an export whose logits are nearer to the live adapter's than to the base's.
+    """Check that an export's logits are nearer to the live adapter's than to the base's; return a sentence on it.
 
     Raises:
-        InputError: they are not, or it is no model folder.
+        InputError: they are not, or the export cannot be loaded.
     """
-    if not (fused / "config.json").is_file():
-        raise InputError(f"--fused {fused}: expected a folder that mbf export {stream.path} mlx wrote")
     adapter = adapter_of(stream.current())
     if adapter is None:
-        raise InputError(f"{stream.path}: it has learned no task, so nothing can have been exported from it")
-    live, bare, ours = (
-        _probe(*load(str(path), adapter_path=with_adapter)[:2])
-        for path, with_adapter in ((base.path, adapter), (base.path, None), (fused, None))
-    )
+        raise InputError(f"{stream.path}: it has learned no task, so there is no export of it")
+    live, bare = (_probe(*load(str(base.path), adapter_path=path)[:2]) for path in (adapter, None))
+    try:
+        ours = _probe(*load(str(fused))[:2])
+    except Exception as error:  # mlx and the tokenizer raise anything about files that do not fit together
+        raise InputError(
+            f"--fused {fused}: it cannot be loaded: {error}"
+            f"\nhint: mbf export {stream.path} mlx {fused} --force exports it again"
+        ) from error
     if ours.shape != live.shape or not np.abs(ours - live).mean() < np.abs(ours - bare).mean():
         raise InputError(
             f"--fused {fused}: it answers more like the base than like the adapter of {stream.path}"
-            f"\nhint: mbf export {stream.path} mlx {fused} --force makes it anew"
+            f"\nhint: mbf export {stream.path} mlx {fused} --force exports it again"
         )
     return f"{fused}, which answers like the adapter of {_tasks(stream)}, not like the base"
+
+
+def check_export(fused: Path, base: BaseFolder, stream: StreamFolder) -> None:
+    """Check that a folder is a model of the base's sizes, from its files alone.
+
+    Raises:
+        InputError: it is not, or its files are damaged.
+    """
+    if not (fused / "config.json").is_file():
+        raise InputError(f"--fused {fused}: expected a folder that mbf export {stream.path} mlx wrote")
+    check_folder(fused)
+    config, expected = read_config(fused), read_config(base.path)
+    if other := [name for name in SIZES if config.get(name) != expected.get(name)]:
+        name = other[0]
+        raise InputError(
+            f"--fused {fused}: config.json: {name}: expected {expected.get(name)!r} as in {base.name},"
+            f" got {config.get(name)!r}\nhint: mbf export {stream.path} mlx {fused} --force exports it again"
+        )
+
+
+def logits_of(model: Any) -> int:
+    """Return how many logits a model gives."""
+    return int(model(mx.array([[0]])).shape[-1])
 
 
 def _probe(model: Any, tokenizer: Any) -> np.ndarray:

@@ -1,10 +1,10 @@
 """Answers from a stream, through mlx-lm's own loading and generation.
 
 The base is loaded as `mlx_lm.generate --model BASE --adapter-path STREAM/adapter` loads it, so both give the same text.
-On a CPU the same weights are then unpacked into float32, as tasks are taught and scored: a prompt is read some 20 times
-as fast, and the texts can part where two tokens are about as likely. The conversation is rendered with the template
-that the stream was taught with, and before the first answer the adapter has to have changed the logits: one that is
-not applied would go unnoticed.
+A CPU then unpacks the same weights into float32, as for training and scoring. This reads a prompt about 20 times as
+fast, and the texts may differ where two tokens are almost equally likely. Conversations are rendered with the template
+that the stream was taught with. Before the first answer, the adapter is proved to change the logits, because nobody
+would notice an adapter that is not applied.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,13 +27,14 @@ Message = dict[str, str]
 
 
 class Speaker:
-    """A model with a stream's deployed adapter, and the tokens of the conversation that it has read."""
+    """A model with a stream's deployed adapter, and the tokens of the conversation that it has read so far."""
 
     def __init__(self, stream: StreamFolder, base: BaseFolder) -> None:
         generation = stream.current()
-        stream.verify(generation)  # mlx reads the adapter natively
+        stream.verify(generation)  # before mlx reads the adapter
         self.model, self.tokenizer = load(str(base.path), adapter_path=adapter_of(generation), lazy=True)[:2]
         settle_to_speak(self.model, base.path)
+        # A sentence on the model that answers.
         self.proof = prove_adapter(self.model, self.tokenizer, stream, adapter_of(generation))
         self.template = stream.identity.template
         self.base, self.context = stream.identity.base.name, read_config(base.path).get("max_position_embeddings")
@@ -44,8 +45,8 @@ class Speaker:
         """Return the tokens that an answer to `messages` continues.
 
         Raises:
-            InputError: a text holds what is no character, as a terminal hands on bytes that are no UTF-8; or with an
-                answer's first token they are more than the base can read.
+            InputError: a text is not valid Unicode, as when a terminal passes bytes that are no UTF-8; or the prompt
+                leaves no room for an answer in the base's context.
         """
         tokens = self._tokens(messages)
         if self.context and len(tokens) >= self.context:
@@ -59,7 +60,7 @@ class Speaker:
     def _tokens(self, messages: str | Sequence[Message]) -> list[int]:
         for text in [messages] if isinstance(messages, str) else [str(each.get("content")) for each in messages]:
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise InputError("prompt: expected text in UTF-8, got bytes or half a surrogate pair that are none")
+                raise InputError("prompt: expected text in UTF-8, got bytes or half a surrogate pair that are no text")
         if self.template == "none":
             return list(self.tokenizer.encode(messages if isinstance(messages, str) else plain_text(messages)))
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
@@ -74,13 +75,14 @@ class Speaker:
         top_p: float = 0.0,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """Yield the answer piece by piece; what this conversation shares with the last one is not read again.
+        """Yield the answer piece by piece; the tokens that this conversation shares with the last are not read again.
 
         Args:
             messages: A prompt, or the messages of a conversation.
-            max_tokens: After so many the answer ends; it ends, too, where the base's context does.
-            temp, top_p: How mlx-lm samples; greedy by default.
-            seed: Of the sampling.
+            max_tokens: The longest answer; the base's context may end it earlier.
+            temp: Temperature of the sampling; 0 takes the likeliest token.
+            top_p: Sample from the likeliest tokens that together have this probability; 0 is off.
+            seed: Seed of the sampling.
         """
         if seed is not None:
             mx.random.seed(seed)
@@ -100,14 +102,10 @@ class Speaker:
             self._read.append(int(part.token))
             yield part.text
 
-    def describe(self) -> str:
-        """Return what speaks here, in a few words."""
-        return self.proof
-
     def _rewind(self, prompt: list[int]) -> int:
-        """Drop from the cache what `prompt` does not start with; return how much of it is kept."""
+        """Drop the tokens from the cache that `prompt` does not start with; return how many are kept."""
         shared = 0
-        # At least one token is left to read, or there would be no logits to answer from.
+        # At least one token must be read, or there are no logits to answer from.
         for old, new in zip(self._read, prompt[:-1], strict=False):
             if old != new:
                 break
@@ -122,12 +120,12 @@ class Speaker:
 
 
 def settle_to_speak(model: Any, folder: Path) -> None:
-    """Let a model that mlx-lm has loaded from `folder` compute in the form that is fastest on this device."""
+    """Bring a model that mlx-lm has loaded from `folder` into the form that is fastest on this device."""
     device = backend.setup()
     packed = backend.keep_quantized(unpacked_bytes(folder))
     settle(model, dequantize=not packed, float32=device.dtype is not None)
 
 
 def plain_text(messages: Sequence[Message]) -> str:
-    """Return a conversation as a stream that was taught without a chat template reads it."""
+    """Return a conversation as plain text, for a stream that was taught without a chat template."""
     return "\n".join(message["content"] for message in messages)

@@ -1,10 +1,11 @@
-"""What a stream writes down about itself: its identity, a generation's manifest, one line of history a task.
+"""What a stream writes down about itself: its identity, one manifest a generation, one line of history a task.
 
-Read from disk by pydantic, whose errors become one InputError each. Field names are those of `mbf status --json`.
+pydantic checks what is read from disk; its errors become one InputError. Fields have the names of `mbf status --json`.
 """
 
 import hashlib
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,26 +14,28 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mbf_mlx.config import DataConfig
 from mbf_mlx.errors import InputError
+from mbf_mlx.files.storage import read_file
 
 FORMAT_VERSION = 1
-STATE = "state.safetensors"
-LINE_BYTES = 2000  # the most that a task's line may take, scores aside
+IDENTITY, MANIFEST, HISTORY, STATE = "stream.json", "manifest.json", "history.jsonl", "state.safetensors"
+CHANGED = "its content is not what was committed"
+LINE_BYTES = 2000  # the longest line of history, without its scores
 SCORE_DIGITS = 6
 
 R = TypeVar("R", bound="Record")
 
 
 class NewerFormatError(InputError):
-    """Written by a later version of ours."""
+    """A later version of mbf-mlx wrote this file."""
 
 
 class Record(BaseModel):
-    """A JSON object with just these fields."""
+    """A JSON object with exactly these fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def to_json(self) -> bytes:
-        """Return one line of JSON with sorted keys: the same record gives the same bytes."""
+        """Return one line of JSON with sorted keys. The same record always gives the same bytes."""
         return (json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
@@ -41,13 +44,13 @@ class BaseRecord(Record):
 
     name: str
     fingerprint: str
-    quantization: str  # in words; "none"
+    quantization: str  # in words, or "none"
     architecture: str
     num_layers: int
 
 
 class Identity(Record):
-    """What never changes in the life of a stream."""
+    """What never changes in a stream."""
 
     format_version: int
     id: str
@@ -65,14 +68,14 @@ class Identity(Record):
 
 
 class FileRecord(Record):
-    """Size and content of one file of a generation."""
+    """The size and the sha256 of one file of a generation."""
 
     bytes: int
     sha256: str
 
 
 class Manifest(Record):
-    """One generation: which stream, which task, what its files hold."""
+    """One generation: its stream, the task it was made after, and its files."""
 
     format_version: int
     written_by: str
@@ -89,13 +92,13 @@ class Manifest(Record):
     checksum: str = ""
 
     def sealed(self) -> "Manifest":
-        """Return this manifest with the checksum over everything else in it."""
+        """Return this manifest with a checksum over all its other fields."""
         bare = self.model_copy(update={"checksum": ""})
         return bare.model_copy(update={"checksum": hashlib.sha256(bare.to_json()).hexdigest()})
 
 
 class TaskRecord(Record):
-    """One learned task. Losses are per supervised token, in nats; seconds are of training alone."""
+    """One learned task. Losses are in nats for each supervised token. Seconds count training alone."""
 
     name: str
     t: int
@@ -126,12 +129,12 @@ class TaskRecord(Record):
 
     @property
     def data(self) -> DataConfig:
-        """How the task's rows became tokens; a task that was tuned elsewhere has our defaults."""
+        """How the task's rows were turned into tokens. A task that was trained elsewhere gets our defaults."""
         known = {each.name for each in fields(DataConfig)}
         return DataConfig(**{name: value for name, value in self.settings.items() if name in known})
 
     def to_json(self) -> bytes:
-        """Return the line of history, shortened to its bound: labels to their hash first, then the curve."""
+        """Return the line of history. If it is too long, the labels become a hash, then the curve loses points."""
         bare = self.model_copy(update={"scores": [], "losses": []})
         record = self
         if len(Record.to_json(bare)) > LINE_BYTES and not isinstance(self.labels, str):
@@ -145,8 +148,14 @@ class TaskRecord(Record):
 def parse(kind: type[R], data: bytes, where: Path | str) -> R:
     """Return the record that `data` holds.
 
+    Args:
+        kind: The record's class.
+        data: JSON.
+        where: The file it comes from, for messages.
+
     Raises:
-        InputError: not JSON, other fields, a format version newer than ours.
+        NewerFormatError: its format version is newer than ours.
+        InputError: it is not JSON, or its fields do not fit.
     """
     try:
         document = json.loads(data)
@@ -165,3 +174,56 @@ def parse(kind: type[R], data: bytes, where: Path | str) -> R:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{where}: damaged: {place or 'document'}: {first['msg'].lower()}") from error
+
+
+def read_identity(path: Path) -> Identity:
+    """Return what the stream.json of a stream's folder says.
+
+    Raises:
+        NewerFormatError: a later version of mbf-mlx wrote it.
+        InputError: there is no stream, or the file is damaged; the message says how to restore it.
+    """
+    where = path / IDENTITY
+    try:
+        data = read_file(where)
+    except FileNotFoundError:
+        if not os.path.lexists(path):
+            raise InputError(f"{path}: no such stream\nhint: mbf learn {path} TASK --model BASE makes one") from None
+        hint = ""
+        if (path / "generations").is_dir():
+            hint = f"\nhint: mbf status {path} --repair restores it from an undamaged generation"
+        raise InputError(f"{path}: not a stream: {IDENTITY} is missing{hint}") from None
+    try:
+        identity = parse(Identity, data, where)
+    except NewerFormatError as error:
+        if not _is_in_our_format(path / "current"):
+            raise
+        raise InputError(
+            f"{error}\nhint: this mbf-mlx reads the stream's generations, so the file may be damaged instead:"
+            f" mbf status {path} --repair restores it"
+        ) from error
+    except InputError as error:
+        raise identity_damage(where, str(error).partition("damaged: ")[2]) from error
+    if identity.to_json() != data:
+        raise identity_damage(where)
+    if (path / MANIFEST).exists():
+        stream = path.resolve().parent.parent
+        raise InputError(f"{path}: one generation of a stream, not a stream\nhint: give the stream's folder: {stream}")
+    return identity
+
+
+def _is_in_our_format(generation: Path) -> bool:
+    """Return whether we can read the format that a generation was written in."""
+    try:
+        parse(Identity, read_file(generation / IDENTITY), generation)
+        parse(Manifest, read_file(generation / MANIFEST), generation)
+    except (InputError, FileNotFoundError):
+        return False
+    return True
+
+
+def identity_damage(path: Path, what: str = CHANGED) -> InputError:
+    """Return the error for a damaged stream.json, which every generation has a copy of."""
+    return InputError(
+        f"{path}: damaged: {what}\nhint: mbf status {path.parent} --repair restores it from an undamaged generation"
+    )

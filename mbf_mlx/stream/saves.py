@@ -1,7 +1,8 @@
-"""A task in training, saved in `STREAM/working/` so that a killed run goes on where it was.
+"""A task in training, saved in `STREAM/working/`, so that a killed run can go on where it was.
 
-A save is a folder, complete before it gets its name: `step-000120/` with `progress.json` and `tensors.safetensors`. The
-newest whole one counts. `run` is everything that decides the result; a save of another run is not continued.
+A save is a folder, `step-00000120/`, with `progress.json` and `tensors.safetensors`. It gets its name when it is
+complete. The newest undamaged save counts. `run` holds everything that decides the result: a save whose `run` differs
+is not continued.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.files import safetensors_file
+from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Files, read_file, read_large, sha256
 
 PROGRESS, TENSORS = "progress.json", "tensors.safetensors"
@@ -20,7 +21,7 @@ PROGRESS, TENSORS = "progress.json", "tensors.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What was saved last."""
+    """The contents of a save."""
 
     run: dict[str, Any]
     machine: dict[str, Any]
@@ -35,18 +36,33 @@ class Working:
         self.folder, self.files = folder, files
 
     def check_place(self) -> None:
-        """Raise InputError if something else is there, so that nothing could be saved."""
+        """Check that a run can be saved here.
+
+        Raises:
+            InputError: something that is not a folder has the name.
+        """
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise InputError(
                 f"{self.folder}: expected the folder of a task in training, got something else"
-                "\nhint: move it away; what was learned is not in it"
+                "\nhint: move it away; it holds nothing that was learned"
             )
 
     def save(
         self, step: int, run: dict[str, Any], machine: dict[str, Any], progress: dict[str, Any], tensors: dict[str, Any]
     ) -> None:
-        """Keep this place of the run in place of the one before."""
-        data = safetensors_file.encode(tensors)
+        """Save the run here, replacing the previous save.
+
+        Args:
+            step: Training steps done so far.
+            run: What decides the result: the task, its data, the settings.
+            machine: What the run was computed with.
+            progress: How far the run has come.
+            tensors: NumPy arrays by name.
+
+        Raises:
+            InputError: it cannot be written; the previous save is kept.
+        """
+        data = safetensors_bytes(tensors)
         document = {
             "run": run,
             "machine": machine,
@@ -73,7 +89,7 @@ class Working:
                 self._remove(old)
 
     def load(self) -> Saved | None:
-        """Return the newest save that is whole, or None."""
+        """Return the newest undamaged save, or None."""
         for folder in reversed(self._saves()):
             try:
                 return _read(folder)
@@ -82,23 +98,23 @@ class Working:
         return None
 
     def problems(self) -> list[str]:
-        """Return what is wrong with saves that claim to be complete."""
+        """Return a message for each damaged save."""
         found = []
         for folder in self._saves():
             try:
                 _read(folder)
             except InputError as error:
-                found.append(f"{error}\nhint: the same mbf learn starts this task from its beginning")
+                found.append(f"{error}\nhint: run the same mbf learn again; it starts this task from the beginning")
         return found
 
     def drop(self) -> None:
-        """Forget the run."""
+        """Remove all saves, and the folder."""
         for save in self._saves():
             self._remove(save)
         self.files.remove(self.folder)
 
     def _remove(self, save: Path) -> None:
-        """Remove a save; it loses its name first, so that what has the name is whole."""
+        """Remove a save. It is renamed first, so that a folder with a save's name is always complete."""
         doomed = self.folder / "removing"
         self.files.remove(doomed)
         if save.exists():
@@ -110,12 +126,12 @@ class Working:
 
 
 def _read(folder: Path) -> Saved:
-    """Return a save, every byte of it checked.
+    """Return a save after checking every byte of it.
 
     Raises:
         InputError: it does not hold what was saved.
     """
-    from mbf_mlx.adapters import mlx_lm as adapter  # NumPy with it: only where there is a save to read
+    from mbf_mlx.adapters import mlx_lm as adapter  # it loads NumPy, so import it only if there is a save
 
     try:
         text, data = read_file(folder / PROGRESS), read_large(folder / TENSORS)
@@ -144,16 +160,21 @@ def _checksum(document: dict[str, Any]) -> str:
 
 
 def check_same_run(saved: Saved, run: dict[str, Any], working: Path) -> None:
-    """Refuse to continue a run with other data or settings.
+    """Refuse to continue a saved run with other data or settings.
+
+    Args:
+        saved: The save.
+        run: The run that wants to continue it.
+        working: The folder of the save, for the message.
 
     Raises:
-        InputError: names what differs.
+        InputError: the message names everything that differs.
     """
     if saved.run == run:
         return
     differ = sorted(key for key in saved.run.keys() | run.keys() if saved.run.get(key) != run.get(key))
-    lines = "\n".join(f"  {key}: {saved.run.get(key)!r} was saved, {run.get(key)!r} is asked for" for key in differ)
+    lines = "\n".join(f"  {key}: {saved.run.get(key)!r} was saved, {run.get(key)!r} is asked for now" for key in differ)
     raise InputError(
-        f"{working}: a run of task {saved.run.get('task')!r} was interrupted, and this one differs:\n{lines}\nhint: run"
-        " it as before to finish it, or add --restart to drop what it had done"
+        f"{working}: a run of task {saved.run.get('task')!r} was interrupted, and this run differs from it:\n{lines}\n"
+        "hint: repeat the earlier command to finish that run, or add --restart to discard it"
     )

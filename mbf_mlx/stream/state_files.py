@@ -1,6 +1,6 @@
 """A stream's state as the files of a generation, and back: the deployed adapter, and what only the next task needs.
 
-In `state.safetensors` a tensor is called `<layer>.<name>`. Whether files are there and whole is left to folder.py.
+In `state.safetensors` a tensor is called `<layer>.<name>`. generations.py writes the files and checks their bytes.
 """
 
 from dataclasses import replace
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mbf_mlx.adapters import mlx_lm as adapter
-from mbf_mlx.files import safetensors_file
+from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Data
 from mbf_mlx.methods import State, empty_state
 from mbf_mlx.stream.records import STATE, Identity
@@ -20,11 +20,11 @@ def empty(identity: Identity, seed: int) -> State:
 
 
 def contents(state: State, identity: Identity) -> dict[str, Data]:
-    """Return the files that hold a state, by their place in a generation; the same state gives the same bytes."""
+    """Return the files that hold a state, by their path in a generation. The same state always gives the same bytes."""
     kept = {f"{layer}.{name}": tensor for name, tensors in state.kept.items() for layer, tensor in tensors.items()}
-    files: dict[str, Data] = {STATE: safetensors_file.encode(kept)}
+    files: dict[str, Data] = {STATE: safetensors_bytes(kept)}
     if state.t:
-        named = adapter.encode(
+        named = adapter.adapter_files(
             state.deployed,
             scale=identity.scale,
             num_layers=identity.num_layers,
@@ -38,17 +38,17 @@ def contents(state: State, identity: Identity) -> dict[str, Data]:
 def read(
     identity: Identity, t: int, seed: int, weights: tuple[memoryview, Path], kept: tuple[memoryview, Path]
 ) -> State:
-    """Return the state that files hold.
+    """Return the state that the files of a generation hold.
 
     Args:
-        identity: The stream's.
-        t: Tasks learned so far.
-        seed: The stream's.
-        weights: The adapter's tensors, and the file that they come from.
-        kept: The same of the state's.
+        identity: The stream's identity.
+        t: How many tasks it has learned.
+        seed: The stream's seed.
+        weights: The bytes of adapters.safetensors, and the file's path for messages.
+        kept: The bytes of state.safetensors, and its path.
 
     Raises:
-        InputError: they are no such files.
+        InputError: these are not such files.
     """
     factors = adapter.pair_up(adapter.decode_tensors(*weights), weights[1])
     tensors: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What a stream knows of itself, as the document of `mbf status --json`; reads its small files and loads no model."""
+"""The document that `mbf status --json` prints. It is made from a stream's small files; no model is loaded."""
 
 from typing import Any
 
@@ -9,12 +9,15 @@ from mbf_mlx.stream.records import STATE, TaskRecord
 
 
 def status_document(folder: StreamFolder) -> dict[str, Any]:
-    """Return what a stream knows of itself as plain values; needs no model."""
+    """Return what a stream's files say about it, as plain values.
+
+    Raises:
+        InputError: a file is damaged.
+    """
     generation, history = folder.current(), folder.history()
     manifest, identity = generation.manifest, folder.identity
     scores = [list(record.scores) for record in history]
     square = [row + [None] * (len(history) - len(row)) for row in scores]
-    counted = [[value for value in row] for row in scores]
     kinds = {record.metric for record in history if record.metric != "loss"}
     files = manifest.files
     weights = files.get(f"adapter/{WEIGHTS}")
@@ -23,9 +26,9 @@ def status_document(folder: StreamFolder) -> dict[str, Any]:
         "tasks": [_task_of(record) for record in history],
         "scores": square,
         "losses": [list(record.losses) + [None] * (len(history) - len(record.losses)) for record in history],
-        "average_accuracy": metrics.average_accuracy(counted).value if kinds else None,
-        "backward_transfer": metrics.backward_transfer(counted).value if kinds else None,
-        "forgetting": metrics.forgetting(counted).value if kinds else None,
+        "average_accuracy": metrics.average_accuracy(scores).value if kinds else None,
+        "backward_transfer": metrics.backward_transfer(scores).value if kinds else None,
+        "forgetting": metrics.forgetting(scores).value if kinds else None,
         "mixed_metrics": len(kinds) > 1,
         "adapter_bytes": weights.bytes if weights else 0,
         "state_bytes": files[STATE].bytes,
@@ -39,7 +42,13 @@ def status_document(folder: StreamFolder) -> dict[str, Any]:
         "method": identity.method,
         "method_options": identity.method_options,
         "settings": {
-            "lora": {key: getattr(identity, key) for key in ("rank", "scale", "keys", "num_layers", "dropout")},
+            "lora": {
+                "rank": identity.rank,
+                "scale": identity.scale,
+                "keys": identity.keys,
+                "num_layers": identity.num_layers,
+                "dropout": identity.dropout,
+            },
             "template": identity.template,
             **manifest.settings,
         },

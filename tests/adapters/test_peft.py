@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mbf_mlx import exchange
-from mbf_mlx.adapters import mlx_lm as adapter
-from mbf_mlx.adapters import peft
+from mbf_mlx.adapters.mlx_lm import adapter_files, read_adapter
+from mbf_mlx.adapters.peft import CONFIG, WEIGHTS, peft_files, read_peft
 from mbf_mlx.errors import InputError
 from mbf_mlx.methods import Pair
 from tests.support.streams import learn, new_stream
@@ -40,16 +40,16 @@ def write(folder, files):
 
 def export(folder, factors, scale=2.0, **changes):
     """A PEFT folder, `changes` made to its config afterwards."""
-    files = peft.encode(factors, scale, base="org/base", num_blocks=2)
-    config = json.loads(files[peft.CONFIG]) | changes
-    return write(folder, {**files, peft.CONFIG: json.dumps(config).encode()})
+    files = peft_files(factors, scale, base="org/base", num_blocks=2)
+    config = json.loads(files[CONFIG]) | changes
+    return write(folder, {**files, CONFIG: json.dumps(config).encode()})
 
 
 def retype(folder, dtype, rename=lambda name: name):
     """Store the tensors of a PEFT folder in another type and under other names."""
-    tensors = safetensors.numpy.load_file(folder / peft.WEIGHTS)
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS)
     tensors = {rename(name): array.astype(dtype) for name, array in tensors.items()}
-    safetensors.numpy.save_file(tensors, folder / peft.WEIGHTS)
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
 
 
 def deltas(factors, scale):
@@ -59,19 +59,19 @@ def deltas(factors, scale):
 @pytest.mark.parametrize("scale", [0.25, 1.0, 1.5, 2.0, 20.0])
 def test_mlx_to_peft_to_mlx_gives_the_same_bytes(tmp_path, scale):
     factors = make_factors()
-    files = adapter.encode(factors, scale=scale, num_layers=2, base="base")
-    start = adapter.read(write(tmp_path / "mlx", files))
-    back = peft.read(write(tmp_path / "peft", peft.encode(start.factors, start.scale, base="base", num_blocks=2)))
-    assert adapter.encode(back.factors, scale=back.scale, num_layers=2, base="base") == files
+    files = adapter_files(factors, scale=scale, num_layers=2, base="base")
+    start = read_adapter(write(tmp_path / "mlx", files))
+    back = read_peft(write(tmp_path / "peft", peft_files(start.factors, start.scale, base="base", num_blocks=2)))
+    assert adapter_files(back.factors, scale=back.scale, num_layers=2, base="base") == files
 
 
 @given(st.floats(1e-3, 1e3), st.integers(1, 16))
 def test_the_update_survives_and_alpha_is_whole_for_any_scale_and_rank(scale, rank):
     factors = make_factors(rank=rank)
-    files = peft.encode(factors, scale, base="base", num_blocks=2)
-    config = json.loads(files[peft.CONFIG])
+    files = peft_files(factors, scale, base="base", num_blocks=2)
+    config = json.loads(files[CONFIG])
     assert type(config["lora_alpha"]) is int and config["lora_alpha"] >= 1
-    tensors = safetensors.numpy.load(bytes(files[peft.WEIGHTS]))
+    tensors = safetensors.numpy.load(bytes(files[WEIGHTS]))
     for name, delta in deltas(factors, scale).items():
         a, b = (tensors[f"base_model.model.{name}.lora_{half}.weight"].astype(np.float64) for half in "AB")
         theirs = config["lora_alpha"] / config["r"] * b @ a
@@ -80,7 +80,7 @@ def test_the_update_survives_and_alpha_is_whole_for_any_scale_and_rank(scale, ra
 
 def test_the_config_says_which_layers(tmp_path):
     def targets(layers):
-        config = json.loads(peft.encode(make_factors(layers), 2.0, base="b", num_blocks=2)[peft.CONFIG])
+        config = json.loads(peft_files(make_factors(layers), 2.0, base="b", num_blocks=2)[CONFIG])
         return config["target_modules"], config["layers_to_transform"], config["layers_pattern"]
 
     assert targets(LAYERS) == (["q_proj", "v_proj"], None, None)
@@ -94,7 +94,7 @@ def test_other_float_types_are_read(tmp_path, dtype):
     factors = make_factors()
     folder = export(tmp_path / "peft", factors)
     retype(folder, dtype)
-    back = peft.read(folder).factors
+    back = read_peft(folder).factors
     for name, pair in factors.items():
         assert back[name].a.dtype == np.float32
         np.testing.assert_allclose(back[name].b, pair.b, rtol=1e-3)
@@ -103,21 +103,21 @@ def test_other_float_types_are_read(tmp_path, dtype):
 def test_bfloat16_is_read(tmp_path, mx):
     factors = make_factors()
     folder = export(tmp_path / "peft", factors)
-    tensors = {name: array.astype(mx.bfloat16) for name, array in mx.load(str(folder / peft.WEIGHTS)).items()}
-    mx.save_safetensors(str(folder / peft.WEIGHTS), tensors)
-    for name, pair in peft.read(folder).factors.items():
+    tensors = {name: array.astype(mx.bfloat16) for name, array in mx.load(str(folder / WEIGHTS)).items()}
+    mx.save_safetensors(str(folder / WEIGHTS), tensors)
+    for name, pair in read_peft(folder).factors.items():
         np.testing.assert_allclose(pair.a, factors[name].a, rtol=1e-2)
 
 
 def test_the_adapters_name_in_a_key_is_dropped(tmp_path):
     folder = export(tmp_path / "peft", make_factors())
     retype(folder, "float32", lambda name: name.replace(".weight", ".default.weight"))
-    assert list(peft.read(folder).factors) == LAYERS
+    assert list(read_peft(folder).factors) == LAYERS
 
 
 def test_rslora_is_folded_into_the_scale(tmp_path):
     folder = export(tmp_path / "peft", make_factors(), use_rslora=True, lora_alpha=8)
-    assert peft.read(folder).scale == 8 / np.sqrt(RANK)
+    assert read_peft(folder).scale == 8 / np.sqrt(RANK)
 
 
 def test_alpha_and_rank_patterns_are_folded_in(tmp_path):
@@ -130,8 +130,8 @@ def test_alpha_and_rank_patterns_are_folded_in(tmp_path):
     for name, pair in mixed.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(pair.a)
         tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(pair.b)
-    safetensors.numpy.save_file(tensors, folder / peft.WEIGHTS)
-    back = peft.read(folder)
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
+    back = read_peft(folder)
     assert back.rank == RANK and back.scale == 2.0  # alpha 8, rank 4
     scales = dict.fromkeys(LAYERS, 2.0) | {LAYERS[1]: 8 / 2, LAYERS[2]: 16 / 4}
     for name, delta in deltas(back.factors, back.scale).items():
@@ -177,14 +177,14 @@ def test_an_adapter_from_anywhere_is_the_start_of_a_stream_with_its_update_uncha
 def test_what_plain_factors_cannot_hold_is_refused_with_the_reason(tmp_path, changes, reason):
     folder = export(tmp_path / "peft", make_factors(), **changes)
     with pytest.raises(InputError) as error:
-        peft.read(folder)
+        read_peft(folder)
     assert reason in str(error.value)
 
 
 def test_every_reason_is_named_at_once(tmp_path):
     folder = export(tmp_path / "peft", make_factors(), use_dora=True, modules_to_save=["lm_head"], bias="all")
     with pytest.raises(InputError, match=r"(?s)use_dora.*modules_to_save.*bias"):
-        peft.read(folder)
+        read_peft(folder)
 
 
 @pytest.mark.parametrize(
@@ -197,32 +197,32 @@ def test_every_reason_is_named_at_once(tmp_path):
 )
 def test_tensors_that_are_no_pair_are_refused_by_name(tmp_path, key, reason):
     folder = export(tmp_path / "peft", make_factors())
-    tensors = safetensors.numpy.load_file(folder / peft.WEIGHTS) | {key: np.zeros((4, 64), np.float32)}
-    safetensors.numpy.save_file(tensors, folder / peft.WEIGHTS)
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS) | {key: np.zeros((4, 64), np.float32)}
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
     with pytest.raises(InputError, match=rf"(?s){reason}"):
-        peft.read(folder)
+        read_peft(folder)
 
 
 def test_nan_is_refused(tmp_path):
     factors = make_factors()
     factors[LAYERS[0]].a[0, 0] = np.nan
     with pytest.raises(InputError, match="NaN"):
-        peft.read(export(tmp_path / "peft", factors))
+        read_peft(export(tmp_path / "peft", factors))
 
 
 def test_missing_files_pickles_and_damage_are_the_users_to_know(tmp_path):
     folder = export(tmp_path / "peft", make_factors())
-    (folder / peft.WEIGHTS).write_bytes(b"nonsense")
+    (folder / WEIGHTS).write_bytes(b"nonsense")
     with pytest.raises(InputError, match="not a safetensors file"):
-        peft.read(folder)
-    (folder / peft.WEIGHTS).rename(folder / "adapter_model.bin")
+        read_peft(folder)
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(InputError, match="is a pickle, which can run code"):
-        peft.read(folder)
-    (folder / peft.CONFIG).write_text("{")
+        read_peft(folder)
+    (folder / CONFIG).write_text("{")
     with pytest.raises(InputError, match="not JSON"):
-        peft.read(folder)
+        read_peft(folder)
     with pytest.raises(InputError, match="missing; expected a PEFT folder"):
-        peft.read(tmp_path / "nowhere")
+        read_peft(tmp_path / "nowhere")
 
 
 @pytest.mark.slow
@@ -235,12 +235,12 @@ def test_peft_computes_the_logits_that_mlx_lm_computes(tmp_path, scale, layers, 
 
     base, factors = write_tiny_llama(tmp_path / "base", bits=None), make_factors(layers)
     tokens = [[5, 17, 200, 31, 8, 99, 250, 12]]
-    mlx_folder = write(tmp_path / "mlx", adapter.encode(factors, scale=scale, num_layers=2, base=str(base)))
+    mlx_folder = write(tmp_path / "mlx", adapter_files(factors, scale=scale, num_layers=2, base=str(base)))
     model = load_adapters(load_model(base)[0], str(mlx_folder))
     expected = np.array(model(mx.array(tokens)))
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     before = plain(torch.tensor(tokens)).logits.detach().numpy()
-    peft_folder = write(tmp_path / "peft", peft.encode(factors, scale, base=str(base), num_blocks=2))
+    peft_folder = write(tmp_path / "peft", peft_files(factors, scale, base=str(base), num_blocks=2))
     got = theirs.PeftModel.from_pretrained(plain, peft_folder)(torch.tensor(tokens)).logits.detach().numpy()
     assert np.abs(expected - before).max() > 0.1
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
@@ -265,7 +265,7 @@ def test_an_adapter_that_peft_trained_with_patterns_is_read_as_peft_applies_it(t
     )
     tuned = theirs.get_peft_model(model, config)
     tuned.save_pretrained(tmp_path / "peft")
-    ours = peft.read(tmp_path / "peft")
+    ours = read_peft(tmp_path / "peft")
     for name, delta in deltas(ours.factors, ours.scale).items():
         layer = tuned.base_model.model.get_submodule(name)
         expected = layer.get_delta_weight("default").detach().numpy()

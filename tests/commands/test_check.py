@@ -25,7 +25,7 @@ def test_without_a_model_characters_are_counted_and_the_answer_is_marked(check, 
         "  test        4 rows  characters: median 14, 95% 14, longest 14  "
         "(held out of training: there are no test rows)\n"
         "  answers: no, yes\n"
-        "  the first row, even.jsonl:1; what is supervised stands in ⟦ ⟧:\n"
+        "  the first row, even.jsonl:1; the text in ⟦ ⟧ is trained on:\n"
         "Is 0 even?⟦ yes⟧\n\n"
     )
 
@@ -37,7 +37,7 @@ def test_with_a_model_tokens_are_counted_and_the_row_stands_in_its_template(chec
     result = check("even", "--model", tiny_llama)
     assert result.exit_code == 0
     marked = "<|im_start|>user\nIs 0 even?<|im_end|>\n<|im_start|>assistant\n⟦yes<|im_end|>⟧\n\n"
-    assert result.stdout.endswith(f"even/train.jsonl:1; what is supervised stands in ⟦ ⟧:\n{marked}")
+    assert result.stdout.endswith(f"even/train.jsonl:1; the text in ⟦ ⟧ is trained on:\n{marked}")
     assert "tokens: median" in result.stdout and "held out" not in result.stdout
     raw = check("even", "--model", tiny_llama, "--template", "none")
     assert raw.stdout.endswith(":\nIs 0 even?⟦ yes<|im_end|>⟧\n\n")
@@ -98,8 +98,8 @@ def test_warnings_go_to_stderr_and_commands_to_the_terminal_are_not_passed_on(ch
 def test_rows_that_hold_special_tokens_are_counted(check, write_jsonl, tiny_llama):
     write_jsonl("even.jsonl", [{"prompt": "<|im_start|>user\nHi", "completion": "Hello"}, *ROWS])
     assert check("even.jsonl", "--model", tiny_llama).stderr == (
-        "warning: even.jsonl: 1 row holds text that this model reads as special tokens, as <|im_start|>: "
-        "its template writes its own\n"
+        "warning: even.jsonl: 1 row holds text that this model reads as special tokens, such as <|im_start|>; "
+        "its template adds its own\n"
     )
 
 

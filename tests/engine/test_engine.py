@@ -1,4 +1,7 @@
-"""The engine's loss, gradients and scores against a plain computation with all logits."""
+"""The engine's loss, gradients and scores against a plain computation with all logits.
+
+Long, because every case runs both engines through the same helpers above it.
+"""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from mbf_mlx.data.batches import make_batch
+from mbf_mlx.data.batches import make_batch, split
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
@@ -17,9 +20,12 @@ from mlx_lm.utils import dequantize_model
 
 from mbf_mlx.base.unpack import keep_packed
 from mbf_mlx.device.backend import stay_on_cpu
-from mbf_mlx.engine import cpu_ops, engine
+from mbf_mlx.engine import cpu_ops, llama_layout
 from mbf_mlx.engine import llama_attention as attention
-from mbf_mlx.engine import llama_pass as llama
+from mbf_mlx.engine.by_hand import ByHand
+from mbf_mlx.engine.choose import prepare
+from mbf_mlx.engine.llama_pass import fits
+from mbf_mlx.engine.through_mlx import ThroughMlx, seed_of_now
 from tests.support.llamas import KEYS, LLAMA, VOCABULARY, Row, build, plain_loss, rows_with
 
 GEMMA2 = LLAMA | {
@@ -47,8 +53,8 @@ def gradients(model, loss, *args):
 
 
 def assert_same_as_plain(model, rows, **options):
-    """Both ways, mlx-lm's forward pass and, where it fits, our own; the engine returned is the first way's."""
-    ways = [assert_way_is_plain(model, rows, by_hand=by_hand, **options) for by_hand in {False, llama.fits(model)}]
+    """Check both engines, the second where it fits the model; return the one through mlx."""
+    ways = [assert_way_is_plain(model, rows, by_hand=by_hand, **options) for by_hand in {False, fits(model)}]
     return next(prepared for prepared in ways if not prepared.by_hand)
 
 
@@ -57,7 +63,7 @@ def assert_way_is_plain(model, rows, *, share=True, tolerance=1e-5, **options):
         twin = exact(model)
         expected, of_all = gradients(twin, lambda: plain_loss(twin, rows))
     expected_grads = {name: of_all[name] for name, _ in tree_flatten(model.trainable_parameters())}
-    prepared = engine.prepare(model, **options)
+    prepared = prepare(model, **options)
     batch = make_batch(rows, range(len(rows)), share_prefix=share)
     value, grads = gradients(model, prepared.loss_sum, batch)
     assert value == pytest.approx(expected, rel=tolerance)
@@ -91,7 +97,7 @@ def assert_scores_are_the_rows_own(model, rows, losses, best, margin):
 def test_loss_and_gradients_equal_all_logits_on_a_padded_batch(bits, share, checkpoint):
     rows = rows_with(9, [4, 11, 7])
     prepared = assert_same_as_plain(build(LLAMA, bits=bits), rows, share=share, checkpoint=checkpoint)
-    assert prepared.picks_positions and prepared.shares_prefix
+    assert prepared.forward.picks_positions and prepared.forward.shares_prefix
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -107,7 +113,7 @@ def test_with_checkpointing_logits_keep_to_their_budget_on_mlx_lms_way_too():
     one_array = 4 * 30_000 * len(batch.targets)
     peaks, values = [], []
     for budget in (10**12, one_array * 3 // 16):
-        way = engine.prepare(model, checkpoint=True, logits_bytes=budget, by_hand=False)
+        way = prepare(model, checkpoint=True, logits_bytes=budget, by_hand=False)
         gradients(model, way.loss_sum, batch)
         before = mx.get_active_memory()
         mx.reset_peak_memory()
@@ -122,10 +128,10 @@ def test_the_pass_apart_drops_the_same_inputs():
     for block in model.layers:
         block.self_attn.q_proj.dropout = nn.Dropout(0.3)
     model.train()
-    way, rows = engine.prepare(model, logits_bytes=1, by_hand=False), rows_with(3, [9, 4, 8])
+    way, rows = prepare(model, logits_bytes=1, by_hand=False), rows_with(3, [9, 4, 8])
     batch, targets = make_batch(rows, range(3)), mx.array(make_batch(rows, range(3)).targets)
     mx.random.seed(7)
-    seed = engine.seed_of_now()
+    seed = seed_of_now()
     found = [gradients(model, lambda: way._loss_within_budget(batch, targets))]
     mx.random.seed(seed)
     found.append(gradients(model, way.loss_sum, batch))
@@ -144,7 +150,7 @@ def test_compiled_steps_are_the_plain_ones_and_a_shape_is_traced_once(checkpoint
         model.load_weights(list(arrays.items()), strict=False)
 
     plain, compiled = (
-        engine.prepare(model, checkpoint=checkpoint, by_hand=False, compiled=each).loss_and_grad(apply)
+        prepare(model, checkpoint=checkpoint, by_hand=False, compiled=each).loss_and_grad(apply)
         for each in (False, True)
     )
     calls = 0
@@ -172,8 +178,8 @@ def test_compiled_dropout_is_the_plain_ones_and_another_in_each_step(compiler):
     arrays = dict(tree_flatten(model.trainable_parameters()))
     batch, losses = make_batch(rows_with(8, [16, 16]), range(2)), {}
     for compiled in (False, True):
-        way = engine.prepare(model, by_hand=False, compiled=compiled)
-        assert way.picks_positions and way.shares_prefix and model.training
+        way = prepare(model, by_hand=False, compiled=compiled)
+        assert way.forward.picks_positions and way.forward.shares_prefix and model.training
         step = way.loss_and_grad(lambda arrays: model.load_weights(list(arrays.items()), strict=False))
         losses[compiled] = []
         for seed in (1, 2, 1):
@@ -187,7 +193,7 @@ def test_what_cannot_be_compiled_is_computed_plainly(compiler):
     model = build(LLAMA)
     arrays = dict(tree_flatten(model.trainable_parameters()))
     rows = [*rows_with(3, [9, 4, 8]), Row(np.array([1, 2, 3], np.int32), np.zeros(3, bool))]
-    way = engine.prepare(model, by_hand=False, compiled=True, checkpoint=True, logits_bytes=1)
+    way = prepare(model, by_hand=False, compiled=True, checkpoint=True, logits_bytes=1)
     step = way.loss_and_grad(lambda arrays: model.load_weights(list(arrays.items()), strict=False))
     expected, _ = gradients(model, lambda: plain_loss(model, rows))
     assert float(step(arrays, make_batch(rows, range(3)))[0]) == pytest.approx(expected, rel=1e-5)
@@ -219,13 +225,13 @@ def test_a_trained_head_gets_its_own_gradient(key):
 @pytest.mark.parametrize("config", [GEMMA2, COHERE], ids=["soft-capped", "scaled"])
 def test_a_head_that_does_more_is_computed_as_the_model_does(config):
     prepared = assert_same_as_plain(build(config), rows_with(6, [4, 7]))
-    assert prepared.picks_positions
+    assert prepared.forward.picks_positions
 
 
 def test_a_sliding_window_keeps_its_prefix_in_every_row():
     model = build(LLAMA, sliding_window=4, layer_types=["full_attention", "sliding_attention"])
     prepared = assert_same_as_plain(model, rows_with(9, [4, 7]))
-    assert prepared.picks_positions and not prepared.shares_prefix
+    assert prepared.forward.picks_positions and not prepared.forward.shares_prefix
 
 
 def test_a_model_that_hides_its_backbone_goes_through_all_logits():
@@ -244,19 +250,21 @@ def test_a_model_that_hides_its_backbone_goes_through_all_logits():
     for checkpoint in (False, True):
         model = Hidden(build(LLAMA))
         prepared = assert_same_as_plain(model, rows_with(6, [4, 7]), checkpoint=checkpoint)
-        assert not prepared.picks_positions
+        assert not prepared.forward.picks_positions
 
 
 def test_the_pass_by_hand_is_chosen_for_a_llama_on_a_cpu_and_for_nothing_else():
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    assert engine.prepare(build(LLAMA)).by_hand == on_cpu
+    assert type(prepare(build(LLAMA))) is (ByHand if on_cpu else ThroughMlx)
+    assert type(prepare(build(GEMMA2))) is ThroughMlx
+    assert (ByHand.by_hand, ThroughMlx.by_hand) == (True, False)
     with mx.stream(mx.cpu):
         dropping = build(LLAMA)
         dropping.layers[0].self_attn.q_proj.dropout = nn.Dropout(0.5)
         others = [build(GEMMA2), build(COHERE), build(LLAMA, rope_traditional=True), dropping]
         others += [build(LLAMA, keys=[*KEYS, "lm_head"], tie_word_embeddings=False)]
         others += [build(LLAMA, sliding_window=4, layer_types=["full_attention", "sliding_attention"])]
-        assert not any(llama.fits(model) for model in others)
+        assert not any(fits(model) for model in others)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -274,7 +282,7 @@ def test_scaled_rotary_angles_biases_and_ungrouped_heads():
         "original_max_position_embeddings": 8,
     }
     model = build(LLAMA, rope_scaling=scaling, attention_bias=True, mlp_bias=True, num_key_value_heads=4)
-    assert llama.fits(model)
+    assert fits(model)
     assert_same_as_plain(model, rows_with(9, [4, 11, 7]))
 
 
@@ -302,7 +310,7 @@ def test_weights_that_stay_packed_are_unpacked_on_the_way():
     for module in model.modules():
         if type(module) in (nn.QuantizedLinear, nn.QuantizedEmbedding):
             keep_packed(module)
-    assert llama.fits(model)
+    assert fits(model)
     assert_same_as_plain(model, rows_with(9, [4, 11, 7]))
 
 
@@ -312,7 +320,7 @@ def test_no_more_than_one_unpacked_weight_is_alive_on_the_way_back_either(checkp
     for _, module in model.named_modules():
         if type(module) in (nn.QuantizedLinear, nn.QuantizedEmbedding):
             keep_packed(module)
-    prepared = engine.prepare(model, checkpoint=checkpoint, by_hand=True)
+    prepared = prepare(model, checkpoint=checkpoint, by_hand=True)
     batch = make_batch(rows_with(1, [7]), [0])
     gradients(model, prepared.loss_sum, batch)
     before = mx.get_active_memory()
@@ -323,19 +331,21 @@ def test_no_more_than_one_unpacked_weight_is_alive_on_the_way_back_either(checkp
     assert weight < mx.get_peak_memory() - before < 2.5 * weight
 
 
-def test_a_batch_without_targets_moves_nothing():
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_batch_without_targets_moves_nothing(by_hand):
     model = build(LLAMA)
     batch = make_batch([Row(np.array([1, 2, 3], np.int32), np.zeros(3, bool))], [0])
-    prepared = engine.prepare(model)
+    prepared = prepare(model, by_hand=by_hand)
     value, grads = gradients(model, prepared.loss_sum, batch)
     assert value == 0 and all(mx.abs(grad).max().item() == 0 for grad in grads.values())
     assert [len(each) for each in prepared.score(batch)] == [0, 0, 0]
 
 
-def test_checkpointing_leaves_the_model_as_it_was():
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_checkpointing_leaves_the_model_as_it_was(by_hand):
     model = build(LLAMA)
     classes = [type(block) for block in model.layers]
-    prepared = engine.prepare(model, checkpoint=True)
+    prepared = prepare(model, checkpoint=True, by_hand=by_hand)
     gradients(model, prepared.loss_sum, make_batch(rows_with(6, [4, 7]), [0, 1]))
     assert [type(block) for block in model.layers] == classes
 
@@ -345,13 +355,13 @@ def test_checkpointing_leaves_the_model_as_it_was():
 def test_parts_of_a_batch_share_the_prefix_that_the_first_computes(monkeypatch, cores, checkpoint):
     several(monkeypatch, cores)
     computed = []
-    embed = llama.Layout.__init__
+    embed = llama_layout.Layout.__init__
 
     def count(layout, batch, angles):
         embed(layout, batch, angles)
         computed.append(len(layout.tokens))
 
-    monkeypatch.setattr(llama.Layout, "__init__", count)
+    monkeypatch.setattr(llama_layout.Layout, "__init__", count)
     rows = rows_with(9, (5, 9, 7, 6, 8, 5, 9))
     model = build(LLAMA)
     prepared = assert_way_is_plain(model, rows, by_hand=True, checkpoint=checkpoint)
@@ -376,8 +386,8 @@ def test_a_part_of_a_batch_that_fails_leaves_none_waiting(monkeypatch, failing, 
     rows = rows_with(9, (5, 9, 7, 6, 8, 5, 9))
     batch = make_batch(rows, range(len(rows)))
     model = build(LLAMA)
-    prepared = engine.prepare(model, by_hand=True)
-    lengths = [len(part.prefix) * (part.part == 0) + part.lengths.sum() for part in engine.split(batch, 2)]
+    prepared = prepare(model, by_hand=True)
+    lengths = [len(part.prefix) * (part.part == 0) + part.lengths.sum() for part in split(batch, 2)]
     assert lengths[0] != lengths[1]
     monkeypatch.setattr(attention, "to_rows", refuse)
     with pytest.raises(MemoryError, match=fails):
@@ -390,13 +400,13 @@ def several(monkeypatch, cores):
     """Let a batch be computed in parts, on however many cores the tests run."""
     threads = [ThreadPoolExecutor(1, initializer=stay_on_cpu) for _ in range(cores)]
     monkeypatch.setattr(cpu_ops, "_threads", threads)
-    made = engine.Engine.__init__
+    made = ByHand.__init__
 
     def init(self, *args, **options):
         made(self, *args, **options)
         self.cores = cores
 
-    monkeypatch.setattr(engine.Engine, "__init__", init)
+    monkeypatch.setattr(ByHand, "__init__", init)
 
 
 def test_masked_and_far_apart_scores_stay_finite():
@@ -412,12 +422,13 @@ def test_silu_of_large_numbers_is_zero_or_the_number():
     assert np.array(cpu_ops.swiglu(gate, up)).tolist() == [[0, 1e4, 0, 0]]
 
 
-def test_a_half_precision_model_is_recognized_and_its_loss_is_in_float32():
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_the_loss_of_a_half_precision_model_is_in_float32(by_hand):
     model = build(LLAMA)
     model.set_dtype(mx.bfloat16)
     rows = rows_with(9, [4, 11, 7])
-    prepared = engine.prepare(model)
-    assert prepared.picks_positions and prepared.shares_prefix
+    prepared = prepare(model, by_hand=by_hand)
+    assert by_hand or (prepared.forward.picks_positions and prepared.forward.shares_prefix)
     loss = prepared.loss_sum(make_batch(rows, [0, 1, 2]))
     assert loss.dtype == mx.float32
     assert loss.item() == pytest.approx(plain_loss(model, rows).item(), rel=0.05)

@@ -71,7 +71,7 @@ def test_a_fresh_process_learns_with_every_rope_and_computes_mlx_lms_loss(tmp_pa
 def test_llama_3_is_planned_learned_and_answers(tmp_path, write_jsonl):
     """Three commands, each a process of its own, as a user starts them."""
     base = base_with(tmp_path, ROPES["llama3"])
-    write_jsonl("words/test.jsonl", rows_of(3, seed=1))
+    write_jsonl("words/test.jsonl", rows_of(3))
     task = write_jsonl("words/train.jsonl", rows_of(6)).parent
     run("cli.py", "plan", tmp_path / "s", task, "--model", base)
     learned = json.loads(

@@ -54,6 +54,16 @@ def test_cells_are_methods_times_orders_times_seeds_times_settings(write):
     assert plan.name == "first" and set(plan.tasks) == {"a", "b"}
 
 
+def test_a_memory_limit_is_a_size_as_people_write_it(write):
+    assert read_plan(write("memory_limit = '6GB'\n" + BASE + METHODS)).memory_limit == 6 * 10**9
+    assert read_plan(write(BASE + METHODS)).memory_limit == 0
+
+
+def test_a_setting_may_count_steps_where_the_file_counts_epochs(write):
+    text = BASE + METHODS + "[train]\nepochs = 2\n[settings.few]\ntrain = {iters = 5}\n[settings.all]\n"
+    assert {(c.setting, c.train.iters) for c in read_plan(write(text)).cells} == {("few", 5), ("all", None)}
+
+
 def test_a_method_may_be_run_with_some_of_the_settings_alone(write):
     plan = read_plan(write(BASE + METHODS + 'settings = ["high"]\n[settings.low]\n[settings.high]\n'))
     assert {(c.method, c.setting) for c in plan.cells} == {("slao", "low"), ("slao", "high"), ("products", "high")}
@@ -89,6 +99,24 @@ def test_a_method_may_be_run_with_some_of_the_settings_alone(write):
         ("preset = 'standart'\n" + BASE + METHODS, "preset: expected one of standard, long, superni, got 'standart'"),
         ("score_on = 'valid'\n" + BASE + METHODS, "score_on is 'valid', and this task has no valid rows"),
         ("score_on = 'train'\n" + BASE + METHODS, "score_on: input should be 'test' or 'valid'"),
+        ("valid_rows = 2\n" + BASE + METHODS, "tasks/a: valid_rows is 2, and this task has no valid rows"),
+        (
+            BASE + METHODS + "[train]\npatience = 2",
+            "train.patience: has no effect without valid_rows, which choose the best step",
+        ),
+        (
+            BASE + METHODS + "[settings.x]\ntrain = {val-every = 5}",
+            "train.val_every: has no effect without valid_rows, which choose the best step",
+        ),
+        (
+            BASE + METHODS + "[train]\nepochs = 2\niters = 5",
+            "train.epochs: has no effect beside train.iters, which takes its place",
+        ),
+        (
+            BASE + METHODS + "[train]\niters = 5\n[settings.x]\ntrain = {epochs = 2}",
+            "settings.x.train.epochs: has no effect beside train.iters, which takes its place",
+        ),
+        ("memory_limit = 'much'\n" + BASE + METHODS, "memory_limit: expected a size as in 16GB or 900MB, got 'much'"),
         (BASE, "methods: field required"),
         ("base = ", "not readable as TOML"),
     ],

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -24,7 +25,9 @@ pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-m
 from mbf_mlx import Stream
 from mbf_mlx.config import DataConfig, LoRAConfig
 from mbf_mlx.experiment import run as experiment
-from mbf_mlx.experiment.run import Experiment, Watch
+from mbf_mlx.experiment.cell import Watch
+from mbf_mlx.experiment.run import Experiment
+from mbf_mlx.learning.learner import load_learner
 
 HEAD = """tasks = "tasks"
 [orders]
@@ -62,15 +65,13 @@ def bench(tiny_llama, tmp_path_factory):
             path = root / "tasks" / name / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(count, seed)))
-    learners = {}
+    load = functools.cache(load_learner)
 
     def bench(methods, head="", folder="results", watch=None, name="tiny", lora="rank = 2\n"):
         text = f"base = {str(tiny_llama)!r}\n{head}{HEAD}".replace("rank = 2\n", lora)
         text += "".join(f"[[methods]]\nmethod = {m!r}\noptions = {o}\n" for m, o in methods)
         (root / f"{name}.toml").write_text(text)
-        made = Experiment(read_plan(root / f"{name}.toml"), root / folder, watch or Counted())
-        made._learners = learners
-        return made
+        return Experiment(read_plan(root / f"{name}.toml"), root / folder, watch or Counted(), load)
 
     bench.root = root
     return bench
@@ -167,7 +168,6 @@ def test_progress_counts_what_other_processes_finish(bench, monkeypatch):
         yield update
 
     monkeypatch.setattr(console, "progress", progress)
-    monkeypatch.setattr(experiment, "load_learner", lambda *_: next(iter(made._learners.values())))
     done = CliRunner().invoke(app, ["experiment", str(bench.root / "bar.toml"), "--out", str(made.folder), "--json"])
     assert done.exit_code == 0 and len(json.loads(done.stdout)["cells"]) == 3, done.output
     assert told == [(0, 9), (4, 9), (5, 9), (6, 9), (7, 9), (8, 9), (9, 9)]
@@ -269,18 +269,17 @@ def test_rows_are_limited_alike_for_all_cells_and_valid_rows_can_be_scored(bench
     head = "train_rows = 6\ntest_rows = 2\nscore_on = 'valid'\nmetric = 'loss'\n"
     made = bench([("slao", "{}")], head, folder="few")
     (row,) = made.run()
-    rows = {(name, split): len(found) for (name, split, _), found in made._encoded.items()}
+    rows = {(name, split): len(found) for (name, split, _, _), found in made.bench._encoded.items()}
     assert rows == {(n, s): c for n in "abc" for s, c in (("train", 6), ("valid", 2))}
     assert row["metrics"] == ["loss"] * 3 and row["average_accuracy"] is None
     assert row["scored_on"] == "valid"
 
 
-def test_the_command_prints_the_table_and_the_same_as_markdown_and_json(bench, monkeypatch):
+def test_the_command_prints_the_table_and_the_same_as_markdown_and_json(bench):
     from mbf_mlx.commands import app
 
     made = bench([("sequential", "{}"), ("products", "{}")], "seeds = [0, 1]\n", folder="cli", name="cli")
     made.run()
-    monkeypatch.setattr(experiment, "load_learner", lambda *_: next(iter(made._learners.values())))
     arguments = ["experiment", str(bench.root / "cli.toml"), "--out", str(bench.root / "cli")]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0 and "forgetting" in shown.stdout and "products" in shown.stdout, shown.output

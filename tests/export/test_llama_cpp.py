@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mbf_mlx import Stream
-from mbf_mlx.adapters import mlx_lm as adapter
+from mbf_mlx.adapters.mlx_lm import read_adapter
 from mbf_mlx.base.gguf.reader import read_gguf
 from mbf_mlx.base.gguf.tokenizer import read_vocabulary as read_imported
 from mbf_mlx.base.gguf.tokenizer import write_tokenizer as write_tokenizer_files
@@ -24,8 +24,9 @@ from mbf_mlx.export.gguf.vocabulary import TEKKEN, read_vocabulary
 from mbf_mlx.export.gguf.write import write_gguf
 from mbf_mlx.export.weights.checkpoint import Checkpoint
 from tests.support import llama_cpp
-from tests.support.factors import ALL_KEYS, SCALE, logits, make_factors
+from tests.support.factors import ALL_KEYS, logits, make_factors
 from tests.support.gguf_files import LLAMA3_ROPE, import_gguf
+from tests.support.jobs import job_of
 from tests.support.mixed_text import mixed_rows
 from tests.support.tiny_llama import CONFIG, write_tiny_llama, write_tokenizer
 from tests.support.vocabularies import (
@@ -77,7 +78,7 @@ def next_token(tmp_path, model, **more):
 def test_llama_cpp_gives_the_next_token_the_same_probability(tmp_path, changes):
     folder = write_tiny_llama(tmp_path / "base", **changes)
     factors = make_factors(folder, size=0.2)
-    write_gguf(folder, factors, SCALE, tmp_path / "model.gguf", kind="F32")
+    write_gguf(job_of(folder, factors, tmp_path / "model.gguf", kind="F32"))
     ours = np.exp(logits(folder, factors)[-1].astype(np.float64))
     np.testing.assert_allclose(next_token(tmp_path, tmp_path / "model.gguf"), ours / ours.sum(), atol=1e-3)
 
@@ -86,7 +87,7 @@ def test_llama_cpp_gives_the_next_token_the_same_probability(tmp_path, changes):
 def test_llama_cpp_gives_the_next_token_of_other_architectures_the_same_probability(tmp_path, kind, changes):
     folder = write_other(tmp_path / "base", kind, **changes)
     factors = make_factors(folder, size=0.2)
-    write_gguf(folder, factors, SCALE, tmp_path / "model.gguf", kind="F32")
+    write_gguf(job_of(folder, factors, tmp_path / "model.gguf", kind="F32"))
     ours = np.exp(logits(folder, factors)[-1].astype(np.float64))
     np.testing.assert_allclose(next_token(tmp_path, tmp_path / "model.gguf"), ours / ours.sum(), atol=1e-3)
 
@@ -112,7 +113,7 @@ def write_other(folder, kind, **changes):
 
 
 def test_smollm2_leaves_as_the_gguf_file_that_it_came_from(smollm2, tmp_path):
-    write_gguf(smollm2, {}, 1.0, tmp_path / "model.gguf")
+    write_gguf(job_of(smollm2, {}, tmp_path / "model.gguf"))
     import_gguf(tmp_path / "model.gguf", tmp_path / "again")
     first, again = Checkpoint(smollm2).tensors, Checkpoint(tmp_path / "again").tensors
     assert first.keys() == again.keys()
@@ -125,7 +126,7 @@ def test_smollm2_leaves_as_the_gguf_file_that_it_came_from(smollm2, tmp_path):
 def test_llama_cpp_cuts_a_thousand_mixed_rows_into_smollm2s_tokens(smollm2, tmp_path):
     from transformers import AutoTokenizer
 
-    write_gguf(smollm2, {}, 1.0, tmp_path / "model.gguf")
+    write_gguf(job_of(smollm2, {}, tmp_path / "model.gguf"))
     tokenizer, rng = AutoTokenizer.from_pretrained(smollm2), random.Random(0)
     rows = mixed_rows()
     assert len(rows) == 1000
@@ -145,13 +146,13 @@ def test_llama_cpp_answers_as_the_live_adapter_does(smollm2, task_data, tmp_path
     stream = Stream.open(tmp_path / "stream", base=str(smollm2))
     task = read_task(task_data / "tasks" / "amazon")
     stream.learn(task, iters=24, learning_rate=1e-3, score_rows=16)
-    deployed = adapter.read(tmp_path / "stream" / "adapter")
+    deployed = read_adapter(tmp_path / "stream" / "adapter")
     rows = Encoder(load_tokenizer(smollm2), DataConfig()).all(list(task.test)[:100], task.path)
     prompts = [[int(token) for token in row.tokens[: row.prompt_length]] for row in rows]
     expected = live_answers(smollm2, deployed, prompts)
     assert len(set(map(tuple, expected))) > 1
-    write_gguf(smollm2, {}, SCALE, tmp_path / "base.gguf")
-    write_gguf_adapter(smollm2, deployed.factors, deployed.scale, tmp_path / "adapter.gguf")
+    write_gguf(job_of(smollm2, {}, tmp_path / "base.gguf"))
+    write_gguf_adapter(job_of(smollm2, deployed.factors, tmp_path / "adapter.gguf", scale=deployed.scale))
     base = {"model": tmp_path / "base.gguf"}
     found = {"untaught": llama_cpp.run(tmp_path, **base, prompts=prompts, maxTokens=ANSWER)}
     found["adapter"] = llama_cpp.run(
@@ -159,7 +160,7 @@ def test_llama_cpp_answers_as_the_live_adapter_does(smollm2, task_data, tmp_path
     )
     for kind in ("F16", "Q8_0", None):
         file = tmp_path / f"{kind}.gguf"
-        write_gguf(smollm2, deployed.factors, deployed.scale, file, kind=kind)
+        write_gguf(job_of(smollm2, deployed.factors, file, scale=deployed.scale, kind=kind))
         found[kind] = llama_cpp.run(tmp_path, model=file, prompts=prompts, maxTokens=ANSWER)
     agreement = {name: sum(map(list.__eq__, run["answers"], expected)) for name, run in found.items()}
     print("answers of 100 that are the live adapter's:", agreement)
@@ -193,9 +194,9 @@ def test_llama_cpp_answers_alike_with_the_adapter_and_with_the_fused_file(tmp_pa
     folder = write_tiny_llama(tmp_path / "base", attention_bias=True)
     factors = make_factors(folder, ALL_KEYS, size=0.2)
     base, fused, adapter = (tmp_path / f"{name}.gguf" for name in ("base", "fused", "adapter"))
-    write_gguf(folder, {}, SCALE, base, kind="F32")
-    write_gguf(folder, factors, SCALE, fused, kind="F32")
-    write_gguf_adapter(folder, factors, SCALE, adapter)
+    write_gguf(job_of(folder, {}, base, kind="F32"))
+    write_gguf(job_of(folder, factors, fused, kind="F32"))
+    write_gguf_adapter(job_of(folder, factors, adapter))
     alone, together = next_token(tmp_path, base), next_token(tmp_path, base, adapter=adapter)
     # llama.cpp keeps keys and values in float16.
     np.testing.assert_allclose(together, next_token(tmp_path, fused), atol=1e-3)

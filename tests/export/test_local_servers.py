@@ -10,10 +10,12 @@ import pytest
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.gguf.vocabulary import Vocabulary
-from mbf_mlx.export.lmstudio import write_lmstudio
+from mbf_mlx.export.lmstudio import gguf_commands, mlx_commands, write_lmstudio
 from mbf_mlx.export.ollama import FAMILIES, TALK, make_modelfile, recognise, write_ollama
-from tests.support.factors import SCALE, logits, make_factors
+from mbf_mlx.export.ollama import commands as ollama_commands
+from tests.support.factors import logits, make_factors
 from tests.support.gguf_files import read
+from tests.support.jobs import job_of, mean_retention
 from tests.support.tiny_llama import TEMPLATE
 
 CHATML_WITH_DEFAULT = (
@@ -59,21 +61,34 @@ def vocabulary(template, *, texts=("<s>", "</s>", "<|eot_id|>", "<|im_end|>"), e
     )
 
 
-def test_a_folder_for_ollama_holds_the_fused_model_and_says_what_to_type(tiny_llama, tmp_path):
-    factors, out = make_factors(tiny_llama), tmp_path / "my export"
-    report = write_ollama(tiny_llama, factors, SCALE, out, name="mail", kind="Q8_0", license_id="mit")
+def test_a_folder_for_ollama_holds_the_fused_model(tiny_llama, tmp_path):
+    factors, out = make_factors(tiny_llama), tmp_path / "mail"
+    report = write_ollama(job_of(tiny_llama, factors, out, kind="Q8_0"))
     assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "mail.gguf", "mbf_export.json"]
     modelfile = (out / "Modelfile").read_text()
     assert modelfile.startswith("FROM ./mail.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"' in modelfile and "PARAMETER num_ctx 512" in modelfile
     assert report.template == "ChatML"
-    assert report.next == [f"ollama create mail -f '{out}/Modelfile'", "ollama run mail"]
-    assert report.gguf.out == out / "mail.gguf" and report.gguf.retention > 0.98
+    assert mean_retention(report.gguf) > 0.98
     assert read(out / "mail.gguf")[1]["general.name"] == "mail"
+    (out / "mail.gguf").rename(out / "old.gguf")
+    (out / "mbf_export.json").write_text((out / "mbf_export.json").read_text().replace("mail.gguf", "old.gguf"))
     with pytest.raises(InputError, match="exists"):
-        write_ollama(tiny_llama, factors, SCALE, out, name="mail")
-    write_ollama(tiny_llama, factors, SCALE, out, name="post", force=True)
-    assert (out / "post.gguf").exists() and not (out / "mail.gguf").exists()
+        write_ollama(job_of(tiny_llama, factors, out))
+    write_ollama(job_of(tiny_llama, factors, out, force=True))
+    assert (out / "mail.gguf").exists() and not (out / "old.gguf").exists()
+
+
+def test_what_to_type_names_the_folder_and_quotes_it():
+    assert ollama_commands("a/mail", "base") == ["ollama create mail -f a/mail/Modelfile", "ollama run mail"]
+    assert ollama_commands("my mail", "base")[0] == "ollama create 'my mail' -f 'my mail/Modelfile'"
+    file = "a/mail/mbf/mail/mail.gguf"
+    assert gguf_commands("a/mail", "base") == [
+        f"lms import {file} --user-repo mbf/mail --copy --yes",
+        "lms load mbf/mail",
+    ]
+    copy = "mkdir -p ~/.lmstudio/models && cp -R a/mail/mbf ~/.lmstudio/models/"
+    assert mlx_commands("a/mail", "base") == [copy, "lms load mbf/mail"]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +125,7 @@ def test_a_date_before_the_system_prompt_is_kept_and_said():
     assert re.search(
         r"if not .System }}<.start_header_id.>system<.end_header_id.>\n\nToday Date: 20\d\d\n\n<.eot_id", text
     )
-    assert "keeps the date of the export" in notes[0]
+    assert "always writes the date of the export" in notes[0]
 
 
 @pytest.mark.parametrize("template", [UNKNOWN, "{{ raise_exception('no') }}", "{% bad", LLAMA3 + "!"])
@@ -188,33 +203,23 @@ def test_every_family_is_recognised_as_itself(family):
     assert "ALONE" not in recognise(vocabulary(TEMPLATE)).go
 
 
-def test_a_folder_for_lm_studio_has_its_layout_and_says_what_to_type(tiny_llama, tmp_path):
-    factors, out = make_factors(tiny_llama), tmp_path / "out"
-    report = write_lmstudio(tiny_llama, factors, SCALE, out, name="mail")
-    assert (out / "mbf" / "mail" / "mail.gguf").is_file()
-    assert report.model == report.written.out == out / "mbf" / "mail" / "mail.gguf"
-    assert report.next[0] == f"lms import {report.model} --user-repo mbf/mail --copy --yes"
-    assert report.written.retention > 0.98
+def test_a_folder_for_lm_studio_has_its_layout(tiny_llama, tmp_path):
+    factors, out = make_factors(tiny_llama), tmp_path / "mail"
+    report = write_lmstudio(job_of(tiny_llama, factors, out))
+    assert (out / report.model).is_file() and report.model.as_posix() == "mbf/mail/mail.gguf"
+    assert mean_retention(report.written) > 0.98
 
 
 def test_lm_studios_mlx_engine_gets_a_folder_that_mlx_lm_loads(tiny_llama, tmp_path):
-    factors, out = make_factors(tiny_llama), tmp_path / "out"
-    report = write_lmstudio(tiny_llama, factors, SCALE, out, name="mail", publisher="me", engine="mlx")
-    assert report.model == out / "me" / "mail"
-    assert report.next[0] == f"mkdir -p ~/.lmstudio/models && cp -R {out}/me ~/.lmstudio/models/"
-    difference = abs(logits(report.model) - logits(tiny_llama, factors)).max()
+    factors, out = make_factors(tiny_llama), tmp_path / "mail"
+    report = write_lmstudio(job_of(tiny_llama, factors, out, kind="MLX"))
+    assert report.model.as_posix() == "mbf/mail"
+    difference = abs(logits(out / report.model) - logits(tiny_llama, factors)).max()
     assert difference < 0.1 < abs(logits(tiny_llama) - logits(tiny_llama, factors)).max()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"name": "a/b"}, "expected names of folders, got 'a/b'"),
-        ({"name": "a", "publisher": "../x"}, "expected names of folders, got '../x'"),
-        ({"name": "a", "engine": "vllm"}, "engine: expected gguf or mlx, got 'vllm'"),
-    ],
-)
-def test_what_lm_studio_has_no_place_for_is_refused(tiny_llama, tmp_path, arguments, message):
-    with pytest.raises(InputError, match=message):
-        write_lmstudio(tiny_llama, {}, SCALE, tmp_path / "out", **arguments)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("name", [".mail", "a\\b"])
+def test_a_folder_name_that_lm_studio_cannot_use_is_refused(tiny_llama, tmp_path, name):
+    with pytest.raises(InputError, match="LM Studio calls the model as this folder: expected a plain name"):
+        write_lmstudio(job_of(tiny_llama, {}, tmp_path / name))
+    assert not (tmp_path / name).exists()

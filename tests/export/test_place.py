@@ -92,7 +92,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
 @pytest.mark.parametrize("place", ["stream", "stream/inside", "."])
 def test_an_export_goes_neither_into_nor_around_the_stream(tmp_path, place):
     (tmp_path / "stream").mkdir()
-    with pytest.raises(InputError, match="an export goes beside"):
+    with pytest.raises(InputError, match="an export must be neither inside nor around"):
         write(tmp_path / place, force=True, forbidden=(tmp_path / "stream",))
 
 

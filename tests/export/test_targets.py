@@ -7,16 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mbf_mlx.adapters import mlx_lm as adapter
-from mbf_mlx.adapters import peft
+from mbf_mlx.adapters.mlx_lm import adapter_files, read_adapter
+from mbf_mlx.adapters.peft import read_peft
 from mbf_mlx.errors import InputError
-from mbf_mlx.export import TARGETS, check_options, run
-from mbf_mlx.export.card import About, read_base_card
+from mbf_mlx.export import TARGETS, card, check_options, run
+from mbf_mlx.export.card import About
 from mbf_mlx.export.gguf.write import planned_bytes
-from mbf_mlx.export.job import ExportRows, Job
+from mbf_mlx.export.job import ExportRows
 from mbf_mlx.export.outcome import check, fused_document, least_agreement
 from mbf_mlx.export.targets import WRITERS
 from tests.support.factors import ALL_KEYS, SCALE, make_factors
+from tests.support.jobs import job_of
 from tests.support.token_rows import token_rows
 
 STATUS = {
@@ -33,14 +34,11 @@ STATUS = {
 
 @pytest.fixture
 def job(tiny_llama, tmp_path):
-    return Job(
-        base=tiny_llama,
-        factors=make_factors(tiny_llama),
-        scale=SCALE,
-        num_layers=2,
-        num_blocks=2,
+    return job_of(
+        tiny_llama,
+        make_factors(tiny_llama),
+        tmp_path / "out",
         about=About("tiny", STATUS, "apache-2.0", "org/tiny"),
-        out=tmp_path / "out",
         read_rows=lambda: ExportRows(token_rows(8, seed=1), token_rows(8), "made-up rows"),
     )
 
@@ -73,7 +71,7 @@ def test_the_measured_divergence_is_that_of_the_two_models(job, mx):
     document = run(job, "mlx")
     folder = job.out.parent / "adapter"
     folder.mkdir()
-    files = adapter.encode(job.factors, scale=SCALE, num_layers=2, base="tiny")
+    files = adapter_files(job.factors, scale=SCALE, num_layers=2, base="tiny")
     for name, data in files.items():
         (folder / name).write_bytes(data)
     live, fused = load_adapters(load_model(job.base)[0], str(folder)), load_model(job.out)[0]
@@ -136,7 +134,7 @@ def test_a_gguf_file_of_the_bases_own_size_is_fitted_to_the_rows_on_the_bases_gr
     small = replace(job, factors=make_factors(job.base, size=0.05), bits=4, allow_loss=True)
     fitted = run(replace(small, read_rows=lambda: ExportRows(fit, others)), "gguf")
     unfitted = run(replace(small, read_rows=lambda: ExportRows((), others), out=tmp_path / "not"), "gguf")
-    write_gguf(job.base, {}, SCALE, tmp_path / "base.gguf", kind="Q4_1")
+    write_gguf(job_of(job.base, {}, tmp_path / "base.gguf", kind="Q4_1"))
     assert abs(fitted["bytes"] - (tmp_path / "base.gguf").stat().st_size) < 100  # its name is shorter
     assert fitted["quality"]["kl"] < unfitted["quality"]["kl"]
 
@@ -147,7 +145,7 @@ def test_an_export_that_lost_too_much_is_refused_with_what_the_alternatives_cost
         run(lossy, "mlx")
     message = str(error.value)
     assert "times as large as the update" in message and "--calibration" in message
-    assert "--bits 8:" in message and "--bits 16:" in message and "--allow-loss writes it all the same" in message
+    assert "--bits 8:" in message and "--bits 16:" in message and "--allow-loss writes it anyway" in message
     assert not job.out.exists()
     document = run(replace(lossy, allow_loss=True), "mlx")
     assert document["lost"] and job.out.exists()
@@ -160,7 +158,7 @@ def test_what_the_alternatives_cost_is_said_of_gguf_files_too(job, target, kind,
         run(lossy, target)
     assert not job.out.exists()
     for bits in (8, 16):
-        planned = planned_bytes(job.base, lossy.factors, bits)
+        planned = planned_bytes(lossy, bits)
         assert f"--bits {bits}: {planned / 1e6:.1f} MB" in str(error.value)
         written = run(replace(lossy, kind=None, bits=bits, allow_loss=True, out=tmp_path / f"at{bits}"), "gguf")
         assert 0 < written["bytes"] - planned < 20_000  # the vocabulary
@@ -169,7 +167,7 @@ def test_what_the_alternatives_cost_is_said_of_gguf_files_too(job, target, kind,
 def test_an_update_that_is_not_in_the_weights_is_refused(job):
     document = fused_document([], 100, 100) | {"retention": 0.13}
     with pytest.raises(InputError, match=r"it keeps 0\.13 of the update; expected at least 0\.8"):
-        check(job, document, lambda bits: 0)
+        check(job, document, lambda job, bits: 0)
 
 
 def test_a_few_rows_have_to_disagree_more_than_by_chance_and_many_do_not():
@@ -181,9 +179,9 @@ def test_a_few_rows_have_to_disagree_more_than_by_chance_and_many_do_not():
 def test_answers_that_changed_refuse_an_export_whatever_its_retention(job):
     document = fused_document([], 100, 100) | {"quality": {"agreement": 0.8, "positions": 200}}
     with pytest.raises(
-        InputError, match=r"says what the live adapter says at 80\.0 % of 200 places; expected at least 95"
+        InputError, match=r"agrees with the live adapter at 80\.0 % of 200 places; expected at least 95"
     ):
-        check(job, document, lambda bits: 0)
+        check(job, document, lambda job, bits: 0)
 
 
 def test_without_rows_the_retention_alone_is_said(job):
@@ -194,7 +192,7 @@ def test_without_rows_the_retention_alone_is_said(job):
 
 def test_the_adapter_folder_is_what_mlx_lm_reads(job):
     document = run(job, "adapter")
-    read = adapter.read(job.out)
+    read = read_adapter(job.out)
     assert read.scale == SCALE
     for name, pair in job.factors.items():
         np.testing.assert_array_equal(read.factors[name].a, pair.a)
@@ -204,14 +202,14 @@ def test_the_adapter_folder_is_what_mlx_lm_reads(job):
 
 def test_the_peft_folder_names_the_unquantized_base_and_reads_back(job):
     document = run(job, "peft")
-    read = peft.read(job.out)
+    read = read_peft(job.out)
     assert read.base == "org/tiny" and read.scale == SCALE
     assert document["lora_alpha"] == 8
 
 
 def test_a_peft_folder_without_a_known_original_says_so(job):
     document = run(replace(job, about=replace(job.about, original=None)), "peft")
-    assert "PEFT and vLLM want the unquantized model" in document["notes"][0]
+    assert "PEFT and vLLM need the unquantized model" in document["notes"][0]
 
 
 @pytest.mark.parametrize("target", ["mlx", "adapter", "peft"])
@@ -223,7 +221,50 @@ def test_the_card_names_base_tasks_and_scores_and_how_to_serve(job, target):
     assert "| | mail | a\\|b |" in body
     assert "| after mail | 90.0 |  |" in body and "| after a\\|b | 80.0 | 75.0 |" in body
     assert "Average 77.5, Backward transfer -10.0, Forgetting 10.0." in body
-    assert str(job.out) in body
+    assert "| Method | slao |" in body and "| Rank | 4 |" in body
+
+
+@pytest.mark.parametrize("target", ["mlx", "adapter", "peft", "ollama", "lmstudio"])
+@pytest.mark.parametrize("original", [None, "org/tiny"])
+def test_a_card_names_no_path_of_this_machine(job, target, original):
+    document = run(replace(job, about=replace(job.about, original=original), read_rows=ExportRows), target)
+    text = (job.out / "README.md").read_text()
+    assert str(job.base.parent) not in text and str(job.out.parent) not in text
+    assert str(job.out) in "".join(document["next"])
+    assert ("base_model: org/tiny" in text) == (original is not None)
+
+
+def test_a_card_says_the_settings_in_a_table_of_words():
+    settings = {
+        "lora": {"rank": 8, "keys": ["q_proj", "v_proj"], "num_layers": -1},
+        "template": "none",
+        "iters": None,
+        "mask_prompt": True,
+        "odd|name": 3,
+    }
+    page = card.text(
+        About("tiny", {"method": "slao", "method_options": {"start": "qr"}, "settings": settings}), "mlx", [], []
+    )
+    assert (
+        "\n".join(
+            [
+                "| Method | slao |",
+                "| Start | qr |",
+                "| Rank | 8 |",
+                "| Layers with factors | q_proj, v_proj |",
+                "| Blocks with factors, counted from the last | all |",
+                "| Prompts | as they are, without a template |",
+                "| Answers alone are supervised | yes |",
+                "| Odd\\|name | 3 |",
+            ]
+        )
+        in page
+    )
+    assert "{" not in page and "None" not in page
+
+
+def test_what_the_bases_card_leaves_open_is_told_first(job):
+    assert run(replace(job, notes=("the card is broken",)), "adapter")["notes"] == ["the card is broken"]
 
 
 @pytest.mark.parametrize("target", ["mlx", "adapter", "peft", "ollama", "lmstudio"])
@@ -237,12 +278,6 @@ def test_the_bases_licence_goes_with_every_folder(job, target, tmp_path):
         assert (job.out / name).read_text() == f"what {name} says"
         assert name in json.loads((job.out / "mbf_export.json").read_text())["files"]
     assert (job.out / "README.md").is_file()
-
-
-def test_a_base_cards_licence_and_original_are_found(tmp_path):
-    assert read_base_card(tmp_path) == (None, None)
-    (tmp_path / "README.md").write_text("---\nlicense: llama3.2\nbase_model: 'meta-llama/Llama'\n---\nlicense: no\n")
-    assert read_base_card(tmp_path) == ("llama3.2", "meta-llama/Llama")
 
 
 def test_an_existing_place_is_refused_before_any_model_is_loaded(job):
@@ -267,7 +302,7 @@ def test_bits_that_no_layer_can_have_are_refused_before_anything_is_measured(job
     ("options", "message"),
     [
         (("onnx", None, None), "target: expected one of mlx, adapter, peft.*got 'onnx'"),
-        (("peft", 8, None), "--bits: peft is stored in float32"),
+        (("peft", 8, None), "--bits: the target peft stores float32"),
         (("mlx", None, "Q4_0"), "--type: expected with gguf, ollama, lmstudio"),
     ],
 )

@@ -1,4 +1,7 @@
-"""Every continual method learns through the real way of learning, and what takes part in training does what it says."""
+"""Every continual method learns through the real way of learning, and what takes part in training does what it says.
+
+Long, because one table of methods drives all of it.
+"""
 
 import dataclasses
 
@@ -24,10 +27,10 @@ from mlx import nn  # noqa: E402
 from mbf_mlx import Stream  # noqa: E402
 from mbf_mlx.data.batches import make_batch  # noqa: E402
 from mbf_mlx.engine import cpu_ops  # noqa: E402
-from mbf_mlx.engine.engine import prepare  # noqa: E402
+from mbf_mlx.engine.choose import prepare  # noqa: E402
 from mbf_mlx.engine.lora_layers import lora_layers  # noqa: E402
 from mbf_mlx.engine.taps import called_by  # noqa: E402
-from mbf_mlx.learning.after_training import conclude, with_extra  # noqa: E402
+from mbf_mlx.learning.after_training import after_training, with_extra  # noqa: E402
 from mbf_mlx.learning.learner import load_learner  # noqa: E402
 from mbf_mlx.learning.measure import input_moments, squared_gradients  # noqa: E402
 from mbf_mlx.learning.train import train  # noqa: E402
@@ -76,14 +79,18 @@ def encoded(learner, tasks):
 
 
 @pytest.fixture
-def open_stream(tmp_path, tiny_llama, learner, monkeypatch):
+def open_stream(tmp_path, tiny_llama, learner):
     """`open_stream(name, options)`: a new stream that uses the one loaded model."""
-    import mbf_mlx.learning.learner
-
-    monkeypatch.setattr(mbf_mlx.learning.learner, "load_learner", lambda *_: learner)
 
     def open_stream(name, options=None, folder="s"):
-        return Stream.open(tmp_path / folder, base=str(tiny_llama), method=name, method_options=options, lora=LORA)
+        return Stream.open(
+            tmp_path / folder,
+            base=str(tiny_llama),
+            method=name,
+            method_options=options,
+            lora=LORA,
+            load_learner=lambda *_: learner,
+        )
 
     return open_stream
 
@@ -130,7 +137,7 @@ def two_tasks(name, options, learner, encoded, config=QUICK):
         train(tuning, learner.engine, with_extra(method, state, encoded), [], config)
         if last:
             return method, state, tuning
-        state = conclude(method, state, tuning, learner.engine, encoded, 4)
+        state = after_training(method, state, tuning, learner.engine, encoded, 4)
     raise AssertionError
 
 
@@ -242,7 +249,7 @@ def test_input_moments_weigh_tokens_by_the_squared_gradients_of_what_is_made_of_
 ):
     if cores > cpu_ops.CORES:
         pytest.skip("one core")
-    monkeypatch.setattr("mbf_mlx.engine.engine.WATCHED_TOKENS", together)
+    monkeypatch.setattr("mbf_mlx.engine.by_hand.WATCHED_TOKENS", together)
     model, generator = learner.base.model, np.random.default_rng(0)
     tuning = Tuning(model, make("slao"), empty_state(learner.layers, LORA.rank))
     tuning.update({n: mx.array(generator.normal(size=a.shape).astype(np.float32)) for n, a in tuning.arrays.items()})
@@ -324,8 +331,8 @@ def test_a_method_that_measures_inputs_absorbs_with_the_rows(name, options, open
     stream = open_stream(name, options)
     stream.learn(tasks[0], train=QUICK)
     start = peft_files(exchange.next_start(stream.folder, "peft"), tmp_path / "start")
-    tuned = tune(stream.folder.state(), peft.read(start).factors)
-    files = peft.encode(tuned, stream.folder.identity.scale, base="tiny", num_blocks=2)
+    tuned = tune(stream.folder.state(), peft.read_peft(start).factors)
+    files = peft.peft_files(tuned, stream.folder.identity.scale, base="tiny", num_blocks=2)
     done = stream.absorb(peft_files(files, tmp_path / "tuned"), "mail", task=tasks[1])
     state = stream.folder.state()
     assert done.record.t == state.t == 2 and done.record.train_rows == 8
@@ -363,4 +370,4 @@ def test_status_says_where_rows_are_kept(name, said, open_stream, tasks):
 
     stream = open_stream(name)
     stream.learn(tasks[0], train=QUICK)
-    assert any("rows of its tasks are kept" in line for line in summary(stream.status())) == said
+    assert any("this method keeps rows of its tasks" in line for line in summary(stream.status())) == said

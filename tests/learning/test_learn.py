@@ -1,3 +1,8 @@
+"""Learn tasks into a stream, from Python: what is committed, resumed, skipped and refused.
+
+Long, because all cases share one small stream and its tasks.
+"""
+
 import dataclasses
 import json
 import os
@@ -49,7 +54,7 @@ class Tuned(Events):
     def note(self, message):
         self.notes.append(message)
 
-    def learned(self, record):
+    def learned(self, record, seconds):
         self.records.append(record)
 
 
@@ -95,7 +100,7 @@ def test_the_state_is_what_algorithm_1_makes_of_the_tuned_factors(tiny_llama, ta
         starts.append(copied(start(method, state)))
         return start(method, state)
 
-    def finishing(method, state, factors):
+    def finishing(method, state, factors, inputs=None):
         after = finish(method, state, factors)
         tuned.append(copied(factors))
         deployed.append(copied(after.deployed))
@@ -382,8 +387,8 @@ def test_merged_factors_and_scores_that_are_not_finite_are_refused_by_name(tiny_
     layer = next(iter(state.deployed))
     broken = {**state.deployed, layer: Pair(state.deployed[layer].a, state.deployed[layer].b * np.nan)}
     with pytest.raises(InputError, match=f"mail: the merged factors of {layer} are not finite"):
-        learning._check_finite(dataclasses.replace(state, deployed=broken), "mail")
-    learning.write_factors(learner.base.model, broken)
+        learning.check_finite(dataclasses.replace(state, deployed=broken), "mail")
+    learner.deploy(broken)
     tests = TestRows(learner.tokenizer, "chat")
     with pytest.raises(InputError, match=r"test.jsonl:\d: the model's answer to this row is not finite"):
         score_all(stream.folder.history(), None, learner, LearnConfig(), Events(), tests)
@@ -406,7 +411,7 @@ def test_a_task_of_every_kind_can_be_undone_and_learned_again_to_the_same_bytes(
         assert stream.status()["tasks"][-1]["metric"] == metric
         assert stream.undo().name == metric
         assert {name for name in before if not name.startswith("generations/00000")} <= set(contents(tmp_path / "s"))
-        with pytest.raises(InputError, match="one step back is kept, and it was taken|nothing to undo"):
+        with pytest.raises(InputError, match="only one step back is kept, and it is used up|nothing to undo"):
             stream.undo()
         stream.learn(task, train=QUICK)
         assert_same(arrays(stream), learned)

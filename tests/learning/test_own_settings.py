@@ -74,3 +74,16 @@ def test_no_prompt_token_counts_as_an_answer(tiny_llama, write_jsonl, tmp_path):
 
 def test_eval_says_how_many_rows_it_was_told_to_take(learned):
     assert [rows for _, rows in eval_of(learned, "--score-rows", 3)] == [3]
+
+
+def test_tasks_that_moved_with_their_stream_are_found_again(tiny_llama, write_jsonl, tmp_path):
+    old = tmp_path / "old"
+    for name, answers in (("a", ["yes", "no"] * 2), ("b", ["old", "new"] * 2)):
+        task = task_of(write_jsonl, f"old/tasks/{name}", answers, "is")
+        done = mbf("learn", old / "streams/s", task, "--model", tiny_llama, "--template", "none", "--iters", 1)
+        assert done.returncode == 0, done.stderr
+    scores = eval_of(old / "streams/s")
+    old.rename(tmp_path / "elsewhere")
+    assert eval_of(tmp_path / "elsewhere/streams/s") == scores and scores[0][1] == 8
+    (tmp_path / "elsewhere/tasks/a/test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert eval_of(tmp_path / "elsewhere/streams/s")[0] == (None, 0)  # another content is another task

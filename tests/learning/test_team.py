@@ -19,12 +19,13 @@ from mbf_mlx.learning.team import Message, joined, share
 from mbf_mlx.learning.team_task import rows_of, state_of, task_message
 from mbf_mlx.methods import Pair, State, make
 from mbf_mlx.stream.folder import StreamFolder
+from mbf_mlx.stream.repair import verify_all
 from tests.conftest import ROOT
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
 from mbf_mlx.data.batches import make_batch
-from mbf_mlx.engine.engine import prepare
+from mbf_mlx.engine.choose import prepare
 from mbf_mlx.learning.train import Sums
 from mbf_mlx.learning.tuning import Tuning
 from tests.support import bench as a_bench
@@ -192,7 +193,7 @@ def test_mlx_launch_starts_mbf_learn_and_one_process_writes_and_prints(tmp_path,
     document = json.loads((tmp_path / "out").read_text())  # one document, not two
     assert document["tasks"][0]["steps"] == 3 and document["tasks"][0]["machine"]["processes"] == 2
     assert (tmp_path / "err").read_text().count("learned words in") == 1
-    StreamFolder.open(tmp_path / "stream").verify_all()
+    verify_all(StreamFolder.open(tmp_path / "stream"))
 
 
 @pytest.mark.slow
@@ -202,7 +203,7 @@ def test_a_dead_process_ends_the_run_and_the_stream_is_whole(pair, tmp_path, tas
     lose_one(pair(ROOT / "cli.py", *words), dead, tmp_path / "stream", tmp_path)
     assert f"error: process {1 - dead} of 2: another process of this run is gone" in said(tmp_path, 1 - dead)[1][-2]
     folder = StreamFolder.open(tmp_path / "stream")
-    folder.verify_all()
+    verify_all(folder)
     assert folder.history() == [] and folder.interrupted()
 
 
@@ -217,7 +218,7 @@ def test_a_run_that_lost_a_process_goes_on_to_the_same_bits_when_started_again(p
         processes = pair(ROOT / "cli.py", *words)
         assert [process.wait(timeout=600) for process in processes] == [0, 0], said(tmp_path, 0) + said(tmp_path, 1)
         folder = StreamFolder.open(tmp_path / name)
-        folder.verify_all()
+        verify_all(folder)
         assert [record.steps for record in folder.history()] == [100] and not folder.interrupted()
         current = tmp_path / name / "current"
         found[name] = [(current / file).read_bytes() for file in ("state.safetensors", "adapter/adapters.safetensors")]

@@ -3,14 +3,18 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mbf_mlx.config import LoRAConfig
+from mbf_mlx.config import LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
+import mlx.optimizers as optim  # noqa: E402
+
+from mbf_mlx.data.batches import make_batch  # noqa: E402
 from mbf_mlx.data.task import read_task  # noqa: E402
 from mbf_mlx.engine.lora_layers import write_factors  # noqa: E402
 from mbf_mlx.learning.progress import Progress  # noqa: E402
+from mbf_mlx.learning.train import FLOOR, clipped, rate_at  # noqa: E402
 from tests.support import bench as a_bench  # noqa: E402
 from tests.support.bench import QUICK, Bench  # noqa: E402
 from tests.support.rows import rows_of  # noqa: E402
@@ -62,6 +66,20 @@ def test_dropout_is_continued_to_the_bit_too(tiny_llama, write_jsonl):
     expected = bench.factors()
     bench.run(resume=saves[1])
     assert same(bench.factors(), expected)
+
+
+def test_the_best_step_is_chosen_by_the_factors_own_loss_without_dropout(tiny_llama, write_jsonl):
+    write_jsonl("words/test.jsonl", rows_of(6, seed=1))
+    task = read_task(write_jsonl("words/train.jsonl", rows_of(12)).parent)
+    bench = Bench(tiny_llama, task, LoRAConfig(rank=4, dropout=0.5))
+    valid, seen = bench.rows[:5], []
+    bench.run(valid=valid, report=seen.append)
+    judged = {step.step: step.valid_loss for step in seen if step.valid_loss is not None}
+    assert len(judged) == 2
+    bench.base.model.eval()
+    batch = make_batch(valid, range(len(valid)))
+    own = float(bench.engine.loss_sum(batch)) / len(batch.targets)  # of the best step, which is put back at the end
+    assert min(judged.values()) == pytest.approx(own, rel=1e-5)
 
 
 def test_accumulated_batches_give_the_step_of_one_large_batch(bench):
@@ -133,3 +151,24 @@ def test_the_curve_has_at_most_24_points_and_ends_at_the_last_step(bench):
     trained = bench.run(dataclasses.replace(QUICK, iters=60))
     assert len(trained.curve) == 24
     assert trained.curve[-1][0] == 60
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 40, 1000])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.9])
+def test_the_rate_is_that_of_mlxs_own_schedules_but_for_its_last_bits(steps, warmup):
+    config, rising = TrainConfig(learning_rate=5e-4, warmup=warmup), max(1, round(warmup * steps))
+    falling = optim.cosine_decay(5e-4, max(1, steps - rising), FLOOR * 5e-4)
+    theirs = optim.join_schedules([optim.linear_schedule(0.0, 5e-4, rising), falling], [rising])
+    for step in range(1, steps + 1):
+        assert rate_at(config, steps, step) == pytest.approx(theirs(mx.array(step)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("most", [0.1, 1.0, 100.0])
+def test_gradients_are_clipped_as_mlx_clips_them_but_for_their_last_bits(most):
+    generator = np.random.default_rng(0)
+    gradients = {name: mx.array(generator.normal(size=(4, 3)).astype(np.float32)) for name in "ab"}
+    (ours, norm), (theirs, same_norm) = clipped(gradients, most), optim.clip_grad_norm(gradients, most)
+    assert norm.item() == pytest.approx(same_norm.item(), rel=1e-6)
+    for name in gradients:
+        np.testing.assert_allclose(np.array(ours[name]), np.array(theirs[name]), rtol=2e-6)
+    assert clipped(gradients, 0)[0] is gradients

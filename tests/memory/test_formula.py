@@ -86,7 +86,7 @@ def test_the_formula_is_what_mlx_counts_in_a_training_step(rows, length, answer,
         pytest.skip("the formula's pass by hand is for CPUs")
     from mlx import nn
 
-    from mbf_mlx.engine.engine import prepare
+    from mbf_mlx.engine.choose import prepare
     from tests.support.llamas import LLAMA, Row, build
 
     facts = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2,

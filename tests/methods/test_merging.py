@@ -1,11 +1,13 @@
-"""Methods that only merge: hand-worked values, and dense computations that share nothing with them."""
+"""Methods that only merge: hand-worked values, and dense computations that share nothing with them.
+
+Long, because the hand-worked values of each method stand beside its test.
+"""
 
 import numpy as np
 import pytest
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods import Pair, Seen, empty_state, make
-from mbf_mlx.methods.base import first_factors
+from mbf_mlx.methods import Pair, Seen, empty_state, first_factors, make
 from mbf_mlx.reference import merge_by_inputs, orthogonal_init
 
 LAYERS = {"q": (8, 9), "v": (7, 9)}
@@ -152,7 +154,7 @@ def test_products_by_inputs_ask_for_directions_and_merge_with_the_grams():
 
 
 def test_products_measure_nothing_where_the_metric_is_that_of_weights():
-    assert not hasattr(make("products"), "measure")
+    assert not make("products").needs
 
 
 @pytest.mark.parametrize(

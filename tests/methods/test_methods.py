@@ -8,8 +8,7 @@ import pytest
 
 from mbf_mlx import methods
 from mbf_mlx.errors import InputError
-from mbf_mlx.methods import Row, Seen, State, empty_state, make, registry
-from mbf_mlx.methods.base import first_factors, in_double
+from mbf_mlx.methods import Method, Seen, State, TokenRow, empty_state, first_factors, in_double, make, registry
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (6, 9), "model.layers.0.self_attn.v_proj": (4, 9)}
 
@@ -49,15 +48,46 @@ def test_a_method_is_made_again_from_the_options_it_writes(name):
     assert make(name, json.loads(json.dumps(method.options))).options == method.options
 
 
-def test_hooks_say_what_a_method_needs_of_training():
-    for name in ("slao", "products", "magmax"):
-        assert methods.hooks(make(name)) == []
-    assert methods.hooks(make("frozen-a")) == methods.hooks(make("products", {"rate_a": 0.5})) == ["rates"]
-    assert methods.hooks(make("ewc")) == ["penalty", "after_task"]
-    assert methods.hooks(make("lorac")) == ["rates", "effective", "penalty", "after_task"]
-    assert methods.hooks(make("products", {"metric": "inputs"})) == ["measure"]
-    assert methods.hooks(make("anchored")) == ["penalty", "measure"]
-    assert methods.hooks(make("replay")) == ["after_task", "extra_rows"]
+VARIANTS = [
+    *((name, {}) for name in methods.names()),
+    ("products", {"metric": "inputs"}),
+    ("products", {"rate_a": 0.5}),
+    ("slao", {"train": "a", "start_a": "keep", "merged": "a"}),
+    ("replay", {"method": "anchored"}),
+    ("nmt-lora", {"modules": "all"}),
+]
+
+
+def overrides(method, hook):
+    return getattr(type(method), hook) is not getattr(Method, hook)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+def test_a_method_says_what_it_needs_of_a_tasks_rows(name, options):
+    method = make(name, options)
+    assert overrides(method, "measure") or "inputs" not in method.needs
+    assert overrides(method, "after_task") or not method.needs - {"inputs"}
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+def test_tasks_may_be_trained_elsewhere_where_the_method_adds_nothing_to_the_training(name, options):
+    method, state = make(name, options), empty_state(LAYERS, rank=2)
+    if not overrides(method, "absorb"):
+        adds = [hook for hook in ("effective", "penalty", "after_task", "extra_rows") if overrides(method, hook)]
+        state = state if method.needs else method.finish(state, method.start(state))
+        slower = any(rate != 1 for rate in method.rates(state).values())
+        assert method.absorbs == (not adds and not slower)
+
+
+def test_the_hooks_that_a_method_leaves_out_do_nothing():
+    method, state = make("slao"), empty_state(LAYERS, rank=2)
+    start = method.start(state)
+    assert method.effective(start, state) is start and method.penalty(start, state) is None
+    assert set(method.rates(state).values()) == {1.0} and make("sequential").rates(state) == {}
+    assert method.measure(state, start) == {} and method.extra_rows(state, 3) == []
+    assert method.after_task(state, [], {}) is state
+    absorbed, finished = method.absorb(state, start), method.finish(state, start)
+    assert absorbed.t == finished.t == 1 and absorbed.deployed.keys() == finished.deployed.keys()
 
 
 @pytest.mark.parametrize("first_a", ["uniform", "orthonormal"])
@@ -116,15 +146,15 @@ def test_what_a_method_keeps_grows_with_the_tasks_only_where_it_says_so(name):
             layer: type(fields)(*(x + generator.normal(size=x.shape).astype(np.float32) for x in fields))
             for layer, fields in start.items()
         }
-        more = {}
-        if hasattr(method, "measure"):
-            more["inputs"] = {n: Seen(p, p) for n, p in method.measure(state, tuned).items()}  # alike in all directions
-        state = method.finish(state, tuned, **more)
-        if getattr(method, "needs", None) == "gradients":
-            state = method.after_task(state, {n: type(f)(*(x * x for x in f)) for n, f in tuned.items()})
-        elif getattr(method, "needs", None) == "rows":
-            rows = [Row(np.full(40, 100 * seed + i, dtype=np.int32), np.arange(40) > 30) for i in range(100)]
-            state = method.after_task(state, rows)
+        asked = method.measure(state, tuned)
+        state = method.finish(
+            state, tuned, {n: Seen(p, p) for n, p in asked.items()} or None
+        )  # in all directions alike
+        if "rows" in method.needs:
+            rows = [TokenRow(np.full(40, 100 * seed + i, dtype=np.int32), np.arange(40) > 30) for i in range(100)]
+            state = method.after_task(state, rows, {})
+        if "gradients" in method.needs:
+            state = method.after_task(state, [], {n: type(f)(*(x * x for x in f)) for n, f in tuned.items()})
         assert state.t == seed + 1 and set(state.deployed) == set(LAYERS)
         assert len({pair.a.shape[0] for pair in state.deployed.values()}) == 1  # an adapter has one rank
         sizes.append(state.kept_bytes())

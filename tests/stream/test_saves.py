@@ -3,7 +3,6 @@ import pytest
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.storage import Files
-from mbf_mlx.learning.progress import SaveClock
 from mbf_mlx.stream.saves import Working, check_same_run
 from tests.support.saves import RUN, save
 
@@ -45,7 +44,7 @@ def test_another_run_is_refused_with_what_differs(tmp_path):
     working = Working(tmp_path / "working", Files())
     save(working, 5)
     check_same_run(working.load(), dict(RUN), working.folder)
-    message = r"run of task 'mail' was interrupted.*\n  epochs: 3 was saved, 4 is asked for\nhint: .* --restart"
+    message = r"run of task 'mail' was interrupted.*\n  epochs: 3 was saved, 4 is asked for now\nhint: .* --restart"
     with pytest.raises(InputError, match=message):
         check_same_run(working.load(), RUN | {"epochs": 4}, working.folder)
 
@@ -55,25 +54,3 @@ def test_drop_forgets_the_run(tmp_path):
     save(working, 5)
     working.drop()
     assert working.load() is None and not (tmp_path / "working").exists()
-
-
-def test_saves_by_the_clock_take_at_most_two_hundredths_of_a_run():
-    """A slow disk, or large factors: the next save waits until this one was worth it."""
-    clock = SaveClock(None, 60, now=0)
-    assert not clock.is_due(1, 59.9) and clock.is_due(1, 60)
-    clock.saved(60, 60.5)
-    assert not clock.is_due(2, 120.4) and clock.is_due(2, 120.5)
-    now, saving = 120.5, 0.0
-    for step in range(3, 2000):
-        now += 10
-        if clock.is_due(step, now):
-            clock.saved(now, now + 7)
-            now, saving = now + 7, saving + 7
-    assert saving > 0 and saving <= 0.02 * now
-
-
-def test_saves_by_steps_come_when_they_were_asked_for():
-    clock = SaveClock(5, None, now=0)
-    clock.saved(0, 1000)
-    assert [step for step in range(1, 21) if clock.is_due(step, 1e9)] == [5, 10, 15, 20]
-    assert not any(SaveClock(None, None, now=0).is_due(step, 1e9) for step in range(1, 21))

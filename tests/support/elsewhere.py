@@ -16,10 +16,10 @@ def write(files, folder):
 def trained(stream, folder, kind, change=lambda files: files):
     """The start of the next task as another tool leaves it after training, in that tool's layout."""
     start = write(exchange.next_start(stream, kind), folder.with_name(folder.name + "-start"))
-    read = peft.read(start) if kind == "peft" else adapter.read(start)
+    read = peft.read_peft(start) if kind == "peft" else adapter.read_adapter(start)
     tuned = tune(stream.state(), read.factors)
     if kind == "peft":
-        files = peft.encode(tuned, stream.identity.scale, base="tiny", num_blocks=2)
+        files = peft.peft_files(tuned, stream.identity.scale, base="tiny", num_blocks=2)
     else:
-        files = adapter.encode(tuned, scale=stream.identity.scale, num_layers=2, base="tiny")
+        files = adapter.adapter_files(tuned, scale=stream.identity.scale, num_layers=2, base="tiny")
     return write(change(files), folder), tuned

@@ -8,7 +8,7 @@ PACKAGE = ROOT / "mbf_mlx"
 # Run in the plain install, where there is no mlx.
 WITHOUT_MLX = [
     "errors", "units", "config", "reference", "metrics", "files", "device", "methods", "adapters", "stream", "exchange",
-    "data", "learning.events", "experiment.results", "experiment.plan_file", "experiment.suites",
+    "data", "learning.events", "learning.new_stream", "experiment.results", "experiment.plan_file", "experiment.suites",
     "export.adapter_folder", "export.gguf.adapter", "commands",
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A small stream without a model, for tests of what holds a stream together."""
+"""Small streams without a model, for tests of what is on the disk."""
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def record(t, name=None, **changes):
 
 
 def tune(state, start):
-    """Factors as a training would leave them: a function of the task's number alone."""
+    """Return factors as training could leave them. They depend on the task's number alone."""
     generator = np.random.default_rng(100 + state.t)
     return {
         name: Pair(*(f + generator.normal(size=f.shape).astype(np.float32) * 0.1 for f in pair))
@@ -74,7 +74,7 @@ def tune(state, start):
 
 
 def learn(stream, count=1):
-    """Commit `count` tasks as learn.py does, without a model."""
+    """Learn and commit `count` tasks as learning/learn.py does, without a model."""
     method = make(stream.identity.method, stream.identity.method_options)
     for _ in range(count):
         with stream.writer():
@@ -85,7 +85,7 @@ def learn(stream, count=1):
 
 
 def contents(path):
-    """Everything that a stream holds, by name: links as their targets, files as their bytes; the lock left aside."""
+    """Everything that a stream holds, by name: links as their targets, files as their bytes. The lock is left out."""
     found = {}
     for entry in sorted(path.rglob("*")):
         name = str(entry.relative_to(path))

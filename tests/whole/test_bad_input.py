@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from mbf_mlx import exchange
-from mbf_mlx.adapters import mlx_lm as adapter
-from mbf_mlx.adapters import peft
+from mbf_mlx.adapters.mlx_lm import adapter_files, decode_tensors, read_adapter
+from mbf_mlx.adapters.peft import read_peft
 from mbf_mlx.commands import app
 from mbf_mlx.data.task import read_task
 from mbf_mlx.errors import InputError
@@ -174,7 +174,7 @@ ADAPTERS = {
                                      "OUT/adapter_config.json: rank_pattern: '(' is no regular expression: missing ),"
                                      " unterminated subpattern at position 7"),
     "PEFT: a pattern that never ends": (lambda out: save_peft(out, {**PEFT, "rank_pattern": {"([a-z_.0-9]+)+!": 4}}),
-                                        "OUT/adapter_config.json: rank_pattern: '([a-z_.0-9]+)+!' is too involved for the"
+                                        "OUT/adapter_config.json: rank_pattern: '([a-z_.0-9]+)+!' is too complex for the"
                                         " name of a layer"),
     "PEFT: NaN": (lambda out: save_peft(out, A=np.full((4, 16), np.nan, "f4")), "OUT/adapter_model.safetensors is not a"
                   f" plain LoRA adapter:\n  {LAYER}: holds NaN or infinite values"),
@@ -203,8 +203,8 @@ def rewrite(path, **changes):
     )
 
 
-REPAIR = "\nhint: mbf status STREAM --repair makes it again from a generation that is whole"
-BACK = "\nhint: mbf status STREAM --repair goes back to the generation before, where that is whole"
+REPAIR = "\nhint: mbf status STREAM --repair restores it from an undamaged generation"
+BACK = "\nhint: mbf status STREAM --repair goes back to the previous generation, if that one is undamaged"
 CURRENT = "generations/000001/manifest.json"
 STREAMS = {
     "nothing": (lambda s: os.rename(s, s.with_name("gone")), "STREAM: no such stream\nhint: mbf learn STREAM TASK --model"
@@ -217,8 +217,8 @@ STREAMS = {
                            " read: its links lead in a circle\nhint: choose another path"),
     "a newer one": (lambda s: rewrite(s / "stream.json", format_version=2), "STREAM/stream.json: format version 2,"
                     " written by a newer mbf-mlx; this mbf-mlx reads versions up to 1\nhint: upgrade with: pip install -U"
-                    " mbf-mlx\nhint: or, where this file is damaged, mbf status STREAM --repair makes it again: its"
-                    " generations are no newer than we read"),
+                    " mbf-mlx\nhint: this mbf-mlx reads the stream's generations, so the file may be damaged instead: mbf"
+                    " status STREAM --repair restores it"),
     "a newer generation": (lambda s: rewrite(s / CURRENT, format_version=3, written_by="mbf-mlx 4.1"),
                            f"STREAM/{CURRENT}: format version 3, written by mbf-mlx 4.1; this mbf-mlx reads versions up"
                            " to 1\nhint: upgrade with: pip install -U mbf-mlx"),
@@ -276,7 +276,7 @@ FLAGS = {
     "no prompt for no stream": (["generate", S, "hi"], 1, NONE),
     "a name over 255 bytes": (["status", LONG], 1, f"{LONG}/stream.json: cannot read: the name is too long\nhint: choose another path"),
     "a name over 255 bytes to undo": (["undo", "é" * 200], 1, f"{'é' * 200}/stream.json: cannot use: the name is too long\nhint: choose another path"),
-    "no task": (["learn", S], 2, "Missing argument 'tasks'"),
+    "no task": (["learn", S], 2, "Missing argument 'TASK...'"),
     "no task there": (["learn", S, "mail.jsonl"], 1, NO_TASK),
     "one name for two tasks": (["learn", S, "a", "b", "--name", "c"], 1, "--name: expected one task to name, got 2"),
     "rank zero": (["learn", S, "TASK", "--model", "m", "--rank", "0"], 1, f"LoRAConfig.rank: {COUNT} 1, got 0"),
@@ -351,7 +351,10 @@ def test_a_recipe_that_is_none_is_told_all_there_are():
 
     done = CliRunner().invoke(app, ["fetch", "gpt-7"])
     names = ", ".join(recipes())
-    assert done.stderr == f"error: gpt-7: no such recipe: expected one of {names}\nhint: --model takes hub ids, too\n"
+    assert (
+        done.stderr
+        == f"error: gpt-7: no such recipe: expected one of {names}\nhint: mbf learn --model takes hub ids, too\n"
+    )
 
 
 def test_the_tables_hold_well_over_100_wrong_inputs_with_their_whole_messages():
@@ -380,7 +383,7 @@ def test_a_task_s_name_that_could_be_mistaken_for_something_else_is_refused(quic
 @pytest.mark.parametrize("name", ["two words", "é", "日本語", "a.b.c", "-x", "a" * 100, "it's", "100%", "$HOME", "*"])
 def test_streams_and_tasks_of_any_printable_name_work(quick_path, name):
     stream = new_stream(quick_path / name)
-    files = adapter.encode(tune(stream.state(), StreamTools.start(stream)), scale=2.0, num_layers=2, base="tiny")
+    files = adapter_files(tune(stream.state(), StreamTools.start(stream)), scale=2.0, num_layers=2, base="tiny")
     out = quick_path / f"{name} out"
     out.mkdir()
     for file, data in files.items():
@@ -430,7 +433,7 @@ def test_any_change_to_a_record_is_refused_or_read(data):
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused_as_a_record_a_task_or_tensors(quick_path, data):
     refused_or_read(lambda: parse(Manifest, data, "here"))
-    refused_or_read(lambda: adapter.decode_tensors(data, "here"))
+    refused_or_read(lambda: decode_tensors(data, "here"))
     for suffix in (".jsonl", ".csv", ".tsv", ".json"):
         file = quick_path / f"task{suffix}"
         file.write_bytes(data)
@@ -445,7 +448,7 @@ def test_any_configuration_of_an_adapter_is_refused_or_read(quick_path, value, c
     key = key or "lora_parameters"
     shutil.rmtree(quick_path / "out", ignore_errors=True)
     (save if config is CONFIG else save_peft)(quick_path / "out", {**config, key: value})
-    read = adapter.read if config is CONFIG else peft.read
+    read = read_adapter if config is CONFIG else read_peft
     for name in {key, *config, "alpha_pattern", "rank_pattern"}:
         (quick_path / "out/adapter_config.json").write_text(json.dumps({**config, name: value}))
         refused_or_read(lambda: read(quick_path / "out"))
@@ -462,4 +465,4 @@ def test_any_changed_byte_of_an_adapter_is_refused_or_read(quick_path, at, byte)
     data = bytearray(path.read_bytes())
     data[at % len(data)] = byte
     path.write_bytes(data)
-    refused_or_read(lambda: adapter.read(quick_path / "out"))
+    refused_or_read(lambda: read_adapter(quick_path / "out"))

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.stream.folder import SMALL_FILE, StreamFolder
+from mbf_mlx.stream.folder import StreamFolder
+from mbf_mlx.stream.generations import SMALL_FILE
+from mbf_mlx.stream.repair import repair, verify_all
 from mbf_mlx.stream.saves import Working
 from tests.conftest import ROOT
 from tests.support.streams import contents, learn, new_stream
@@ -69,9 +71,9 @@ def test_a_damaged_file_of_the_current_generation_is_named_and_the_one_before_ta
         put(path, content)
         folder = f"000002/{name}" if "of" not in how else "000002"
         refused(lambda: StreamFolder.open(stream.path), folder, "damaged: ", f"mbf status {stream.path} --repair")
-        message = StreamFolder.repair(stream.path)
+        message = repair(stream.path)
         assert message == (
-            f"{stream.path}: went back from generation 000002, which is damaged, to 000001: it has learned 1 tasks"
+            f"{stream.path}: went back from generation 000002, which is damaged, to 000001; it has learned 1 task"
         ), how
         repaired = StreamFolder.open(stream.path)
         repaired.verify()
@@ -90,16 +92,16 @@ def test_a_damaged_file_of_the_generation_before_is_found_by_verify_and_not_gone
         put(path, content)
         assert StreamFolder.open(stream.path).state().t == 2
         hint = "mbf undo cannot go back to generation 000001; the current one is not affected"
-        refused(StreamFolder.open(stream.path).verify_all, "000001", "damaged: ", hint)
+        refused(lambda: verify_all(StreamFolder.open(stream.path)), "000001", "damaged: ", hint)
         with stream.writer():
             refused(stream.undo, "000001", "damaged: ")
-        assert StreamFolder.repair(stream.path).endswith("nothing to repair: its current generation is whole")
+        assert repair(stream.path).endswith("nothing to repair: its current generation is undamaged")
         put(path, whole)
         assert contents(stream.path) == before
     put(path, b"")
     learn(stream)
     Working(stream.working, stream.files).drop()
-    stream.verify_all()
+    verify_all(stream)
 
 
 @pytest.mark.parametrize("regions", REGIONS)
@@ -109,8 +111,8 @@ def test_a_damaged_stream_json_is_named_and_made_again(stream, quick_path, regio
     for how, content in damages(path, [quick_path / "other/stream.json"], regions):
         put(path, content)
         refused(lambda: StreamFolder.open(stream.path), str(stream.path), "--repair")
-        assert StreamFolder.repair(stream.path) == (
-            f"{stream.path}: made stream.json again from generation 000002: it has learned 2 tasks"
+        assert repair(stream.path) == (
+            f"{stream.path}: restored stream.json from generation 000002; it has learned 2 tasks"
         ), how
         assert contents(stream.path) == before, how
 
@@ -123,8 +125,8 @@ def test_a_damaged_save_of_a_task_in_training_is_named_and_not_continued(stream,
     for how, content in damages(path, [], regions):
         put(path, content)
         assert StreamFolder.open(stream.path).interrupted() is None, how
-        hint = "the same mbf learn starts this task from its beginning"
-        refused(StreamFolder.open(stream.path).verify_all, "step-00000007", "damaged: ", hint)
+        hint = "run the same mbf learn again; it starts this task from the beginning"
+        refused(lambda: verify_all(StreamFolder.open(stream.path)), "step-00000007", "damaged: ", hint)
     put(path, whole)
     assert StreamFolder.open(stream.path).interrupted() == {"task": "task3", "step": 7}
 
@@ -147,7 +149,7 @@ def test_a_link_to_a_generation_that_is_not_there_is_damage_that_repair_mends(st
     (stream.path / "current").unlink()
     os.symlink("generations/000009", stream.path / "current")
     refused(lambda: StreamFolder.open(stream.path), "000009/manifest.json: damaged: missing", "--repair")
-    assert "went back from generation 000009, which is damaged, to 000002" in StreamFolder.repair(stream.path)
+    assert "went back from generation 000009, which is damaged, to 000002" in repair(stream.path)
     assert contents(stream.path) == before
 
 
@@ -157,7 +159,7 @@ def test_repair_does_not_take_a_whole_generation_that_was_never_committed(stream
     learn(stream)
     (stream.path / "current").unlink()
     os.symlink(target, stream.path / "current")
-    assert "nothing to repair" in StreamFolder.repair(stream.path)
+    assert "nothing to repair" in repair(stream.path)
     assert StreamFolder.open(stream.path).state().t == 2
     assert sorted(p.name for p in (stream.path / "generations").iterdir()) == ["000002"]
 
@@ -178,7 +180,7 @@ def test_something_else_in_the_place_of_a_part_never_ends_in_a_traceback(stream,
         path.mkdir()
     else:
         os.symlink(path.name, path)
-    for action in (StreamFolder.open, StreamFolder.repair, StreamFolder.open):
+    for action in (StreamFolder.open, repair, StreamFolder.open):
         try:
             action(stream.path)
         except InputError as error:
@@ -190,7 +192,7 @@ def test_something_else_in_the_place_of_a_part_never_ends_in_a_traceback(stream,
 def test_nothing_whole_left_is_said(stream):
     for number in ("000001", "000002"):
         put(stream.path / "generations" / number / "history.jsonl", b"")
-    refused(lambda: StreamFolder.repair(stream.path), "no whole generation is left in generations/")
+    refused(lambda: repair(stream.path), "no undamaged generation is left in generations/")
 
 
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
@@ -203,9 +205,9 @@ def test_damage_deep_inside_a_large_file_is_found_when_it_is_read_and_by_verify(
     data[{"first": 400, "middle": len(data) // 2, "last": -1}[where]] ^= 4
     path.write_bytes(data)
     stream = StreamFolder.open(stream.path)  # the fast check reads small files alone
-    for action in (stream.verify_all, stream.state):
+    for action in (lambda: verify_all(stream), stream.state):
         refused(action, "000002/adapter/adapters.safetensors: damaged: its content is not what was committed")
-    assert "went back" in StreamFolder.repair(stream.path)
+    assert "went back" in repair(stream.path)
     # The same for a generation that undo would return to.
     stream = learn(StreamFolder.open(stream.path))
     path = stream.path / "generations/000001/adapter/adapters.safetensors"
@@ -218,7 +220,7 @@ def test_damage_deep_inside_a_large_file_is_found_when_it_is_read_and_by_verify(
 def test_the_golden_stream_of_version_1_opens_and_learns_on(quick_path):
     shutil.copytree(GOLDEN, quick_path / "s", symlinks=True)
     stream = StreamFolder.open(quick_path / "s")
-    stream.verify_all()
+    verify_all(stream)
     assert [record.name for record in stream.history()] == ["task1", "task2"]
     assert stream.interrupted() == {"task": "task3", "step": 2}
     state = stream.state()

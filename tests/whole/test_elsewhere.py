@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from mbf_mlx.adapters import mlx_lm as adapter
 from mbf_mlx.stream.folder import StreamFolder
+from mbf_mlx.stream.repair import verify_all
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -158,7 +159,7 @@ def test_three_tasks_that_peft_trained_are_merged_without_mlx_and_one_more_is_le
             before = merged[layer][1] if t > 1 else 0.0
             merged[layer] = a, before + (b - before) / np.sqrt(t)
 
-    deployed = adapter.read(stream / "adapter")
+    deployed = adapter.read_adapter(stream / "adapter")
     assert (deployed.rank, deployed.scale) == (RANK, SCALE)
     for layer, (a, b) in merged.items():
         pair = deployed.factors[layer.removeprefix("base_model.model.")]
@@ -175,7 +176,7 @@ def test_three_tasks_that_peft_trained_are_merged_without_mlx_and_one_more_is_le
     assert [task["name"] for task in document["tasks"]] == [*TASKS, "desk"]
     assert all(score is not None for score in document["scores"][-1])
     folder = StreamFolder.open(stream)
-    folder.verify_all()
+    verify_all(folder)
     state = folder.state()
     for layer, (a, _) in merged.items():
         short = layer.removeprefix("base_model.model.")
@@ -215,4 +216,4 @@ def test_mlx_lm_trains_on_from_the_start_that_is_handed_out(tiny_llama, write_js
         first, last = (safetensors.numpy.load_file(each / adapter.WEIGHTS) for each in (start, tuned))
         assert any((first[name] != last[name]).any() for name in first), "it trained nothing"
         assert f"absorbed task{t} as task {t}" in merged_elsewhere("absorb", stream, tuned, "--name", f"task{t}")
-    StreamFolder.open(stream).verify_all()
+    verify_all(StreamFolder.open(stream))

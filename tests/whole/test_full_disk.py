@@ -20,7 +20,9 @@ from mbf_mlx.export import place
 from mbf_mlx.export.adapter_folder import write_files
 from mbf_mlx.files import storage
 from mbf_mlx.stream import folder as stream_module
+from mbf_mlx.stream import generations
 from mbf_mlx.stream.folder import StreamFolder
+from mbf_mlx.stream.repair import repair, verify_all
 from mbf_mlx.stream.saves import Working
 from tests.conftest import ROOT
 from tests.support.elsewhere import trained
@@ -63,7 +65,7 @@ def large_stream(folder):
 
 def never_ask(monkeypatch):
     """Let the check before a write see enough space: the disk fills up after it."""
-    for module in (storage, stream_module, place):
+    for module in (storage, stream_module, generations, place):
         monkeypatch.setattr(module, "require_space", lambda *_: None)
 
 
@@ -225,7 +227,7 @@ def test_a_quota_used_up_at_any_operation_is_one_sentence_and_leaves_the_old_or_
                 assert re.search(full, str(error))
                 outcomes.add("told")
         stream = StreamFolder.open(place / "s")
-        stream.verify_all()
+        verify_all(stream)
         assert not [n for n in contents(place) if "building" in n or n.endswith(".new") or ".mbf-" in n], at
         with stream.writer():
             pass  # tidies up what could not be pruned
@@ -241,12 +243,12 @@ def test_a_read_only_disk_is_read_and_not_written(disk):
     before = contents(stream.path)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     stream = StreamFolder.open(stream.path)
-    stream.verify_all()
+    verify_all(stream)
     assert stream.state().t == 2 and len(stream.history()) == 2
     for action in (
         lambda: learn(stream),
         lambda: stream.writer().__enter__(),
-        lambda: StreamFolder.repair(stream.path),
+        lambda: repair(stream.path),
     ):
         refused(action, f"{stream.path}/lock: cannot write: the file system is read-only", "copy the folder to a place")
     refused(lambda: new_stream(disk / "new"), "cannot write: the file system is read-only")

@@ -12,6 +12,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export.adapter_folder import write_files
 from mbf_mlx.export.place import LISTING, fresh_file
 from mbf_mlx.stream.folder import StreamFolder
+from mbf_mlx.stream.repair import repair, verify_all
 from mbf_mlx.stream.saves import Working
 from tests.conftest import ROOT
 from tests.support.elsewhere import trained
@@ -36,10 +37,6 @@ def absorb(folder):
     stream = StreamFolder.open(folder)
     with stream.writer():
         exchange.absorb(stream, folder.parent / "tuned", "mail")
-
-
-def repair(folder):
-    StreamFolder.repair(folder)
 
 
 def attempts(action, base, how):
@@ -77,7 +74,7 @@ def test_a_failing_operation_leaves_the_old_or_the_new_generation_whole(quick_pa
     outcomes = set()
     for folder in attempts(action, quick_path / "base", how):
         stream = StreamFolder.open(folder)
-        stream.verify_all()
+        verify_all(stream)
         assert stream.state().t in (2, new)
         outcomes.add(stream.state().t)
         learn(stream)  # the next command works and removes the traces of the crash
@@ -92,9 +89,9 @@ def test_a_repair_that_fails_can_be_repeated(quick_path, how):
     path.write_bytes(path.read_bytes()[:-3])
     (quick_path / "base/stream.json").unlink()
     for folder in attempts(repair, quick_path / "base", how):
-        StreamFolder.repair(folder)
+        repair(folder)
         stream = StreamFolder.open(folder)
-        stream.verify_all()
+        verify_all(stream)
         assert stream.state().t == 1
         learn(stream)
         tidy(folder)

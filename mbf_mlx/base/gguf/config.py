@@ -1,7 +1,7 @@
-"""What a GGUF file's settings say of its model, as the config.json that mlx-lm and transformers read.
+"""The settings of a GGUF file as the config.json that mlx-lm and transformers read.
 
-Llama-family architectures only, and only what mlx-lm's Llama computes: a setting that would change the model in a way
-that we do not build is refused, not dropped.
+It covers Llama-family architectures, as far as mlx-lm's Llama computes them. A setting that would change the model in a
+way that mlx-lm lacks is refused, not dropped.
 """
 
 from typing import Any
@@ -11,11 +11,9 @@ import numpy as np
 from mbf_mlx.base.gguf.reader import GGUFFile
 from mbf_mlx.errors import InputError
 
-# Settings under "llama." that change nothing in what we build; any other one that we do not read is refused.
+# Settings under "llama." that change nothing in the model; any other one that we do not read is refused.
 _HARMLESS = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned")
-
-
-_LARGEST = 1 << 31  # sizes beyond it are lies
+_LARGEST = 1 << 31  # no model has larger sizes
 
 
 def model_config(file: GGUFFile) -> dict[str, Any]:
@@ -71,7 +69,7 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
 
 
 class _Settings:
-    """The file's "llama." settings, by name; knows which were read."""
+    """The file's "llama." settings by name; remembers which were read."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file, self.seen = file, {*_HARMLESS, "expert_count", "expert_used_count"}
@@ -92,13 +90,11 @@ class _Settings:
     def refuse_unread(self) -> None:
         unread = [name for name in self.file.settings if name.startswith("llama.") and name[6:] not in self.seen]
         if unread:
-            raise InputError(
-                f"{self.file.path}: settings that may change the model and that we do not know: {', '.join(unread)}"
-            )
+            raise InputError(f"{self.file.path}: unknown settings that may change the model: {', '.join(unread)}")
 
 
 def _rope_scaling(file: GGUFFile, read: _Settings, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return config.json's rope_scaling: Llama 3's out of the frequency factors, else a linear one, else None."""
+    """Return config.json's rope_scaling: Llama 3's from the frequency factors, or a linear one, or None."""
     kind, factor = read("rope.scaling.type", str, "none"), read("rope.scaling.factor", float, 1.0)
     context = read("rope.scaling.original_context_length", int, 8192)
     if "rope_freqs.weight" in file.tensors and kind == "none":
@@ -116,9 +112,9 @@ def _rope_scaling(file: GGUFFile, read: _Settings, config: dict[str, Any]) -> di
 def _llama3_scaling(file: GGUFFile, config: dict[str, Any], context: int) -> dict[str, Any]:
     """Return the settings of Llama 3's RoPE that give the file's frequency factors.
 
-    Factors of wavelengths shorter than context / high are 1, of those longer than context / low the full one, and
+    Wavelengths shorter than context / high have factor 1, those longer than context / low the full factor, and those
     between them 1 / ((1 - s) / factor + s) with s = (context / wavelength - low) / (high - low). Every Llama so far has
-    low 1 and high 4: we take these, and check.
+    low 1 and high 4: we assume these and check.
     """
     tensor = file.tensors["rope_freqs.weight"]
     half = config["head_dim"] // 2

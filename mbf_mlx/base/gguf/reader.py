@@ -1,7 +1,7 @@
-"""Read a GGUF file: its settings and its tensors, every count, length, offset and type checked before use.
+"""Read a GGUF file: its settings and tensors. Every count, length, offset and type is checked before use.
 
-The file is mapped, not read: a tensor's bytes are touched when they are asked for. Shapes are NumPy's, rows first
-(GGUF writes them the other way round). What a setting means is convert.py's business.
+The file is mapped, not read: a tensor's bytes are loaded when they are used. Shapes are NumPy's, rows first (GGUF
+stores them in reverse). config.py, tokenizer.py and convert.py know what the settings mean.
 """
 
 import mmap
@@ -16,18 +16,18 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from mbf_mlx.errors import InputError
 
 MAGIC = b"GGUF"
-VERSIONS = (2, 3)  # 3 differs from 2 in allowing big-endian files, which nobody here can run
-ALIGNMENT = 32  # of tensor data, where the file names none
+VERSIONS = (2, 3)  # 3 also allows big-endian files, which we do not read
+ALIGNMENT = 32  # of tensor data, if the file names none
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 65_535
-MAX_ITEMS = 1 << 24  # of one array: the largest vocabularies have 300,000 tokens and as many merges
+MAX_ITEMS = 1 << 24  # of one array; the largest vocabularies have 300,000 tokens and as many merges
 MAX_ELEMENTS = 1 << 40  # of one tensor
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
 
 class GGUFTensor(NamedTuple):
-    """Where a tensor lies in its file."""
+    """A tensor's type, shape and place in its file."""
 
     name: str
     type: str  # "Q4_1"
@@ -41,7 +41,7 @@ class GGUFFile:
     """A checked GGUF file."""
 
     path: Path
-    settings: dict[str, Any]  # strings, numbers, truth values; arrays are lists of strings or NumPy arrays
+    settings: dict[str, Any]  # strings, numbers, booleans; arrays are lists of strings or NumPy arrays
     tensors: dict[str, GGUFTensor]
     data: np.ndarray  # uint8[file size], mapped
 
@@ -68,9 +68,9 @@ def read_gguf(path: Path) -> GGUFFile:
     cursor = _Cursor(path, data, size)
     version, tensor_count, setting_count = cursor.unpack("<IQQ", "its header")
     if version not in VERSIONS:
-        hint = "a big-endian file" if version >= 1 << 16 else "convert it anew with a current llama.cpp"
+        hint = "a big-endian file" if version >= 1 << 16 else "convert it again with a current llama.cpp"
         raise InputError(f"{path}: expected GGUF version 2 or 3, got {version}: {hint}")
-    # A setting takes at least 13 bytes of the file, a tensor's entry 32: absurd counts end here, not in memory.
+    # A setting takes at least 13 bytes of the file and a tensor's entry 32, so impossible counts are refused here.
     cursor.require(setting_count * 13 + tensor_count * 32, f"{setting_count} settings and {tensor_count} tensors")
     settings = _read_settings(cursor, setting_count)
     tensors = _read_tensors(cursor, tensor_count, settings.get("general.alignment", ALIGNMENT))
@@ -78,7 +78,7 @@ def read_gguf(path: Path) -> GGUFFile:
 
 
 class _Cursor:
-    """A place in the file that cannot run past its end."""
+    """A position in the file that cannot pass its end."""
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self.path, self.data, self.size, self.at = path, data, size, len(MAGIC)

@@ -1,8 +1,8 @@
-"""Turn the vocabulary inside a GGUF file into the tokenizer files that mlx-lm and transformers read.
+"""The vocabulary of a GGUF file as the tokenizer files that mlx-lm and transformers read.
 
-Two kinds of vocabulary: byte-level BPE ("gpt2": tokens, merges and the name of a pre-tokenizer) and SentencePiece BPE
-("llama": tokens with scores). A pre-tokenizer that is not listed here is refused: a wrong one would still produce
-tokens, just not those that the model was trained on.
+There are two kinds of vocabulary: byte-level BPE ("gpt2": tokens, merges and the name of a pre-tokenizer) and
+SentencePiece BPE ("llama": tokens with scores). A pre-tokenizer that is not listed here is refused: a wrong one would
+still give tokens, but not those that the model was trained on.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from mbf_mlx.device.backend import install_hint
 from mbf_mlx.errors import InputError, MissingPackageError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
-# Tokens that end an answer in the chat formats of Llama-family models, whatever the file names as its one `eos`.
+# Tokens that end an answer in the chat formats of Llama-family models; a file names only one `eos`.
 END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "</s>")
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -22,12 +22,12 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
 
 class _Pre(NamedTuple):
-    """How a byte-level BPE cuts text before its merges."""
+    """How a byte-level BPE splits text before its merges."""
 
-    pattern: str | None = None  # a regular expression in the place of GPT-2's
-    digits: bool = False  # cut off every digit before that
-    ignore_merges: bool = False  # a piece that is a token is never cut further
-    add_bos: bool = False  # where the file does not say
+    pattern: str | None = None  # a regular expression; None is GPT-2's
+    digits: bool = False  # split off every digit first
+    ignore_merges: bool = False  # a piece that is a token is never split further
+    add_bos: bool = False  # texts begin with `bos`, if the file does not say
     nfc: bool = False  # Unicode's composed form first
 
 
@@ -43,7 +43,7 @@ PRE_TOKENIZERS = {
 
 
 class Vocabulary(NamedTuple):
-    """What a GGUF file says about its tokens."""
+    """The vocabulary of a GGUF file."""
 
     where: Path
     tokens: list[str]
@@ -51,7 +51,7 @@ class Vocabulary(NamedTuple):
     settings: dict[str, Any]
 
     def special(self, name: str) -> int | None:
-        """Return the id of `bos`, `eos`, ... or None where the file names none."""
+        """Return the id of `bos`, `eos` and so on; None if the file names none."""
         token = self.settings.get(f"tokenizer.ggml.{name}_token_id")
         if token is not None and not (isinstance(token, int) and 0 <= token < len(self.tokens)):
             raise InputError(
@@ -60,14 +60,14 @@ class Vocabulary(NamedTuple):
         return token
 
     def ends(self) -> list[int]:
-        """Return the ids that end an answer, the file's own `eos` first."""
+        """Return the ids that end an answer; the file's own `eos` comes first."""
         named = [self.special(name) for name in ("eos", "eot", "eom")]
         known = [place for place, text in enumerate(self.tokens) if self.types[place] == CONTROL and text in END_TOKENS]
         return list(dict.fromkeys([token for token in named if token is not None] + known))
 
 
 def read_vocabulary(settings: dict[str, Any], where: Path) -> Vocabulary:
-    """Return the checked vocabulary of a GGUF file, padding at its end left out.
+    """Return the checked vocabulary of a GGUF file, without the padding at its end.
 
     Raises:
         InputError: no vocabulary, or one that contradicts itself.
@@ -91,12 +91,12 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, context: int) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json.
 
     Args:
-        vocabulary: Of the model.
-        folder: Where to.
-        context: Tokens that the model was made for.
+        vocabulary: The model's vocabulary.
+        folder: The folder to write into.
+        context: The model's context length, in tokens.
 
     Raises:
-        InputError: a kind of vocabulary or a pre-tokenizer that we do not know.
+        InputError: an unknown kind of vocabulary or pre-tokenizer.
     """
     if importlib.util.find_spec("tokenizers") is None:
         raise MissingPackageError(f"building a tokenizer needs the package tokenizers; {install_hint()}")
@@ -119,9 +119,11 @@ def write_tokenizer(vocabulary: Vocabulary, folder: Path, context: int) -> None:
         config["chat_template"] = template
     _write_json(folder / "tokenizer_config.json", config)
     ends = vocabulary.ends()
-    generation = {f"{key}_id": token for key, token in ids.items() if key in ("bos_token", "pad_token")}
-    generation["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)  # type: ignore[assignment]
-    _write_json(folder / "generation_config.json", {key: ids for key, ids in generation.items() if ids is not None})
+    generation: dict[str, Any] = {f"{key}_id": token for key, token in ids.items() if key in ("bos_token", "pad_token")}
+    generation["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
+    _write_json(
+        folder / "generation_config.json", {key: found for key, found in generation.items() if found is not None}
+    )
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
@@ -129,7 +131,7 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 def _byte_level(vocabulary: Vocabulary) -> tuple[Any, bool]:
-    """Return a byte-level BPE without its special tokens, and whether texts begin with the first of them."""
+    """Return a byte-level BPE without special tokens, and whether texts begin with `bos` if the file does not say."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     where, name = vocabulary.where, vocabulary.settings.get("tokenizer.ggml.pre", "default")
@@ -147,26 +149,26 @@ def _byte_level(vocabulary: Vocabulary) -> tuple[Any, bool]:
             raise InputError(f"{where}: tokenizer.ggml.merges: {line!r} is no pair of tokens that make a third")
         merges.append((left, right))
     if not merges:
-        raise InputError(f"{where}: tokenizer.ggml.merges: missing; a byte-level BPE cannot cut text without them")
+        raise InputError(f"{where}: tokenizer.ggml.merges: missing; a byte-level BPE cannot split text without them")
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=pre.ignore_merges))
     if pre.nfc:
-        tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
+        tokenizer.normalizer = normalizers.NFC()
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []
     if pre.pattern:
         steps.append(pre_tokenizers.Split(Regex(pre.pattern), behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.pattern is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, pre.add_bos
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> tuple[Any, bool]:
-    """Return a SentencePiece BPE without its special tokens; where the file does not say, texts begin with `bos`."""
+    """Return a SentencePiece BPE without special tokens, and True: texts begin with `bos` if the file does not say."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     where, settings = vocabulary.where, vocabulary.settings
     if settings.get("tokenizer.ggml.remove_extra_whitespaces"):
-        raise InputError(f"{where}: its tokenizer drops repeated spaces, which no Llama does; cannot convert it")
+        raise InputError(f"{where}: its tokenizer drops repeated spaces, which no Llama does; we cannot convert it")
     unknown = next((place for place, kind in enumerate(vocabulary.types) if kind == UNKNOWN), None)
     if unknown is None or vocabulary.types.count(BYTE) not in (0, 256):
         raise InputError(
@@ -183,16 +185,16 @@ def _sentencepiece(vocabulary: Vocabulary) -> tuple[Any, bool]:
     )
     prefix = settings.get("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = (  # type: ignore[assignment]
+    tokenizer.normalizer = (
         normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else normalizers.Sequence([spaces])
     )
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(back + ([decoders.Strip(" ", 1, 0)] if prefix else []))  # type: ignore
+    tokenizer.decoder = decoders.Sequence(back + ([decoders.Strip(" ", 1, 0)] if prefix else []))
     return tokenizer, True
 
 
 def _merges_of_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """Return BPE merges, first to last, that do what SentencePiece does: join the pair whose union scores highest."""
+    """Return BPE merges, in order, that join what SentencePiece joins: the pair whose union has the highest score."""
     scores = vocabulary.settings.get("tokenizer.ggml.scores")
     if scores is None or len(scores) < len(vocabulary.tokens):
         raise InputError(f"{vocabulary.where}: tokenizer.ggml.scores: expected a score for each token")
@@ -218,7 +220,7 @@ def _add_special_tokens(tokenizer: Any, vocabulary: Vocabulary, add_bos: bool) -
         elif kind == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(text, normalized=False, special=False)])
         if kind in (CONTROL, UNKNOWN, USER_DEFINED) and tokenizer.token_to_id(text) != place:
-            raise InputError(f"{vocabulary.where}: token {text!r} has no place of its own")
+            raise InputError(f"{vocabulary.where}: token {text!r} has the same text as another one")
     ends = []
     for name, default in (("bos", add_bos), ("eos", False)):
         token = vocabulary.special(name)

@@ -1,11 +1,10 @@
 """The `gguf-adapter` target: the adapter alone as a GGUF file, for llama.cpp's `--lora` and Ollama's `ADAPTER`.
 
-For a base that is served from a GGUF file of its own. A stays (rank, in) and B (out, rank); the rows of B follow the
-rows of the base, which GGUF reorders in q and k. llama.cpp multiplies B @ A with alpha / rank, so alpha = scale * rank.
-Needs numpy and gguf, no mlx and no weights: the base's config.json says all there is to know.
+It is for a base that is served from a GGUF file of its own. A stays (rank, in) and B (out, rank); the rows of B are in
+the order of the base's rows, which GGUF changes in q and k. llama.cpp multiplies B @ A by alpha / rank, so alpha =
+scale * rank. Needs numpy, gguf and the base's config.json; no mlx and no weights.
 """
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,14 @@ from typing import BinaryIO
 import gguf
 import numpy as np
 
+from mbf_mlx.base.gguf.names import Names, read_names
+from mbf_mlx.base.sources import read_config
 from mbf_mlx.errors import InputError
-from mbf_mlx.export.gguf.names import Names, read_config, read_names
+from mbf_mlx.export.job import Job
 from mbf_mlx.export.place import fresh_file
 from mbf_mlx.methods import Factors
 
-MAKER = "general.quantized_by"  # where an exported file says that it is ours
+MAKER = "general.quantized_by"  # the setting by which we recognise our own files
 OURS = "mbf-mlx"
 
 
@@ -27,50 +28,28 @@ OURS = "mbf-mlx"
 class AdapterReport:
     """What a `gguf-adapter` export did."""
 
-    out: Path
     nbytes: int
     layers: int
     rank: int
     alpha: float
 
 
-def write_gguf_adapter(
-    base_folder: Path,
-    factors: Factors,
-    scale: float,
-    out: Path,
-    *,
-    name: str = "adapter",
-    force: bool = False,
-    forbidden: tuple[Path, ...] = (),
-    finish: Callable[[Path, AdapterReport], None] | None = None,
-) -> AdapterReport:
+def write_gguf_adapter(job: Job) -> AdapterReport:
     """Write the deployed pair of every layer as one GGUF file, in float32, and read it back.
 
-    Args:
-        base_folder: The base model's folder; only its config.json is read.
-        factors: A (rank, in) and B (out, rank) by layer, all of one rank.
-        scale: delta = scale * B @ A.
-        out: The file to make; see `place.fresh_file` for what is refused.
-        name: Of the adapter, as servers show it.
-        force: Replace an earlier export.
-        forbidden: Folders to stay out of: the stream.
-        finish: Called with the file before it gets its name.
+    Servers show the adapter under the file's name without its suffix.
 
     Raises:
-        InputError: a layer that GGUF adapters cannot change, or `out` may not be written.
+        InputError: a layer that GGUF adapters cannot change, or `job.out` may not be written.
     """
-    names = read_names(read_config(base_folder), base_folder)
-    tensors = adapter_tensors(factors, names)
-    rank = next(iter(factors.values())).a.shape[0]
+    names = read_names(read_config(job.base), job.base)
+    tensors = adapter_tensors(job.factors, names)
+    rank = next(iter(job.factors.values())).a.shape[0]
     nbytes = sum(array.nbytes for array in tensors.values())
-    with fresh_file(out, force=force, needs=nbytes, forbidden=(base_folder, *forbidden), is_ours=is_ours) as path:
-        _write(path, tensors, names, scale * rank, name)
+    with fresh_file(job.out, force=job.force, needs=nbytes, forbidden=job.off_limits, is_ours=is_ours) as path:
+        _write(path, tensors, names, job.scale * rank, job.out.stem)
         _compare(path, tensors)
-        report = AdapterReport(out, path.stat().st_size, len(factors), rank, scale * rank)
-        if finish:
-            finish(path, report)
-    return report
+        return AdapterReport(path.stat().st_size, len(job.factors), rank, job.scale * rank)
 
 
 def adapter_tensors(factors: Factors, names: Names) -> dict[str, np.ndarray]:
@@ -112,7 +91,7 @@ def _write(path: Path, tensors: dict[str, np.ndarray], names: Names, alpha: floa
 
 
 def write_head(writer: gguf.GGUFWriter) -> None:
-    """Write a file up to its tensors, whose infos it has; gguf would lose what no longer fits on the disk of those."""
+    """Write a file up to its tensors' data. gguf's own writer would lose data that no longer fits on the disk."""
     with closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -120,7 +99,7 @@ def write_head(writer: gguf.GGUFWriter) -> None:
 
 
 def pad(file: BinaryIO, alignment: int) -> None:
-    """Fill a file up to where the next tensor may begin."""
+    """Pad a file with zeros to where the next tensor may begin."""
     file.write(bytes(-file.tell() % alignment))
 
 
@@ -132,7 +111,7 @@ def _compare(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether a file is a GGUF file that an export of ours wrote; it says so near its beginning."""
+    """Return whether a file is a GGUF file that we exported; its first bytes say so."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:

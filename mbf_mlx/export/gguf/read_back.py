@@ -1,10 +1,9 @@
-"""Opens a GGUF file that was written as others will, with gguf's reader, and measures it against what was meant.
+"""Opens a written GGUF file with gguf's reader and compares it with what was meant.
 
-Every weight is decoded as llama.cpp decodes it and compared with W + delta, computed anew from the base; delta = scale
-* B @ A. What is wrong is a bug of ours, or the disk's, and nothing that a user could mend.
+Every weight is decoded as llama.cpp decodes it and compared with W + delta, computed again from the base; delta = scale
+* B @ A. A difference is a bug of ours or a fault of the disk, so it is no InputError.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,26 +14,25 @@ from mbf_mlx.export.gguf import tensor_types as types
 from mbf_mlx.export.gguf.tensor_plan import Matrix, Vector
 from mbf_mlx.export.gguf.tensor_types import Type
 from mbf_mlx.export.gguf.vocabulary import Vocabulary
+from mbf_mlx.export.job import Count
 from mbf_mlx.export.weights.fuse import Form, Fused, Survival, delta_rows
 
-# |stored - meant| / |meant| of a layer above which something is broken, not rounded: weights of a bell curve lose
-# .005 with 8 bits and .08 with 4, a wrong order or scale 1 and more.
+# The largest |stored - meant| / |meant| of a layer that rounding can explain. Normally distributed weights lose .005 at
+# 8 bits and .08 at 4; a wrong order or scale gives 1 and more.
 TOLERANCE = {Type.F32: 1e-6, Type.F16: 2e-3, Type.BF16: 1e-2, Type.Q8_0: 0.05, Type.Q5_1: 0.01}
 TOLERANCE |= {Type.Q4_1: 0.5, Type.Q4_0: 0.5}
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is in a file."""
+    """What a file was found to hold."""
 
     fused: list[Fused]  # the layers with factors
-    kept: int  # layers with the codes of the base
-    error: float  # of the layers without factors, the largest |stored - W| / |W|
+    kept: int  # layers that keep the base's codes
+    error: float  # the largest |stored - W| / |W| of a layer without factors
 
 
-def check(
-    path: Path, tensors: list[Matrix | Vector], scale: float, vocabulary: Vocabulary, step: Callable[[int, str], None]
-) -> Found:
+def check(path: Path, tensors: list[Matrix | Vector], scale: float, vocabulary: Vocabulary, count: Count) -> Found:
     """Compare a file with what was meant.
 
     Args:
@@ -42,7 +40,7 @@ def check(
         tensors: What it should hold.
         scale: delta = scale * B @ A.
         vocabulary: What it should say of its tokenizer.
-        step: Called after each tensor with its bytes and name.
+        count: Called after each tensor with its bytes.
 
     Raises:
         RuntimeError: with every tensor and setting that is not what was meant.
@@ -63,7 +61,7 @@ def check(
                 fused.append(_fused(tensor, survival))
             else:
                 kept, error = kept + tensor.is_kept, max(error, lost)
-        step(tensor.nbytes, tensor.name)
+        count(tensor.nbytes)
     if wrong:
         raise RuntimeError(f"{path}: what was read back is not what was meant: {', '.join(wrong)}")
     return Found(fused, kept, error)
@@ -99,12 +97,12 @@ _KEYS = {"unk": "unknown", "pad": "padding"}
 
 
 def _measure(tensor: Matrix, data: np.ndarray, scale: float) -> tuple[Survival, float]:
-    """Return what survived of a layer's update, and |stored - meant| / |meant| of its weights."""
+    """Return how much of a layer's update survived, and |stored - meant| / |meant| of its weights."""
     survival, total, lost = Survival(), 0.0, 0.0
     for first, last in tensor.chunks():
         weight = tensor.layer.rows(first, last)
         delta = np.zeros_like(weight) if tensor.pair is None else delta_rows(tensor.pair, scale, first, last)
-        stored = types.decode(data[first:last], tensor.kind)
+        stored = types.decode_rows(data[first:last], tensor.kind)
         if tensor.order is not None:
             stored = stored[np.argsort(tensor.order)]
         survival.add(weight, delta, stored)
@@ -125,11 +123,11 @@ class StoredMatrix:
     def rows(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """Return rows `first` to `last` of W, (rows, in) float32."""
         chosen = slice(first, last) if self.place is None else self.place[first:last]
-        return types.decode(self.data[chosen], self.kind)
+        return types.decode_rows(self.data[chosen], self.kind)
 
 
 def stored_matrices(path: Path, matrices: list[Matrix]) -> dict[str, StoredMatrix]:
-    """Return the layers of a file that do not hold the base's own codes, by their name in MLX."""
+    """Return the layers of a file that do not keep the base's own codes, by their name in MLX."""
     found = {tensor.name: tensor for tensor in _Reader(path).tensors}
     return {
         each.layer.name: StoredMatrix(

@@ -1,7 +1,7 @@
 """SentencePiece vocabularies (Llama 2, Mistral) for GGUF: every piece with its score and type.
 
-llama.cpp joins the two neighbours whose joined piece has the best score, again and again. A `tokenizer.model` says
-these scores; where a folder has tokenizer.json alone, the order of its merges is the order of the scores.
+llama.cpp repeatedly joins the two neighbours whose joined piece has the best score. A `tokenizer.model` holds these
+scores; if a folder has only tokenizer.json, the order of its merges is the order of the scores.
 """
 
 import re
@@ -13,7 +13,7 @@ import gguf
 
 from mbf_mlx.errors import InputError, MissingPackageError
 
-SPACE = "\u2581"  # stands for a space inside a piece
+SPACE = "\u2581"  # a space inside a piece
 BYTE = re.compile(r"<0x[0-9A-F]{2}>$")
 Type = gguf.TokenType
 
@@ -25,11 +25,11 @@ class Pieces:
     tokens: list[str]
     scores: list[float]
     types: list[int]
-    prefix_scheme: str  # a space before text: "prepend", "always" (unless it begins with one), "first", "never"
+    prefix_scheme: str  # when text gets a space before it: "prepend", "always" (unless it has one), "first", "never"
 
 
 def is_sentencepiece(folder: Path, document: dict[str, Any] | None) -> bool:
-    """Return whether a folder's tokenizer is of this kind: its pieces hold spaces, and bytes as a last resort."""
+    """Return whether a folder's tokenizer is of this kind: a BPE that falls back to bytes."""
     if document is None:
         return (folder / "tokenizer.model").is_file()
     model = document.get("model", {})
@@ -37,15 +37,15 @@ def is_sentencepiece(folder: Path, document: dict[str, Any] | None) -> bool:
 
 
 def read_pieces(folder: Path, document: dict[str, Any] | None, settings: dict[str, Any] | None) -> Pieces:
-    """Return the pieces of a folder's vocabulary, without tokens that were added to it later.
+    """Return the pieces of a folder's vocabulary, without tokens that were added later.
 
     Args:
         folder: With tokenizer.model, tokenizer.json or both.
-        document: tokenizer.json, where there is one.
-        settings: tokenizer_config.json, where there is one.
+        document: The contents of tokenizer.json, if there is one.
+        settings: The contents of tokenizer_config.json, if there is one.
 
     Raises:
-        InputError: a tokenizer that llama.cpp would not cut text with as the model was trained.
+        InputError: a tokenizer with which llama.cpp would split text in other ways than the model was trained on.
     """
     scheme = _prefix_scheme(document, settings or {}, folder)
     if not (folder / "tokenizer.model").is_file():
@@ -58,9 +58,9 @@ def read_pieces(folder: Path, document: dict[str, Any] | None, settings: dict[st
 
 
 def _prefix_scheme(document: dict[str, Any] | None, settings: dict[str, Any], folder: Path) -> str:
-    """Return where the tokenizer puts a space before text.
+    """Return when the tokenizer puts a space before text.
 
-    transformers builds a `LlamaTokenizer` from its settings, whatever tokenizer.json says of it.
+    transformers builds a `LlamaTokenizer` from the settings and ignores what tokenizer.json says about this.
     """
     if document is None or str(settings.get("tokenizer_class", "")).startswith("LlamaTokenizer"):
         if settings.get("add_prefix_space") is False:
@@ -78,7 +78,7 @@ def _prefix_scheme(document: dict[str, Any] | None, settings: dict[str, Any], fo
     scheme = known.get(tuple(steps))
     if scheme is None:
         raise InputError(
-            f"{folder}/tokenizer.json: expected text to be cut as SentencePiece does it, got\n  {normalizer}\n"
+            f"{folder}/tokenizer.json: expected text to be split as SentencePiece does, got\n  {normalizer}\n"
             f"  {pre_tokenizer}\nllama.cpp cannot do that, so no GGUF file is written; export mlx or peft"
         )
     return scheme
@@ -121,8 +121,8 @@ def _from_model(path: Path, scheme: str) -> Pieces:
         found = ", ".join(what for what, holds in wrong.items() if holds) or "no pieces"
         raise InputError(
             f"{path}: expected a SentencePiece model of type BPE that leaves text as it is, got {found}; llama.cpp "
-            "would cut text into other tokens than the model was trained on, so no GGUF file is written; export mlx or "
-            "peft"
+            "would split text into other tokens than the model was trained on, so no GGUF file is written; export mlx "
+            "or peft"
         )
     # SentencePiece and GGUF number the types alike.
     tokens = [p.piece.replace(SPACE, " ") if p.type == Type.USER_DEFINED else p.piece for p in model.pieces]
@@ -142,12 +142,12 @@ def _from_merges(model: dict[str, Any], scheme: str, folder: Path) -> Pieces:
     types = [int(Type.BYTE if BYTE.match(text) else Type.NORMAL if text else Type.UNUSED) for text in tokens]
     if model.get("unk_token") in vocab:
         types[vocab[model["unk_token"]]] = int(Type.UNKNOWN)
-    # Pieces that no merge makes are single characters, or tokens that text is never merged into.
+    # No merge makes single characters, nor tokens into which text is never merged.
     return Pieces(tokens, [-float(ranks.get(text, len(ranks))) for text in tokens], types, scheme)
 
 
 def _check_merges(vocab: dict[str, int], merges: set[tuple[str, ...]], ranks: dict[str, int], folder: Path) -> None:
-    """Check that every two pieces whose joined text is a merged piece may be joined, as SentencePiece would."""
+    """Check that any two pieces that make a merged piece can be joined, as SentencePiece does."""
     for text in ranks:
         for cut in range(1, len(text)):
             pair = (text[:cut], text[cut:])

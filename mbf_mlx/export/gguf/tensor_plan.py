@@ -1,13 +1,13 @@
-"""Which tensors a GGUF file gets: their names, types, shapes, the order of their rows, and where they come from."""
+"""The tensors of a GGUF file: their names, types and shapes, the order of their rows, and their sources."""
 
 from dataclasses import dataclass
 
 import gguf
 import numpy as np
 
+from mbf_mlx.base.gguf.names import Names
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.gguf import tensor_types as types
-from mbf_mlx.export.gguf.names import Names
 from mbf_mlx.export.gguf.rope import Rope
 from mbf_mlx.export.gguf.tensor_types import Type
 from mbf_mlx.export.weights.checkpoint import CHUNK_ELEMENTS, Checkpoint, Layer
@@ -16,7 +16,7 @@ from mbf_mlx.methods import Factors, Pair
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 ROPE_FREQS = "rope_freqs.weight"
-COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.freqs")  # stored by some folders, though config.json says it all
+COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.freqs")  # in some folders, though config.json suffices
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Matrix:
     name: str
     kind: gguf.GGMLQuantizationType
     layer: Layer
-    order: np.ndarray | None  # which of our rows stands at each place; None where all stay
-    pair: Pair | None  # what was learned; None where nothing was
+    order: np.ndarray | None  # which of our rows is at each place; None where all stay in place
+    pair: Pair | None  # the learned factors; None without any
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,17 +41,17 @@ class Matrix:
 
     @property
     def is_kept(self) -> bool:
-        """Whether it has the codes that the base stores."""
+        """Whether it keeps the codes that the base stores."""
         return self.pair is None and types.keeps(self.layer, self.kind)
 
     @property
     def keeps_grid(self) -> bool:
-        """Whether it learned and stays on the base's grid of few bits, and so has to be rounded with care."""
+        """Whether it has factors and stays on the base's grid of few bits, so that it needs careful rounding."""
         own = self.layer.setting
         return self.pair is not None and own is not None and own.bits < SAFE_BITS and types.keeps(self.layer, self.kind)
 
     def chunks(self) -> list[tuple[int, int]]:
-        """Return row ranges to work on at a time; all of it where rows change places."""
+        """Return ranges of rows to work on, one at a time; all rows at once if they change places."""
         out, inner = self.shape
         step = out if self.order is not None else max(1, CHUNK_ELEMENTS // inner)
         return [(first, min(first + step, out)) for first in range(0, out, step)]
@@ -67,7 +67,7 @@ class Vector:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the values."""
+        """The shape of the values."""
         return self.values.shape
 
     @property
@@ -84,12 +84,12 @@ def plan(
     Args:
         base: The model's folder.
         factors: The deployed pair of every layer; a pair whose B is zero changes nothing and counts as none.
-        names: What GGUF calls the model's tensors.
-        rope: Its factors become a tensor where there are any.
-        kind: Of every matrix; None chooses for each.
+        names: GGUF's names of the model's tensors.
+        rope: Its factors, if any, become a tensor.
+        kind: The type of every matrix; None chooses one for each.
 
     Raises:
-        InputError: with every tensor of the base that has no place in the file.
+        InputError: names every tensor of the base that has no place in the file.
     """
     touched = find_layers(base, factors)
     layers = {layer: touched.get(layer) or base.layer(layer) for layer in base.layer_names()}
@@ -125,5 +125,5 @@ def _choose(
     if kind is None:
         kind = types.own_type(layer) if pair is None else types.fused_type(layer)
     elif target in EMBEDDINGS and kind in (Type.Q4_0, Type.Q4_1):
-        kind = Type.Q8_0  # what 4 bits lose there, every token loses; llama.cpp's own tool spares them, too
+        kind = Type.Q8_0  # 4 bits here would harm every token; llama.cpp's own tool avoids it, too
     return types.fitting(kind, layer.shape[1])

@@ -1,8 +1,8 @@
-"""How the rows of a layer are stored in GGUF: which type keeps what MLX stored, and the bytes of it.
+"""The rows of a layer in GGUF: which type keeps what MLX stored, and the bytes of it.
 
-GGUF's blocks are 32 weights next to each other in a row: Q4_1 and Q5_1 mean scale * code + offset with codes of 4 and 5
-bits, Q4_0 scale * (code - 8), Q8_0 scale * (code - 128) in our codes; scales and offsets are float16. So MLX's affine
-layers of up to 5 bits fit without loss, a group of 64 or 128 as blocks that repeat its scale.
+A GGUF block is 32 neighbouring weights of a row. Q4_1 and Q5_1 mean scale * code + offset with codes of 4 and 5 bits,
+Q4_0 means scale * (code - 8) and Q8_0 scale * (code - 128) in our codes; scales and offsets are float16. So MLX's
+affine layers of up to 5 bits fit without loss: a group of 64 or 128 becomes blocks that repeat its scale.
 """
 
 import gguf
@@ -14,7 +14,7 @@ from mbf_mlx.export.weights.checkpoint import Layer
 
 Type = gguf.GGMLQuantizationType
 TYPES = {kind.name: kind for kind in (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_1, Type.Q4_0)}
-BITS = {4: Type.Q4_1, 8: Type.Q8_0, 16: Type.F16, 32: Type.F32}  # what --bits asks for
+BITS = {4: Type.Q4_1, 8: Type.Q8_0, 16: Type.F16, 32: Type.F32}  # --bits -> type
 FLOAT_TYPES = {"F32": Type.F32, "F64": Type.F32, "F16": Type.F16, "BF16": Type.BF16}
 FILE_TYPES = {
     Type.F32: gguf.LlamaFileType.ALL_F32,
@@ -29,7 +29,7 @@ BLOCK = 32
 
 
 def own_type(layer: Layer) -> gguf.GGMLQuantizationType:
-    """Return the type that keeps a layer as it is stored, or Q8_0 where GGUF has none for it."""
+    """Return the type that keeps a layer as it is stored; Q8_0 if GGUF has none."""
     setting = layer.setting
     if setting is None:
         return FLOAT_TYPES[layer.dtype]
@@ -41,7 +41,7 @@ def own_type(layer: Layer) -> gguf.GGMLQuantizationType:
 
 
 def keeps(layer: Layer, kind: gguf.GGMLQuantizationType) -> bool:
-    """Return whether a layer's codes can be kept in a type, rather than found anew for its weights."""
+    """Return whether a type can keep a layer's own codes, so that no new ones have to be found."""
     setting = layer.setting
     if setting is None or kind != own_type(layer):
         return False
@@ -49,9 +49,9 @@ def keeps(layer: Layer, kind: gguf.GGMLQuantizationType) -> bool:
 
 
 def fused_type(layer: Layer) -> gguf.GGMLQuantizationType:
-    """Return the type in which a layer that was learned leaves: one in which a small update survives.
+    """Return the type of a learned layer: one in which a small update survives.
 
-    A bfloat16 weight leaves as float16, which is as large and has three more bits for the update.
+    A bfloat16 weight becomes float16, which is as large and has three more bits for the update.
     """
     if layer.setting is not None:
         return Type.Q8_0
@@ -59,20 +59,20 @@ def fused_type(layer: Layer) -> gguf.GGMLQuantizationType:
 
 
 def _is_half(layer: Layer) -> bool:
-    """Whether scales and offsets are in float16's range."""
+    """Return whether scales and offsets are in float16's range."""
     assert layer.scales and layer.biases
     largest = max(np.abs(part.floats()).max(initial=0) for part in (layer.scales, layer.biases))
     return bool(largest <= np.finfo(np.float16).max)
 
 
 def _is_centred(layer: Layer, code: int) -> bool:
-    """Whether a code stands for 0 in every group."""
+    """Return whether a code means 0 in every group."""
     assert layer.scales and layer.biases
     return np.array_equal(layer.biases.floats(), -code * layer.scales.floats())
 
 
 def fitting(kind: gguf.GGMLQuantizationType, inner: int) -> gguf.GGMLQuantizationType:
-    """Return the type, or F16 where a row of `inner` weights is no whole number of its blocks."""
+    """Return the type, or F16 if a row of `inner` weights is not a whole number of its blocks."""
     return Type.F16 if inner % gguf.GGML_QUANT_SIZES[kind][0] else kind
 
 
@@ -90,7 +90,7 @@ def kept_rows(layer: Layer, kind: gguf.GGMLQuantizationType, first: int, last: i
 def pack_codes(
     codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray, kind: gguf.GGMLQuantizationType
 ) -> np.ndarray:
-    """Return codes (rows, in), scales and offsets (rows, groups) of MLX's as rows of a type, (rows, bytes) uint8."""
+    """Return MLX's codes (rows, in), scales and offsets (rows, groups) as rows of a type, (rows, bytes) uint8."""
     blocks = codes.reshape(len(codes), -1, BLOCK)
     repeat = blocks.shape[1] // scales.shape[1]
     d, m = (np.repeat(part, repeat, axis=1).astype(np.float16)[..., None].view(np.uint8) for part in (scales, offsets))
@@ -104,8 +104,8 @@ def pack_codes(
     return np.concatenate(parts, axis=-1).reshape(len(codes), -1)
 
 
-def encode(weight: np.ndarray, kind: gguf.GGMLQuantizationType, name: str) -> np.ndarray:
-    """Return rows (rows, in) float32 in a type, each weight to the nearest, (rows, bytes) uint8.
+def encode_rows(weight: np.ndarray, kind: gguf.GGMLQuantizationType, name: str) -> np.ndarray:
+    """Return rows (rows, in) float32 in a type, each weight rounded to the nearest, (rows, bytes) uint8.
 
     Raises:
         InputError: weights that are not finite in this type.
@@ -116,8 +116,8 @@ def encode(weight: np.ndarray, kind: gguf.GGMLQuantizationType, name: str) -> np
     return np.ascontiguousarray(quants.quantize(np.ascontiguousarray(weight), kind)).view(np.uint8)
 
 
-def decode(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
-    """Return stored rows (rows, bytes) as the float32 weights (rows, in) that llama.cpp reads out of them."""
+def decode_rows(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Return stored rows (rows, bytes) as the float32 weights (rows, in) that llama.cpp decodes."""
     rows = np.ascontiguousarray(rows)
     if kind in (Type.F32, Type.F16):
         return rows.view(np.float32 if kind == Type.F32 else np.float16).astype(np.float32)

@@ -1,8 +1,8 @@
-"""The `gguf` target: the whole model as one GGUF file for llama.cpp and all that stands on it. No torch.
+"""The `gguf` target: the whole model as one GGUF file for llama.cpp and the programs built on it. No torch.
 
-Layers that were not learned keep the very codes that MLX stored, where GGUF has a type for them; learned ones are W +
-scale * B @ A, summed in float32 and stored once. The file is written a few rows at a time. Which tensors it has is in
-tensor_plan.py, their bytes in tensor_types.py, the tokenizer in vocabulary.py; read_back.py reads all of it back.
+Layers without factors keep the codes that MLX stored, where GGUF has a type for them. Layers with factors become W +
+scale * B @ A, summed in float32 and stored once. The file is written a few rows at a time. tensor_plan.py says which
+tensors it has, tensor_types.py makes their bytes, vocabulary.py the tokenizer; read_back.py reads all of it back.
 """
 
 import os
@@ -15,98 +15,69 @@ from typing import Any
 import gguf
 import numpy as np
 
+from mbf_mlx.base.gguf.names import Names, read_names
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.gguf import tensor_types as types
 from mbf_mlx.export.gguf.adapter import MAKER, OURS, is_ours, pad, write_head
-from mbf_mlx.export.gguf.names import Names, read_names
 from mbf_mlx.export.gguf.read_back import check
 from mbf_mlx.export.gguf.rope import Rope, read_rope
 from mbf_mlx.export.gguf.tensor_plan import Matrix, Vector, plan
 from mbf_mlx.export.gguf.vocabulary import Vocabulary, read_vocabulary
+from mbf_mlx.export.job import Count, Job
 from mbf_mlx.export.place import fresh_file
 from mbf_mlx.export.weights.checkpoint import Checkpoint
 from mbf_mlx.export.weights.fuse import Fused, codes_on_grid, delta_rows, find_layers
 from mbf_mlx.export.weights.rounding import Rounders, no_rounder
-from mbf_mlx.methods import Factors
 
-LLAMA_CPP_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ")  # beginnings of types that only llama.cpp makes
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, the tensor at hand
+LLAMA_CPP_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ")  # first letters of types that only llama.cpp makes
 
 
 @dataclass(frozen=True)
 class GGUFReport:
     """What a `gguf` export did."""
 
-    out: Path
-    types: dict[str, int]  # type -> tensors
+    types: dict[str, int]  # type -> number of tensors
     bytes_base: int
     bytes_out: int
-    kept: int  # layers with the codes of the base
-    error: float  # of the layers without factors, the largest |stored - W| / |W|
+    kept: int  # layers that keep the base's codes
+    error: float  # the largest |stored - W| / |W| of a layer without factors
     layers: list[Fused]  # those with factors
-    matrices: list[Matrix]  # all that it holds
-    pre_tokenizer: str
-    notes: list[str] = field(default_factory=list)  # what llama.cpp does otherwise than mlx-lm
-
-    @property
-    def retention(self) -> float:
-        """The mean over the layers with factors; 1 if there is none."""
-        return float(np.mean([layer.retention for layer in self.layers])) if self.layers else 1.0
+    matrices: list[Matrix]  # all matrices of the file
+    notes: list[str] = field(default_factory=list)  # where llama.cpp differs from mlx-lm
 
 
 def write_gguf(
-    base_folder: Path,
-    factors: Factors,
-    scale: float,
-    out: Path,
-    *,
-    kind: str | None = None,
-    name: str | None = None,
-    license_id: str | None = None,
-    force: bool = False,
-    forbidden: tuple[Path, ...] = (),
-    rounders: Rounders = no_rounder,
-    progress: Progress | None = None,
-    finish: Callable[[Path, GGUFReport], None] | None = None,
+    job: Job, rounders: Rounders = no_rounder, finish: Callable[[Path, GGUFReport], None] | None = None
 ) -> GGUFReport:
-    """Write the base with the adapter fused into it as one GGUF file.
+    """Write the base with the adapter fused into it as one GGUF file, called as the file is without its suffix.
+
+    `job.kind` or `job.bits` name the type of every matrix; with 4 bits the embeddings get 8. Without them each layer
+    keeps its own type, and layers with factors get 8 bits, or 16 where the base is not quantized.
 
     Args:
-        base_folder: An MLX model folder, or a Hugging Face one whose tensors are named as MLX names them.
-        factors: The deployed pair of every layer; none at all writes the folder as it is.
-        scale: delta = scale * B @ A.
-        out: The file to make; see `place.fresh_file` for what is refused.
-        kind: Type of every matrix, "F16" (of 4 bits: but for the embeddings, which get 8). None keeps each layer's own
-            and stores learned ones with 8 bits or, where the base is not quantized, with 16.
-        name: Of the model, as servers show it.
-        license_id: SPDX id of its licence.
-        force: Replace an earlier export.
-        forbidden: Folders to stay out of beside the base: the stream.
+        job: The export. Without any factors the base is written as it is.
         rounders: Layer -> the rounder of its inputs, for learned layers that stay on the base's grid of few bits.
-        progress: Called after each tensor, first as they are written, then as they are compared.
         finish: Called with the file before it gets its name.
 
     Raises:
-        InputError: the adapter does not fit the base, a tokenizer or architecture that GGUF cannot say, or `out` may
-            not be written.
+        InputError: the adapter does not fit the base, GGUF cannot express its tokenizer or architecture, or `job.out`
+            may not be written.
         RuntimeError: what was read back is not what was meant.
     """
-    chosen = _parse_kind(kind, out)
-    base = Checkpoint(base_folder)
-    names, rope, tensors = _plan(base, factors, chosen)
-    vocabulary = read_vocabulary(base_folder, base.config)
+    chosen, base = _type(job), Checkpoint(job.base)
+    names, rope, tensors = _plan(base, job, chosen)
+    vocabulary = read_vocabulary(job.base, base.config)
     needs = sum(tensor.nbytes for tensor in tensors)
-    with fresh_file(out, force=force, needs=needs, forbidden=(base_folder, *forbidden), is_ours=is_ours) as path:
+    with fresh_file(job.out, force=job.force, needs=needs, forbidden=job.off_limits, is_ours=is_ours) as path:
         writer = gguf.GGUFWriter(path, names.architecture)
         _describe(writer, base.config, rope, vocabulary, tensors)
-        writer.add_name(name or base_folder.resolve().name)
-        if license_id:
-            writer.add_license(license_id)
-        steps = _Steps(2 * needs, progress)
-        _write(path, writer, tensors, scale, rounders, steps)
-        found = check(path, tensors, scale, vocabulary, steps.add)
+        writer.add_name(job.out.stem)
+        if job.about.licence:
+            writer.add_license(job.about.licence)
+        with job.counting(2 * needs) as count:
+            _write(path, writer, tensors, job.scale, rounders, count)
+            found = check(path, tensors, job.scale, vocabulary, count)
         report = GGUFReport(
-            out=out,
             types=dict(Counter(tensor.kind.name for tensor in tensors)),
             bytes_base=base.nbytes,
             bytes_out=path.stat().st_size,
@@ -114,7 +85,6 @@ def write_gguf(
             error=found.error,
             layers=found.fused,
             matrices=[tensor for tensor in tensors if isinstance(tensor, Matrix)],
-            pre_tokenizer=vocabulary.pre,
             notes=list(vocabulary.notes),
         )
         if finish:
@@ -123,47 +93,55 @@ def write_gguf(
 
 
 def _plan(
-    base: Checkpoint, factors: Factors, kind: gguf.GGMLQuantizationType | None
+    base: Checkpoint, job: Job, kind: gguf.GGMLQuantizationType | None
 ) -> tuple[Names, Rope, list[Matrix | Vector]]:
     names, rope = read_names(base.config, base.folder), read_rope(base.config, base.folder)
-    return names, rope, plan(base, factors, names, rope, kind)
+    return names, rope, plan(base, job.factors, names, rope, kind)
 
 
-def planned_bytes(base_folder: Path, factors: Factors, bits: int) -> int:
-    """Return the bytes of tensors that an export with these bits would have."""
-    return sum(tensor.nbytes for tensor in _plan(Checkpoint(base_folder), factors, types.BITS[bits])[2])
+def planned_bytes(job: Job, bits: int) -> int:
+    """Return the bytes of tensors that the export would have with these bits."""
+    return sum(tensor.nbytes for tensor in _plan(Checkpoint(job.base), job, types.BITS[bits])[2])
 
 
-def keeps_few_bits(base_folder: Path, factors: Factors, kind: str | None) -> bool:
+def keeps_few_bits(job: Job) -> bool:
     """Return whether any layer with factors would stay on the base's grid, and so has to be rounded with care."""
-    chosen, layers = _parse_kind(kind, base_folder), find_layers(Checkpoint(base_folder), factors)
+    chosen, layers = _type(job), find_layers(Checkpoint(job.base), job.factors)
     return chosen is not None and any(
-        Matrix("", chosen, layer, None, factors[name]).keeps_grid for name, layer in layers.items()
+        Matrix("", chosen, layer, None, job.factors[name]).keeps_grid for name, layer in layers.items()
     )
 
 
+def has_float_type(job: Job) -> bool:
+    """Return whether every matrix is to have 16 or 32 bits, so that llama.cpp can make its own types of the file."""
+    return _type(job) in (types.Type.F32, types.Type.F16, types.Type.BF16)
+
+
 def quantize_line(path: Path, kind: str = "Q4_K_M") -> str:
-    """Return the command with which llama.cpp makes one of its own types of a file, best of one with 16 or 32 bits."""
+    """Return the command that turns a file, best one of 16 or 32 bits, into one of llama.cpp's own types."""
     return f"llama-quantize {path} {path.with_name(f'{path.stem}-{kind}.gguf')} {kind}"
 
 
-def _parse_kind(kind: str | None, out: Path) -> gguf.GGMLQuantizationType | None:
-    if kind is None:
-        return None
-    name = kind.upper()
+def _type(job: Job) -> gguf.GGMLQuantizationType | None:
+    """Return the GGUF type that --type or --bits names; None where neither is given."""
+    if job.kind is None:
+        if job.bits is not None and job.bits not in types.BITS:
+            raise InputError(f"--bits: expected one of {', '.join(map(str, types.BITS))} for GGUF, got {job.bits}")
+        return None if job.bits is None else types.BITS[job.bits]
+    name = job.kind.upper()
     if name in types.TYPES:
         return types.TYPES[name]
     if name.startswith(LLAMA_CPP_TYPES):
         raise InputError(
-            f"{kind}: only llama.cpp itself makes this type; export with --bits 16, then: {quantize_line(out, name)}"
+            f"--type: only llama.cpp makes {job.kind}; export with --bits 16, then: {quantize_line(job.out, name)}"
         )
-    raise InputError(f"type: expected one of {', '.join(types.TYPES)}, got {kind!r}")
+    raise InputError(f"--type: expected one of {', '.join(types.TYPES)}, got {job.kind!r}")
 
 
 def _describe(
     writer: gguf.GGUFWriter, config: dict[str, Any], rope: Rope, vocabulary: Vocabulary, tensors: list[Matrix | Vector]
 ) -> None:
-    """Add everything that is no tensor, and the tensors' names, types and shapes."""
+    """Add the file's settings, and the names, types and shapes of its tensors."""
     matrices = Counter(tensor.kind for tensor in tensors if isinstance(tensor, Matrix))
     heads = config["num_attention_heads"]
     writer.add_type(gguf.GGUFType.MODEL)
@@ -187,27 +165,15 @@ def _describe(
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.kind)
 
 
-class _Steps:
-    """Counts bytes for a progress bar."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
-
-    def add(self, nbytes: int, name: str) -> None:
-        self._done += nbytes
-        if self._progress:
-            self._progress(self._done, self._total, name)
-
-
 def _write(
     path: Path,
     writer: gguf.GGUFWriter,
     tensors: list[Matrix | Vector],
     scale: float,
     rounders: Rounders,
-    steps: _Steps,
+    count: Count,
 ) -> None:
-    """Write the file; gguf writes its head, and the tensors follow a few rows at a time."""
+    """Write the file: its head by gguf, then the tensors a few rows at a time."""
     write_head(writer)
     with open(path, "ab") as file:
         for tensor in tensors:
@@ -217,14 +183,14 @@ def _write(
             else:
                 for first, last in tensor.chunks():
                     file.write(_stored_rows(tensor, scale, first, last, rounders).data)
-            steps.add(tensor.nbytes, tensor.name)
+            count(tensor.nbytes)
         pad(file, writer.data_alignment)
         file.flush()
         os.fsync(file.fileno())
 
 
 def _stored_rows(tensor: Matrix, scale: float, first: int, last: int, rounders: Rounders) -> np.ndarray:
-    """Return rows of the file, (rows, bytes) uint8."""
+    """Return rows of a matrix as the file stores them, (rows, bytes) uint8."""
     if tensor.is_kept:
         rows = types.kept_rows(tensor.layer, tensor.kind, first, last)
     else:
@@ -235,5 +201,5 @@ def _stored_rows(tensor: Matrix, scale: float, first: int, last: int, rounders: 
             found = codes_on_grid(tensor.layer, weight, (first, last), rounders(tensor.layer.name))
             rows = types.pack_codes(*found, tensor.kind)
         else:
-            rows = types.encode(weight, tensor.kind, tensor.layer.name)
+            rows = types.encode_rows(weight, tensor.kind, tensor.layer.name)
     return np.ascontiguousarray(rows if tensor.order is None else rows[tensor.order])

@@ -1,9 +1,9 @@
-"""How far an exported model is from the live one: KL divergence, top-1 agreement and exact matches on the same rows.
+"""Compares an exported model with the live one: KL divergence, top-1 agreement and exact matches on the same rows.
 
-Both are asked for the tokens that a row supervises, teacher-forced. P is the live model's distribution over the
-vocabulary at such a position and Q the exported one's; KL is the mean of sum P log(P / Q), in nats. The live model runs
-first and its answers are kept, so that the two are never in memory together. Logits are computed at those positions
-alone, where the architecture allows it: those of a whole row take more memory than a small model's weights.
+Both models predict the supervised tokens of a row, teacher-forced. P is the live model's distribution over the
+vocabulary at such a position and Q the exported model's; KL is the mean of sum P log(P / Q), in nats. The live model
+runs first and its answers are kept, so that the two are never in memory together. Where the architecture allows it,
+logits are computed at those positions only: the logits of a whole row take more memory than a small model's weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +17,15 @@ from mbf_mlx.data.batches import Batch, make_batch
 from mbf_mlx.engine.mlx_forward import Forward
 from mbf_mlx.errors import InputError
 
-POSITIONS = 16  # of a row; of a longer answer the first
-KEPT_BYTES = 128 << 20  # of the live model's distributions
-TOKENS = 1024  # of one forward pass
-LOGITS_BYTES = 64 << 20  # of one forward pass of an architecture that computes them everywhere
+POSITIONS = 16  # of a row, the first ones of a longer answer
+KEPT_BYTES = 128 << 20  # for the live model's distributions
+TOKENS = 1024  # in one forward pass
+LOGITS_BYTES = 64 << 20  # in one forward pass, if the architecture computes logits at every position
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What the comparison found."""
+    """The result of a comparison."""
 
     rows: int
     positions: int
@@ -37,19 +37,19 @@ class Quality:
 
 @dataclass(frozen=True)
 class _Row:
-    """What is looked at of a row."""
+    """The part of a row that is compared."""
 
     tokens: np.ndarray
     supervised: np.ndarray
 
 
 class Reference:
-    """The live model's answers, to compare others with.
+    """The live model's answers, with which exports are compared.
 
     Args:
         model: The live model; called as `model(tokens)` for logits (rows, length, vocabulary).
         rows: Objects with `tokens` and `supervised`, as data/encode.py gives them.
-        advance: Called with the number of rows done.
+        advance: Called with the number of rows just done.
 
     Raises:
         InputError: the model's own logits are not finite.
@@ -66,7 +66,7 @@ class Reference:
             raise InputError("the live model's logits are not finite; its adapter is broken")
 
     def compare(self, model: Any, advance: Callable[[int], None] = lambda rows: None) -> Quality:
-        """Return how far another model is from the live one on the same rows."""
+        """Return the comparison of another model with the live one on the same rows."""
         forward = Forward(model)
         total = same = count = rows = live = exported = 0.0
         for batch, ours in zip(self._batches, self._kept, strict=True):
@@ -88,12 +88,12 @@ def _right(batch: Batch, best: np.ndarray) -> int:
 
 
 def _batches(rows: Sequence[Any], vocabulary: int, picked: bool) -> Iterator[Batch]:
-    """Yield the rows, shortest first, in batches that fit the budgets.
+    """Yield the rows in batches that fit the budgets, shortest rows first.
 
     Args:
         rows: As `Reference` takes them.
-        vocabulary: Logits of a position.
-        picked: Whether logits are computed at supervised positions alone.
+        vocabulary: Number of logits of a position.
+        picked: Whether logits are computed at supervised positions only.
     """
     budget = KEPT_BYTES // (4 * vocabulary)  # positions
     chosen = []

@@ -1,7 +1,7 @@
-"""Which inputs a layer sees, and which of them together: the mean of x x^T over the tokens of some rows.
+"""The second moments of layers' inputs: the mean of x x^T over the tokens of some rows.
 
-Layers that are given the very same array (q, k and v of a block) share one matrix. The matrices of one pass over the
-rows keep to a budget: a model that needs more is run again for its next layers.
+Layers that get the very same array (q, k and v of a block) share one matrix. The matrices of one pass over the rows
+keep to a memory budget; a model with more layers is run again for the next ones.
 """
 
 import tempfile
@@ -18,18 +18,18 @@ import numpy as np
 from mbf_mlx.engine.taps import called_by
 from mbf_mlx.files.storage import refusal
 
-BUDGET_BYTES = 256 << 20  # of matrices at a time
-TOKENS = 1024  # of one forward pass
+BUDGET_BYTES = 256 << 20  # for matrices at a time
+TOKENS = 1024  # in one forward pass
 
 
 class Shelf:
-    """Matrices by layer, (in, in) float32, in a file without a name, which is gone with the process.
+    """Keeps a matrix (in, in) float32 for each layer in a nameless temporary file, which vanishes with the process.
 
     Args:
-        folder: On whose disk it is.
+        folder: The folder whose disk holds the file.
 
     Raises:
-        InputError: the disk is full, or may not be written; so does `put`.
+        InputError: the disk is full or may not be written, here and in `put`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +39,7 @@ class Shelf:
         weakref.finalize(self, self._file.close)
 
     def put(self, names: Sequence[str], matrix: np.ndarray) -> None:
-        """Keep a matrix for layers that share it."""
+        """Keep one matrix for the layers that share it."""
         with self._refusing():
             place = self._file.seek(0, 2)
             self._file.write(np.ascontiguousarray(matrix, np.float32).data)
@@ -47,7 +47,7 @@ class Shelf:
         self._places.update(dict.fromkeys(names, (place, len(matrix))))
 
     def place(self, name: str) -> int | None:
-        """Return where a layer's matrix lies, the same for all that share it; None where it has none."""
+        """Return the place of a layer's matrix, the same for all layers that share it; None if there is none."""
         return self._places[name][0] if name in self._places else None
 
     def get(self, name: str) -> np.ndarray:
@@ -71,9 +71,9 @@ def moments(
 
     Args:
         model: Called as `model(tokens)`.
-        layers: The layers to watch, by their path in the model, in the order in which they run.
+        layers: The layers to watch by their path in the model, in the order in which they run.
         rows: Objects with `tokens`.
-        advance: Called with the number of rows done; every row is counted once a pass.
+        advance: Called with the number of rows just done; each pass counts every row once.
     """
     left = dict(layers)
     while left:
@@ -83,7 +83,7 @@ def moments(
 
 
 def _affordable(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the first layers whose matrices fit the budget, at least one."""
+    """Return the first layers whose matrices fit the budget; at least one layer."""
     part: dict[str, nn.Module] = {}
     spent = 0
     for name, layer in layers.items():
@@ -119,7 +119,7 @@ def _one_pass(
             mask, last = mx.array(real.reshape(-1, 1)), None
             out = model(mx.array(tokens))
             mx.eval(sums)
-            del out  # never evaluated: what lies behind the last watched layer is not needed, the logits least of all
+            del out  # never evaluated, because nothing after the last watched layer is needed
             advance(len(tokens))
     count = max(1, sum(len(row.tokens) for row in rows))
     groups: dict[str, list[str]] = {}
@@ -129,7 +129,7 @@ def _one_pass(
 
 
 def _batches(rows: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield tokens (rows, length) int32 and which of them are real (rows, length) float32, shortest rows first."""
+    """Yield tokens (rows, length) int32 and a mask of the real ones (rows, length) float32, shortest rows first."""
     order = sorted((np.asarray(row.tokens) for row in rows), key=len)
     while order:
         count = 1

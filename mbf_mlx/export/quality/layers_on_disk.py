@@ -1,7 +1,7 @@
-"""Layers whose weights stay in a file and are read a few rows at a time, in every forward pass.
+"""Layers whose weights stay in a file; each forward pass reads them a few rows at a time.
 
-So a model is asked for its answers that is larger than the memory an export may take: one in 16 or 32 bits, or a GGUF
-file, which mlx-lm itself does not read. Whoever stored the rows says what they mean; here they are float32, (rows, in).
+This lets an export query a model larger than its memory budget: one of 16 or 32 bits, or a GGUF file, which mlx-lm
+itself does not read. The rows come as float32, (rows, in), from the class that knows how they are stored.
 """
 
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from mlx.utils import tree_unflatten
 
 from mbf_mlx.base.unpack import without_history
 
-PIECE_ELEMENTS = 1 << 23  # of a weight in memory at a time: 32 MB
+PIECE_ELEMENTS = 1 << 23  # of a weight in memory at a time: 32 MB in float32
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 class Rows(Protocol):
-    """A weight (out, in) somewhere; checkpoint.Layer is one."""
+    """A weight (out, in) that is read row by row; checkpoint.Layer is one."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,10 +31,10 @@ class Rows(Protocol):
 
 
 class LinearOnDisk(nn.Module):
-    """A linear layer; its own bias, if any, is in memory.
+    """A linear layer with its weight on disk and its own bias, if any, in memory.
 
     Args:
-        weight: Where the weight is.
+        weight: Gives the weight's rows.
         bias: (out,), or None.
     """
 
@@ -51,14 +51,14 @@ class LinearOnDisk(nn.Module):
 
 
 class EmbeddingOnDisk(nn.Module):
-    """An embedding, which may be the model's head, too."""
+    """An embedding on disk, which may also be the model's head."""
 
     def __init__(self, weight: Rows, dtype: mx.Dtype) -> None:
         super().__init__()
         self._rows, self._dtype = weight, dtype
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """Return the rows of tokens (...), (..., dims)."""
+        """Return the rows of tokens (...) as (..., dims)."""
         wanted = np.array(tokens)
         different, places = np.unique(wanted, return_inverse=True)
         found = np.concatenate([self._rows.rows(int(token), int(token) + 1) for token in different])
@@ -70,7 +70,7 @@ class EmbeddingOnDisk(nn.Module):
 
 
 def _product(weight: Rows, x: mx.array) -> mx.array:
-    """Return x W^T in the type of x, evaluated piece by piece, so that one piece is alive at a time."""
+    """Return x W^T in the type of x, evaluated piece by piece, so that only one piece is in memory."""
     out, inner = weight.shape
     step = max(1, PIECE_ELEMENTS // inner)
     x32, parts = x.astype(mx.float32), []
@@ -81,16 +81,16 @@ def _product(weight: Rows, x: mx.array) -> mx.array:
 
 
 def leave_on_disk(model: nn.Module, weights: Mapping[str, Rows], dtype: mx.Dtype | None = None) -> None:
-    """Put layers that read their weights from a file in place of a model's own, whose weights were not read yet.
+    """Replace layers of a model, whose weights were not read yet, by layers that read theirs from a file.
 
     Args:
         model: As mlx-lm loads it lazily; a layer with factors keeps them.
-        weights: By the layer's path in the model. One that the model does not have, or has otherwise, is left out.
-        dtype: Of what embeddings give; None is what they give now.
+        weights: By the layer's path in the model. A weight that fits no layer of the model is ignored.
+        dtype: The type of what embeddings return; None keeps the present one.
     """
     replaced: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
-        weight = weights.get(path, weights.get(path.removesuffix(".linear")))  # where mlx-lm has factors beside it
+        weight = weights.get(path, weights.get(path.removesuffix(".linear")))  # the path in a layer with factors
         if type(module) not in LINEAR + EMBEDDINGS or weight is None or module.weight.shape[0] != weight.shape[0]:
             continue
         if type(module) in LINEAR:

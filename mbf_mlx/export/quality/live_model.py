@@ -1,4 +1,4 @@
-"""The live model of an export, the base with its adapter: it answers first, exports are compared with its answers."""
+"""The live model, which is the base with its adapter: it answers first, and the export is compared with its answers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mbf_mlx.adapters.mlx_lm import block_keys
-from mbf_mlx.base import load as model
 from mbf_mlx.base import unpack
+from mbf_mlx.base.load import load_base
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.device import backend
 from mbf_mlx.engine.lora_layers import attach, lora_layers, write_factors
@@ -24,18 +24,18 @@ from mbf_mlx.export.quality.layers_on_disk import Rows, leave_on_disk
 from mbf_mlx.export.weights.checkpoint import Checkpoint
 from mbf_mlx.export.weights.rounding import Rounder
 
-CACHE_BYTES = 64 << 20  # of freed memory that mlx keeps for later
+CACHE_BYTES = 64 << 20  # freed memory that mlx may keep for reuse
 
 
 class Live:
-    """Runs the live model once, on the rows that the job may look at, and keeps its answers.
+    """Runs the live model once on the job's rows and keeps its answers.
 
-    No two models are in memory at once. Weights that are not quantized stay in their file, and on a CPU packed ones are
-    unpacked in every pass, so that an export takes little more memory than the base's file.
+    No two models are in memory at once. Weights that are not quantized stay in their file, and a CPU unpacks the others
+    in every pass. So an export needs little more memory than the base's file.
 
     Args:
         job: The export.
-        few_bits: Whether layers that learned stay at few bits, and so have to be rounded with care.
+        few_bits: Whether learned layers stay at few bits and need a rounder.
     """
 
     def __init__(self, job: Job, few_bits: bool) -> None:
@@ -57,7 +57,7 @@ class Live:
             attach(unread, config)
             leave_on_disk(unread, _plain_layers(job.base), _mx_dtype())
 
-        base = model.load_base(job.base, dtype=_dtype(), prepare=prepare)
+        base = load_base(job.base, dtype=_dtype(), prepare=prepare)
         write_factors(base.model, job.factors)
         unpack.step_by_step(base.model)
         if rows:
@@ -70,29 +70,29 @@ class Live:
                     self._moments.put(names, matrix)
 
     def rounder(self, layer: str) -> Rounder | None:
-        """Return what rounds a layer for the inputs that it has; None where there were no rows to see them on."""
+        """Return the rounder for a layer's inputs; None if there were no rows to measure them on."""
         place = self._moments.place(layer) if self._moments else None
         if self._moments is None or place is None:
             return None
-        if self._last is None or self._last[0] != place:  # q and v come one after the other
+        if self._last is None or self._last[0] != place:  # q and v share it and come one after the other
             self._last = (place, Rounder(self._moments.get(layer)))
         return self._last[1]
 
     def compare(self, folder: Path, stored: Mapping[str, Rows] | None = None) -> dict[str, Any] | None:
-        """Load an export and compare it; None where there were no rows.
+        """Load an export and return its comparison with the live model; None if there are no rows.
 
         Args:
             folder: An MLX model folder.
-            stored: Layer -> what an export that is no such folder holds in place of the folder's.
+            stored: Layer -> its weight in an export that is not such a folder; replaces the folder's own.
 
         Raises:
-            InputError: it loads, but its logits are not finite.
+            InputError: the export's logits are not finite.
         """
         with _little_spare_memory():
             return self._compare(folder, {**_plain_layers(folder), **(stored or {})})
 
     def _compare(self, folder: Path, on_disk: Mapping[str, Rows]) -> dict[str, Any] | None:
-        exported = model.load_base(
+        exported = load_base(
             folder, dtype=_dtype(), prepare=lambda unread: leave_on_disk(unread, on_disk, _mx_dtype())
         ).model
         unpack.step_by_step(exported)
@@ -114,7 +114,7 @@ def _plain_layers(folder: Path) -> dict[str, Rows]:
 
 @contextmanager
 def _little_spare_memory() -> Iterator[None]:
-    """Let mlx keep little of the memory that it has done with, and nothing of it afterwards."""
+    """Let mlx keep little freed memory in this block, and none after it."""
     before = mx.set_cache_limit(CACHE_BYTES)
     try:
         yield
@@ -124,7 +124,7 @@ def _little_spare_memory() -> Iterator[None]:
 
 
 def _dtype() -> str | None:
-    """Return what a model computes in here; "float32" leaves quantized layers packed between their uses."""
+    """Return the type that a model computes in here; with "float32", quantized layers stay packed between uses."""
     return "float32" if backend.setup().kind == "cpu" else None
 
 

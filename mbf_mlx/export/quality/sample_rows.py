@@ -1,7 +1,7 @@
-"""The rows that an export is fitted to and measured on: those of the stream's own tasks, or a file of the user's.
+"""The rows that an export is fitted to and measured on: rows of the stream's own tasks, or of a file from the user.
 
-Held-out rows are compared on and training rows fitted to. A task is found again by its path and content; what has moved
-or changed is named and left out. No row goes into the export.
+The rounding is fitted to training rows, and models are compared on held-out rows. A task is found again by its path and
+content; a task that has moved or changed is named and left out. No row goes into the export.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export.job import ExportRows
 from mbf_mlx.stream.records import TaskRecord
 
-FIT_ROWS = 96  # over all tasks
-COMPARE_ROWS = 64
+FIT_ROWS = 96  # of all tasks together
+COMPARE_ROWS = 64  # of all tasks together
 MAX_LENGTH = 512  # tokens of a row
 
 
-def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, template: str) -> ExportRows:
-    """Return rows of the tasks that a stream has learned, as many of each."""
+def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, template: str, stream: Path) -> ExportRows:
+    """Return rows of the tasks that a stream has learned, the same number of each."""
     found, notes = [], []
     newest = {record.name: record for record in records}
     for record in newest.values():
-        task = find_again(record.name, Path(record.path), record.sha256)
+        task = find_again(record.name, Path(record.path), record.sha256, stream)
         if isinstance(task, str):
             notes.append(task)
         else:
@@ -45,7 +45,7 @@ def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, template: str) 
 
 
 def rows_of_file(path: Path, tokenizer: Any, template: str) -> ExportRows:
-    """Return rows of a task file or folder, or of the paragraphs of a text file: every other one to fit to.
+    """Return rows of a task file or folder, or the paragraphs of a text file; every other one is for fitting.
 
     Raises:
         InputError: no such file, or bad rows in it.
@@ -67,9 +67,9 @@ def rows_of_file(path: Path, tokenizer: Any, template: str) -> ExportRows:
 
 
 def _encoded(encoder: Encoder, rows: Sequence[Row], count: int) -> list[Encoded]:
-    """Return `count` rows spread evenly over all, without those that do not fit or are long.
+    """Return up to `count` rows, evenly spaced, without long ones and those that do not fit.
 
-    A row is never cut here to less than it was learned with: where all of them are long, the shortest is taken.
+    No row is cut shorter than it was learned. If all rows are long, only the shortest is returned.
     """
     step = max(1, len(rows) // count)
     chosen = [rows[place] for place in range(0, len(rows), step)][:count]

@@ -1,22 +1,23 @@
 """A base model's folder on disk, read layer by layer without building the model.
 
 A layer is named by its path in the MLX model, which is also how its tensors are named in an MLX folder:
-`<layer>.weight`, and `.scales`, `.biases` where it is quantized. Knows what is stored; writes nothing.
+`<layer>.weight`, and `.scales` and `.biases` where it is quantized. Nothing is written here.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mbf_mlx.base.sources import read_config
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.weights.affine import BITS, GROUP_SIZES, decode, unpack
-from mbf_mlx.export.weights.tensors import FLOATS, Stored, read_headers
+from mbf_mlx.export.weights.tensors import Stored, read_headers
+from mbf_mlx.files.dtypes import FLOATS
 
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # mode -> its only bits and group size
-CHUNK_ELEMENTS = 1 << 23  # of a layer held in float32 at a time: 32 MB an array
+CHUNK_ELEMENTS = 1 << 23  # of a layer in memory at a time: 32 MB in float32
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer or embedding as it is stored."""
+    """A stored linear layer or embedding."""
 
     name: str
     setting: Setting | None  # None where it is not quantized
@@ -43,13 +44,13 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight that is meant, not of the packed words."""
+        """(out, in) of the weight itself, not of its packed words."""
         out, words = self.weight.shape
         return out, words * 32 // self.setting.bits if self.setting else words
 
     @property
     def dtype(self) -> str:
-        """The float type of its scales, or of the weight where it is not quantized; F8 scales say nothing: BF16."""
+        """The float type of its scales, or of the weight if it is not quantized; BF16 for scales in 8 bits."""
         stored = self.scales if self.setting and self.scales else self.weight
         return stored.dtype if stored.dtype in FLOATS else "BF16"
 
@@ -59,7 +60,7 @@ class Layer:
         return sum(part.nbytes for part in (self.weight, self.scales, self.biases) if part)
 
     def chunks(self) -> list[tuple[int, int]]:
-        """Return the row ranges in which it is best worked on, so that no more than these are held at a time."""
+        """Return ranges of rows, each small enough to be in memory."""
         out, inner = self.shape
         step = max(1, CHUNK_ELEMENTS // inner)
         return [(first, min(first + step, out)) for first in range(0, out, step)]
@@ -95,14 +96,12 @@ class Checkpoint:
         folder: With `config.json` and `model*.safetensors`, the files that mlx-lm reads.
 
     Raises:
-        InputError: no such folder or files, or a packing that is not MLX's.
+        InputError: no such folder or files, or weights that another tool packed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{folder}: expected a model folder, got no config.json there")
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.config = read_config(folder)
         self.files = sorted(folder.glob("model*.safetensors"))
         if not self.files:
             raise InputError(f"{folder}: expected weights in model*.safetensors, got none")
@@ -111,7 +110,7 @@ class Checkpoint:
         foreign = [name for name in self.tensors if name.endswith((".qweight", ".weight_packed", ".global_scale"))]
         if foreign or (not self.quantization and any(name.endswith(".scales") for name in self.tensors)):
             raise InputError(
-                f"{folder}: its weights are packed in another tool's way; convert it first: "
+                f"{folder}: another tool packed its weights; convert it first: "
                 f"mlx_lm.convert --model {folder} --mlx-path NEW"
             )
 
@@ -134,10 +133,10 @@ class Checkpoint:
 
         Args:
             name: Its path in the MLX model.
-            inner: Its number of inputs, where the caller knows it and config.json leaves its bits open.
+            inner: Its number of inputs, if the caller knows it; config.json may leave its bits open.
 
         Raises:
-            InputError: no such layer, or one whose bits cannot be told.
+            InputError: no such layer, or its bits cannot be found out.
         """
         weight = self.tensors.get(f"{name}.weight")
         if weight is None or len(weight.shape) != 2:
@@ -167,6 +166,6 @@ class Checkpoint:
             and (setting.mode == "affine") == (scales.dtype in FLOATS)
         ]
         if not possible:
-            raise InputError(f"{self.folder}: {name}: its packed shape fits no quantization that we know")
-        # Where several fit, the number of inputs decides; a wrong number is for the caller to complain about.
+            raise InputError(f"{self.folder}: {name}: its packed shape fits no quantization of MLX's")
+        # If several fit, the number of inputs decides. The caller reports a wrong number.
         return next((setting for setting in possible if groups * setting.group_size == inner), possible[0])

@@ -1,8 +1,8 @@
-"""Adds a learned delta to a base weight, once and in float32, stores the sum, and measures what survived.
+"""Adds a learned delta to a base weight in float32, stores the sum once, and measures how much survived.
 
-W (out, in) is the base weight as its stored form means it, delta = scale * B @ A the intended change, R the realised
-one: the stored sum minus W. Retention is <R, delta> / <delta, delta>, 1 where nothing was lost; error is
-|R - delta| / |delta|. Works on rows of one layer at a time; files and configs are left to the targets.
+W (out, in) is the base weight as stored, delta = scale * B @ A the intended change, R the real change: the stored sum
+minus W. Retention is <R, delta> / <delta, delta>, 1 if nothing was lost; error is |R - delta| / |delta|. The functions
+work on some rows of one layer at a time. The targets write files and configs.
 """
 
 import zlib
@@ -15,19 +15,20 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export.weights import affine
 from mbf_mlx.export.weights.checkpoint import Checkpoint, Layer, Setting
 from mbf_mlx.export.weights.rounding import Rounder, by_chance
-from mbf_mlx.export.weights.tensors import Tensor, from_float32, to_float32
+from mbf_mlx.export.weights.tensors import Tensor
+from mbf_mlx.files.dtypes import from_float32, to_float32
 from mbf_mlx.methods import Factors, Pair
 
-SAFE_BITS = 8  # at which an update of 1 % of the weights keeps .99 of itself; at 4 bits it keeps .15
-# Under these an update counts as lost. MAX_ERROR is |stored - meant| / |update|: rounding by chance keeps all of an
-# update, under noise that may be larger.
+SAFE_BITS = 8  # an update of 1 % of the weights keeps .99 of itself at 8 bits and .15 at 4
+# An update with less retention, or with more error, counts as lost. Random rounding has full retention, but its noise
+# may be larger than the update.
 MIN_RETENTION, MAX_ERROR = 0.8, 1.0
-GROUP_SIZE = 64  # of a layer that goes to more bits; the whole numbers of 8 bits need no finer groups
+GROUP_SIZE = 64  # of a layer that gets more bits; 8 bits need no smaller groups
 
 
 @dataclass(frozen=True)
 class Fused:
-    """What became of one layer that has factors."""
+    """The result for one layer with factors."""
 
     name: str
     before: str  # "4 bits, group 64" or a float type
@@ -40,7 +41,7 @@ class Fused:
 
 
 class Survival:
-    """Adds up, over the rows of a layer, what is needed for its retention and error."""
+    """Adds up a layer's retention and error over its rows."""
 
     def __init__(self) -> None:
         self._weight = self._delta = self._kept = self._lost = 0.0
@@ -77,7 +78,7 @@ def find_layers(base: Checkpoint, factors: Factors) -> dict[str, Layer]:
     """Return the base's layers that have factors.
 
     Raises:
-        InputError: with every layer that the base lacks or has in another shape.
+        InputError: names every layer that the base lacks or has in another shape.
     """
     layers, wrong = {}, []
     for name, pair in factors.items():
@@ -103,16 +104,16 @@ def delta_rows(pair: Pair, scale: float, first: int = 0, last: int | None = None
 
 @dataclass(frozen=True)
 class Form:
-    """How a layer is to be stored: quantized, or in a float type."""
+    """The form in which a layer is stored: quantized, or in a float type."""
 
     setting: Setting | None
-    dtype: str  # of the weight, or of the scales and offsets where it is quantized
+    dtype: str  # of the weight, or of the scales and offsets if it is quantized
 
     def __str__(self) -> str:
         return str(self.setting) if self.setting else self.dtype
 
     def tensors(self, layer: Layer) -> dict[str, Tensor]:
-        """Return name and header of each tensor of the layer in this form."""
+        """Return the layer's tensors in this form, by name."""
         out, inner = layer.shape
         if self.setting is None:
             return {f"{layer.name}.weight": Tensor(self.dtype, (out, inner))}
@@ -122,13 +123,13 @@ class Form:
 
 
 def touched_form(layer: Layer, bits: int | None) -> Form:
-    """Return the form in which a layer with factors leaves.
+    """Return the form of a layer with factors in the export.
 
-    A layer that the base does not quantize keeps its type. No layer goes below the bits it has.
+    A layer that the base does not quantize keeps its type. No layer gets fewer bits than it has.
 
     Args:
         layer: As the base stores it.
-        bits: 2 to 8; None is 8, where a small update survives plain rounding.
+        bits: 2 to 8; None is 8, at which a small update survives plain rounding.
     """
     own = layer.setting
     if own is None:
@@ -141,22 +142,20 @@ def touched_form(layer: Layer, bits: int | None) -> Form:
 
 
 Rows = tuple[int, dict[str, np.ndarray]]  # first row, and the rows of each tensor as NumPy holds them
-
-
 DeltaRows = Callable[[int, int], np.ndarray]  # (first, last) -> rows of the delta
 
 
 def store(
     layer: Layer, form: Form, delta: DeltaRows | None, survival: Survival, rounder: Rounder | None = None
 ) -> Iterator[Rows]:
-    """Yield a layer's rows in a form, some at a time, after adding its delta.
+    """Yield a layer's rows in a form, some at a time, with its delta added.
 
     Args:
-        layer: Of the base.
-        form: To store it in.
-        delta: None for a layer without factors.
+        layer: A layer of the base.
+        form: The form to store it in.
+        delta: Gives rows of the delta; None for a layer without factors.
         survival: Counts the rows as they pass.
-        rounder: Of the layer's inputs, for a layer that keeps its few bits; without one it is rounded by chance.
+        rounder: Rounds for the layer's inputs where the layer keeps few bits; None rounds at random.
 
     Raises:
         InputError: a sum is not finite in the type it is stored in.
@@ -165,9 +164,9 @@ def store(
         weight = layer.rows(first, last)
         change = delta(first, last) if delta else None
         if change is not None and keeps_grid(layer, form):
-            tensors, stored = _encode_on_grid(layer, form, weight + change, (first, last), rounder)
+            tensors, stored = _round_on_grid(layer, form, weight + change, (first, last), rounder)
         else:
-            tensors, stored = encode(layer.name, weight if change is None else weight + change, form)
+            tensors, stored = round_rows(layer.name, weight if change is None else weight + change, form)
         if not np.isfinite(stored).all():
             raise InputError(f"{layer.name}: the fused weights are not finite in {form}; try --bits 32")
         if change is not None:
@@ -176,15 +175,15 @@ def store(
 
 
 def keeps_grid(layer: Layer, form: Form) -> bool:
-    """Return whether a layer stays on the base's own grid, of too few bits for plain rounding to keep an update."""
+    """Return whether a layer stays on the base's own grid, with too few bits for plain rounding to keep an update."""
     own = layer.setting
     return own is not None and own == form.setting and own.mode == "affine" and own.bits < SAFE_BITS
 
 
-def _encode_on_grid(
+def _round_on_grid(
     layer: Layer, form: Form, target: np.ndarray, rows: tuple[int, int], rounder: Rounder | None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return `encode` of the rows on the base's own grid, so that no weight moves but for the update's sake."""
+    """Return what `round_rows` does, but on the base's own grid, so that only the update moves a weight."""
     codes, scales, offsets = codes_on_grid(layer, target, rows, rounder)
     return pack_rows(layer.name, codes, scales, offsets, form), affine.decode(codes, scales, offsets)
 
@@ -192,7 +191,7 @@ def _encode_on_grid(
 def codes_on_grid(
     layer: Layer, target: np.ndarray, rows: tuple[int, int], rounder: Rounder | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return codes for `target` on the grid of the layer's rows `rows`, and the grid: scales and offsets."""
+    """Return codes for the target weights on the grid of the rows `rows`, and that grid: scales and offsets."""
     assert layer.setting
     _, scales, offsets = layer.grid_rows(*rows)
     if rounder is None:
@@ -202,8 +201,8 @@ def codes_on_grid(
     return codes, scales, offsets
 
 
-def encode(name: str, weight: np.ndarray, form: Form) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return rows (rows, in) float32 of a layer as its form's tensors, each to the nearest, and as these mean it."""
+def round_rows(name: str, weight: np.ndarray, form: Form) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return a layer's rows (rows, in) float32 as the nearest tensors of a form, and the weights that these mean."""
     if form.setting is None:
         rounded = from_float32(weight, form.dtype)
         return {f"{name}.weight": rounded}, to_float32(rounded, form.dtype)

@@ -1,25 +1,24 @@
-"""Few bits without losing a small update: codes chosen together, on the grid that the base has already.
+"""Rounding to few bits that keeps a small update: codes are chosen together, on the grid of the base.
 
-A base that was quantized lies exactly on its grid, and an update smaller than half a step is rounded straight back. Two
-ways out, both of the base's own size. `Rounder` knows the layer's inputs: it rounds one input after the other and makes
-up for each rounding error with the inputs that are still free, so that tr(E H E^T), the mean square of what the layer
-puts out wrongly, stays small. `by_chance` knows nothing: it rounds up or down at random, right on average.
+The weights of a quantized base lie exactly on its grid, so nearest rounding undoes an update smaller than half a step.
+There are two ways to keep the update, both without more bytes. `Rounder` knows the layer's inputs. It rounds one input
+after the other and corrects each rounding error with the inputs that are still free. This keeps tr(E H E^T), the mean
+square error of the layer's outputs, small. `by_chance` knows no inputs: it rounds up or down at random, and is right on
+average.
 
 Letters: W' = W + delta (rows, in), the target; E = stored - W'; H (in, in), the mean of x x^T over the layer's inputs;
 U the upper Cholesky factor of the inverse of H.
 
-Source: making up for errors is GPTQ's, Frantar et al. 2022, arXiv:2210.17323. Its grid is fitted anew; ours is kept.
+Source: GPTQ, Frantar et al. 2022, arXiv:2210.17323. It fits a new grid; we keep the base's.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from mbf_mlx.export.weights.affine import decode
-
-DAMPING = 0.01  # share of the mean of H's diagonal added to it: inputs that calibration did not see count a little
-BLOCK = 64  # inputs whose errors are handed on together
-SWEEPS = 3  # over all codes after the first rounding
+DAMPING = 0.01  # share of the mean of H's diagonal that is added to it, so that inputs never seen count a little
+BLOCK = 64  # inputs whose errors are passed on together
+SWEEPS = 3  # passes over all codes after the first rounding
 Grid = tuple[np.ndarray, np.ndarray]  # scales and offsets, (rows, groups) float32
 
 
@@ -28,14 +27,14 @@ class Rounder:
 
     Args:
         moment: H, (in, in), times any number.
-        damping: See DAMPING.
+        damping: As DAMPING says.
     """
 
     def __init__(self, moment: np.ndarray, damping: float = DAMPING) -> None:
         h = moment.astype(np.float64)
         mean = float(np.diagonal(h).mean())
         h += damping * (mean if mean > 0 else 1.0) * np.eye(len(h))
-        # Inputs that matter most come first, while there are others left to make up for them.
+        # The inputs that matter most come first, while others are left to correct their errors.
         self._order = np.argsort(-np.diagonal(h), kind="stable")
         h = h[np.ix_(self._order, self._order)]
         self._u = np.linalg.cholesky(np.linalg.inv(h)).T.astype(np.float32)
@@ -52,7 +51,7 @@ class Rounder:
         return result
 
     def _compensate(self, left: np.ndarray, scales: np.ndarray, offsets: np.ndarray, top: int) -> np.ndarray:
-        """Round one input after the other; `left` holds what is still wanted of those to come."""
+        """Round one input after the other; `left` is the remaining target, with the corrections so far."""
         u, codes = self._u, np.empty(left.shape, np.float32)
         for first in range(0, left.shape[1], BLOCK):
             last = min(first + BLOCK, left.shape[1])
@@ -68,7 +67,7 @@ class Rounder:
     def _improve(
         self, codes: np.ndarray, target: np.ndarray, scales: np.ndarray, offsets: np.ndarray, top: int
     ) -> None:
-        """Move single codes, in place, while that lowers tr(E H E^T)."""
+        """Change single codes, in place, as long as that lowers tr(E H E^T)."""
         h = self._h
         slope = (codes * scales + offsets - target) @ h
         for _ in range(SWEEPS):
@@ -85,11 +84,11 @@ class Rounder:
                 return
 
 
-Rounders = Callable[[str], Rounder | None]  # layer -> what rounds it for the inputs that it has
+Rounders = Callable[[str], Rounder | None]  # layer -> the rounder of its inputs
 
 
 def no_rounder(layer: str) -> Rounder | None:
-    """Round every layer by chance."""
+    """Return None: every layer is rounded at random."""
     return None
 
 
@@ -99,15 +98,10 @@ def by_chance(target: np.ndarray, grid: Grid, bits: int, seed: list[int]) -> np.
     place = (target - offsets) / _divisible(scales)
     below = np.floor(place)
     up = np.random.default_rng(seed).random(target.shape, np.float32) < place - below
-    return np.clip(below + up, 0, 2**bits - 1).astype(np.uint8)
+    codes: np.ndarray = np.clip(below + up, 0, 2**bits - 1).astype(np.uint8)
+    return codes
 
 
 def _divisible(scales: np.ndarray) -> np.ndarray:
     """Return scales without zeros: a group of scale 0 has one value, whatever its codes."""
     return np.where(scales == 0, np.float32(1), scales)
-
-
-def output_error(codes: np.ndarray, grid: Grid, target: np.ndarray, moment: np.ndarray) -> float:
-    """Return tr(E H E^T) of codes for W'."""
-    wrong = decode(codes, *grid) - target
-    return float(np.einsum("ij,ij->", wrong @ moment, wrong, dtype=np.float64))

@@ -1,44 +1,26 @@
-"""safetensors files read and written one tensor at a time, a few rows at a time: exporting never holds a whole model.
+"""safetensors files, read and written a few rows of one tensor at a time, so that no export holds a whole model.
 
-NumPy has no bfloat16: such a tensor is held as uint16 and turned to float32 and back by `to_float32` and
-`from_float32`. Headers are read and checked by files/safetensors_file.py; what a tensor means is left to checkpoint.py.
+files/dtypes.py says how NumPy holds each type. files/safetensors_file.py reads, checks and makes headers. What a tensor
+means is left to checkpoint.py.
 """
 
-import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.files.safetensors_file import read_header
-
-DTYPES: dict[str, np.dtype[Any]] = {  # safetensors' names -> what NumPy holds
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-    "I64": np.dtype("<i8"),
-    "I32": np.dtype("<i4"),
-    "I16": np.dtype("<i2"),
-    "I8": np.dtype("i1"),
-    "U64": np.dtype("<u8"),
-    "U32": np.dtype("<u4"),
-    "U16": np.dtype("<u2"),
-    "U8": np.dtype("u1"),
-    "BOOL": np.dtype("?"),
-}
-FLOATS = ("F64", "F32", "F16", "BF16")
-COPY_BYTES = 1 << 24  # of an untouched tensor at a time
+from mbf_mlx.files.dtypes import BYTES, NUMPY, to_float32
+from mbf_mlx.files.safetensors_file import Declared, Entry, header_bytes, read_bytes, read_header
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a file's header says of one tensor."""
+    """A tensor's type and shape."""
 
     dtype: str  # safetensors' name, "BF16"
     shape: tuple[int, ...]
@@ -46,12 +28,12 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the data."""
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
+        return int(np.prod(self.shape, dtype=np.int64)) * BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Stored(Tensor):
-    """A tensor and where its bytes lie."""
+    """A tensor in a file."""
 
     file: Path
     offset: int  # bytes from the start of the file
@@ -63,7 +45,7 @@ class Stored(Tensor):
         with open(self.file, "rb") as file:
             file.seek(self.offset + first * row_bytes)
             raw = file.read((last - first) * row_bytes)
-        return np.frombuffer(raw, DTYPES[self.dtype]).reshape(last - first, *self.shape[1:])
+        return np.frombuffer(raw, NUMPY[self.dtype]).reshape(last - first, *self.shape[1:])
 
     def floats(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """Return rows `first` to `last` in float32."""
@@ -74,42 +56,38 @@ def read_headers(files: list[Path]) -> tuple[dict[str, Stored], dict[Path, dict[
     """Return every tensor of `files` by name, in the order of the bytes, and each file's metadata.
 
     Raises:
-        InputError: a file is no whole safetensors file, holds a type we do not know, or repeats a name.
+        InputError: a file is no complete safetensors file, holds an unknown type, or repeats a name.
     """
     tensors: dict[str, Stored] = {}
     metadata: dict[Path, dict[str, str]] = {}
     for path in files:
         entries, metadata[path] = read_header(path)
         for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
-            if entry.dtype not in DTYPES:
-                raise InputError(f"{path}: {name}: expected one of {', '.join(DTYPES)}, got {entry.dtype!r}")
+            if entry.dtype not in NUMPY:
+                raise InputError(f"{path}: {name}: expected one of {', '.join(NUMPY)}, got {entry.dtype!r}")
             if name in tensors:
-                raise InputError(f"{path}: {name}: stands in {tensors[name].file.name}, too")
+                raise InputError(f"{path}: {name}: is in {tensors[name].file.name}, too")
             tensors[name] = Stored(entry.dtype, entry.shape, path, entry.begin)
     return tensors, metadata
 
 
 class Writer:
-    """Writes one safetensors file whose tensors are known in advance; their bytes come in any order.
+    """Writes one safetensors file whose tensors are known in advance, in any order.
 
-    Use as a context manager: the file is on the disk, not only in the system's memory, when the block ends.
+    A context manager: when the block ends, the file is on the disk, not only in the system's memory.
     """
 
     def __init__(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-        offset = 0
-        for name, tensor in tensors.items():
-            end = offset + tensor.nbytes
-            header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes
+        head, size = header_bytes(
+            [Declared(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()], metadata or {}
+        )
         self._tensors = tensors
-        self._start = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in tensors}
+        ends = accumulate((tensor.nbytes for tensor in tensors.values()), initial=len(head))
+        self._start = dict(zip(tensors, ends))
         self._file: BinaryIO = open(path, "xb")
         try:
-            self._file.write(len(text).to_bytes(8, "little") + text)
-            self._file.truncate(8 + len(text) + offset)
+            self._file.write(head)
+            self._file.truncate(len(head) + size)
         except OSError:
             self._file.close()
             raise
@@ -126,46 +104,20 @@ class Writer:
             self._file.close()
 
     def write(self, name: str, array: np.ndarray, first: int = 0) -> None:
-        """Write rows `first` and following of a tensor, as NumPy holds them.
+        """Write rows of a tensor, starting at row `first`, as NumPy holds them.
 
         Raises:
-            ValueError: the rows are not of the announced type and shape.
+            ValueError: the rows do not have the announced type and shape.
         """
         tensor = self._tensors[name]
-        if array.dtype != DTYPES[tensor.dtype] or array.shape[1:] != tensor.shape[1:]:
+        if array.dtype != np.dtype(NUMPY[tensor.dtype]) or array.shape[1:] != tensor.shape[1:]:
             raise ValueError(f"{name}: expected rows of {tensor}, got {array.dtype} {array.shape}")
         row_bytes = tensor.nbytes // max(tensor.shape[0], 1)
         self._file.seek(self._start[name] + first * row_bytes)
         self._file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
 
     def copy(self, name: str, source: Stored) -> None:
-        """Write a tensor's bytes as they stand in another file."""
+        """Copy a tensor's bytes from another file."""
         self._file.seek(self._start[name])
-        for piece in _pieces(source):
+        for piece in read_bytes(source.file, Entry(name, source.dtype, source.shape, source.offset, source.nbytes)):
             self._file.write(piece)
-
-
-def _pieces(source: Stored) -> Iterator[bytes]:
-    with open(source.file, "rb") as file:
-        file.seek(source.offset)
-        left = source.nbytes
-        while left:
-            piece = file.read(min(left, COPY_BYTES))
-            left -= len(piece)
-            yield piece
-
-
-def to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Return a float tensor, as NumPy holds it, in float32."""
-    if dtype == "BF16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
-
-
-def from_float32(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Return float32 values rounded once, to the nearest and to even, to a float type as NumPy holds it."""
-    if dtype != "BF16":
-        return array.astype(DTYPES[dtype])
-    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(array), np.uint16(0x7FC0), rounded)

@@ -1,4 +1,7 @@
-"""A GGUF file becomes an MLX folder with the same weights and the same tokens, or is refused with the reason."""
+"""A GGUF file becomes an MLX folder with the same weights and the same tokens, or is refused with the reason.
+
+Long, because it is a table of files that fit or are refused, each with the whole message.
+"""
 
 import json
 import re
@@ -252,7 +255,7 @@ REFUSED_SETTINGS = {
     "odd heads": ({"llama.attention.head_count_kv": 3}, "impossible sizes: .* 4 heads over 3 of keys"),
     "partial rotation": ({"llama.rope.dimension_count": 8}, "heads of 16 dimensions with 8 of them rotated"),
     "yarn": ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type: expected none or linear .* 'yarn'"),
-    "unknown setting": ({"llama.logit_scale": 0.5}, "do not know: llama.logit_scale"),
+    "unknown setting": ({"llama.logit_scale": 0.5}, "unknown settings that may change the model: llama.logit_scale"),
     "epsilon not a number": (
         {"llama.attention.layer_norm_rms_epsilon": float("nan")},
         "llama.attention.layer_norm_rms_epsilon: expected a number above 0, got nan",

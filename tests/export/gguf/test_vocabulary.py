@@ -65,7 +65,7 @@ def test_both_spellings_of_the_contractions_are_one_pre_tokenizer(tmp_path):
 )
 def test_a_pre_tokenizer_that_llama_cpp_lacks_is_refused_and_not_guessed(tmp_path, pre_tokenizer, more):
     train_bpe(tmp_path, pre_tokenizer, **more)
-    with pytest.raises(InputError, match="expected a pre-tokenizer that llama.cpp has, too .*llama-bpe.*smollm"):
+    with pytest.raises(InputError, match="expected a pre-tokenizer that llama.cpp also has .*llama-bpe.*smollm"):
         read_vocabulary(tmp_path, {"vocab_size": 400})
 
 

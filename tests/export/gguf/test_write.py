@@ -1,6 +1,8 @@
 """The GGUF file of a whole model: every weight in its place, its type and its order, read with gguf's own reader.
 
 test_llama_cpp.py runs such files in llama.cpp itself.
+
+Long, because all cases read back files of one writer with the same helpers.
 """
 
 import json
@@ -13,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from mbf_mlx.base.gguf.names import read_names
 from mbf_mlx.errors import InputError
+from mbf_mlx.export.card import About
 from mbf_mlx.export.gguf import tensor_types as gguf_types
-from mbf_mlx.export.gguf.names import read_names
 from mbf_mlx.export.gguf.read_back import check
 from mbf_mlx.export.gguf.rope import llama3_factors, read_rope
 from mbf_mlx.export.gguf.tensor_plan import plan
@@ -23,10 +26,12 @@ from mbf_mlx.export.gguf.vocabulary import read_vocabulary
 from mbf_mlx.export.gguf.write import quantize_line, write_gguf
 from mbf_mlx.export.weights import affine
 from mbf_mlx.export.weights.checkpoint import Checkpoint
-from mbf_mlx.export.weights.tensors import Tensor, Writer, from_float32
+from mbf_mlx.export.weights.tensors import Tensor, Writer
+from mbf_mlx.files.dtypes import from_float32
 from mbf_mlx.methods import Pair
 from tests.support.factors import SCALE, make_factors
 from tests.support.gguf_files import LLAMA3_ROPE, as_mlx, import_gguf, read, weights
+from tests.support.jobs import job_of, mean_retention, showing
 from tests.support.tiny_llama import CONFIG, write_tiny_llama, write_tokenizer
 
 
@@ -69,7 +74,7 @@ def write_half_llama(folder, bits=4, group_size=64, dtype=np.float16, **changes)
 
 
 def test_untouched_layers_mean_exactly_what_mlx_stored(half_llama, tmp_path):
-    report = write_gguf(half_llama, {}, 1.0, tmp_path / "model.gguf")
+    report = write_gguf(job_of(half_llama, {}, tmp_path / "model.gguf"))
     tensors, _ = read(tmp_path / "model.gguf")
     base, names = Checkpoint(half_llama), read_names(CONFIG, half_llama)
     for layer in base.layer_names():
@@ -85,7 +90,7 @@ def test_untouched_layers_mean_exactly_what_mlx_stored(half_llama, tmp_path):
 
 def test_a_learned_layer_is_the_sum_at_8_bits_and_keeps_its_update(half_llama, tmp_path):
     factors = make_factors(half_llama)
-    report = write_gguf(half_llama, factors, SCALE, tmp_path / "model.gguf")
+    report = write_gguf(job_of(half_llama, factors, tmp_path / "model.gguf"))
     tensors, _ = read(tmp_path / "model.gguf")
     base, names = Checkpoint(half_llama), read_names(CONFIG, half_llama)
     for layer, pair in factors.items():
@@ -97,23 +102,25 @@ def test_a_learned_layer_is_the_sum_at_8_bits_and_keeps_its_update(half_llama, t
         assert (change * delta).sum() / (delta * delta).sum() == pytest.approx(1, abs=0.02)
     assert {layer.name for layer in report.layers} == set(factors)
     assert {layer.after for layer in report.layers} == {"Q8_0"}
-    assert report.retention == pytest.approx(1, abs=0.02)
+    assert mean_retention(report) == pytest.approx(1, abs=0.02)
     assert report.kept == len(base.layer_names()) - len(factors)
 
 
 def test_a_pair_that_changes_nothing_leaves_the_layer_as_it_is(half_llama, tmp_path):
     factors = {name: Pair(pair.a, 0 * pair.b) for name, pair in make_factors(half_llama).items()}
-    write_gguf(half_llama, factors, SCALE, tmp_path / "zero.gguf")
-    write_gguf(half_llama, {}, SCALE, tmp_path / "none.gguf", name="llama")
-    assert (tmp_path / "zero.gguf").read_bytes() == (tmp_path / "none.gguf").read_bytes()
+    (tmp_path / "zero").mkdir()
+    write_gguf(job_of(half_llama, factors, tmp_path / "zero" / "model.gguf"))
+    write_gguf(job_of(half_llama, {}, tmp_path / "model.gguf"))
+    assert (tmp_path / "zero" / "model.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
 
 
 def test_a_gguf_file_that_was_imported_leaves_with_the_same_tensors(half_llama, tmp_path):
-    write_gguf(half_llama, {}, 1.0, tmp_path / "first.gguf")
+    (tmp_path / "again").mkdir()
+    write_gguf(job_of(half_llama, {}, tmp_path / "first.gguf"))
     import_gguf(tmp_path / "first.gguf", tmp_path / "folder")
-    write_gguf(tmp_path / "folder", {}, 1.0, tmp_path / "second.gguf", name="llama")
+    write_gguf(job_of(tmp_path / "folder", {}, tmp_path / "again" / "first.gguf"))
     first, settings_first = read(tmp_path / "first.gguf")
-    second, settings_second = read(tmp_path / "second.gguf")
+    second, settings_second = read(tmp_path / "again" / "first.gguf")
     assert first.keys() == second.keys()
     for name in first:
         assert first[name].tensor_type == second[name].tensor_type
@@ -124,9 +131,9 @@ def test_a_gguf_file_that_was_imported_leaves_with_the_same_tensors(half_llama, 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_the_other_types_that_mlx_reads_come_back_byte_for_byte_too(half_llama, tmp_path, kind):
-    write_gguf(half_llama, {}, 1.0, tmp_path / "first.gguf", kind=kind)
+    write_gguf(job_of(half_llama, {}, tmp_path / "first.gguf", kind=kind))
     import_gguf(tmp_path / "first.gguf", tmp_path / "folder")
-    write_gguf(tmp_path / "folder", {}, 1.0, tmp_path / "second.gguf")
+    write_gguf(job_of(tmp_path / "folder", {}, tmp_path / "second.gguf"))
     first, second = read(tmp_path / "first.gguf")[0], read(tmp_path / "second.gguf")[0]
     assert {name: tensor.data.tobytes() for name, tensor in first.items()} == {
         name: tensor.data.tobytes() for name, tensor in second.items()
@@ -160,7 +167,7 @@ def test_the_codes_of_any_affine_layer_mean_the_same_in_gguf(tmp_path_factory, b
 
 def test_8_bits_that_gguf_cannot_say_are_rounded_once_and_the_loss_is_reported(tmp_path):
     folder = write_half_llama(tmp_path / "base", bits=8)
-    report = write_gguf(folder, {}, 1.0, tmp_path / "model.gguf")
+    report = write_gguf(job_of(folder, {}, tmp_path / "model.gguf"))
     assert report.kept == 0
     assert 0 < report.error < 0.01
     assert set(report.types) == {"Q8_0", "F32"}
@@ -172,7 +179,7 @@ def test_8_bits_that_gguf_cannot_say_are_rounded_once_and_the_loss_is_reported(t
 )
 def test_every_type_holds_the_weights_as_well_as_it_can(tiny_llama, tmp_path, kind, limit):
     factors = make_factors(tiny_llama)
-    report = write_gguf(tiny_llama, factors, SCALE, tmp_path / "model.gguf", kind=kind)
+    report = write_gguf(job_of(tiny_llama, factors, tmp_path / "model.gguf", kind=kind))
     tensors, settings_ = read(tmp_path / "model.gguf")
     base, names = Checkpoint(tiny_llama), read_names(CONFIG, tiny_llama)
     for layer in ("model.layers.1.self_attn.v_proj", "model.layers.0.mlp.down_proj", "lm_head"):
@@ -199,7 +206,7 @@ def test_a_base_that_is_not_quantized_keeps_16_bits(tmp_path):
         for name, array in rounded.items():
             writer.write(name, array)
     factors = make_factors(folder)
-    report = write_gguf(folder, factors, SCALE, tmp_path / "model.gguf")
+    report = write_gguf(job_of(folder, factors, tmp_path / "model.gguf"))
     stored, _ = read(tmp_path / "model.gguf")
     assert stored["blk.0.ffn_up.weight"].tensor_type.name == "BF16"
     assert stored["blk.0.attn_q.weight"].tensor_type.name == "F16"
@@ -213,7 +220,7 @@ def test_a_base_that_is_not_quantized_keeps_16_bits(tmp_path):
 
 def test_a_row_that_is_no_whole_number_of_blocks_leaves_with_16_bits(tmp_path):
     folder = write_tiny_llama(tmp_path / "base", bits=None, intermediate_size=80)
-    write_gguf(folder, {}, 1.0, tmp_path / "model.gguf", kind="Q8_0")
+    write_gguf(job_of(folder, {}, tmp_path / "model.gguf", kind="Q8_0"))
     tensors, _ = read(tmp_path / "model.gguf")
     assert tensors["blk.0.ffn_down.weight"].tensor_type.name == "F16"
     assert tensors["blk.0.ffn_up.weight"].tensor_type.name == "Q8_0"
@@ -252,7 +259,7 @@ def test_only_q_and_k_change_their_order_and_only_where_llama_cpp_turns_neighbou
 
 def test_the_bias_of_q_changes_its_order_with_the_rows(tmp_path):
     folder = write_tiny_llama(tmp_path / "base", attention_bias=True, mlp_bias=True)
-    write_gguf(folder, {}, 1.0, tmp_path / "model.gguf")
+    write_gguf(job_of(folder, {}, tmp_path / "model.gguf"))
     tensors, _ = read(tmp_path / "model.gguf")
     base = Checkpoint(folder)
     bias = base.tensors["model.layers.1.self_attn.q_proj.bias"].floats()
@@ -288,19 +295,19 @@ def test_the_factors_of_llama3_become_a_tensor_and_survive_the_way_back(tmp_path
     rope = {**LLAMA3_ROPE, "factor": 32.0, "original_max_position_embeddings": 8192}
     more = {"rope_theta": 500000.0, "head_dim": 64, "max_position_embeddings": 131072, "rope_scaling": rope}
     folder = write_half_llama(tmp_path / "base", **more)
-    write_gguf(folder, {}, 1.0, tmp_path / "model.gguf")
+    write_gguf(job_of(folder, {}, tmp_path / "model.gguf"))
     tensors, settings_ = read(tmp_path / "model.gguf")
     assert tensors["rope_freqs.weight"].data.shape == (32,)
     assert settings_["llama.rope.dimension_count"] == settings_["llama.attention.key_length"] == 64
     import_gguf(tmp_path / "model.gguf", tmp_path / "folder")
-    write_gguf(tmp_path / "folder", {}, 1.0, tmp_path / "again.gguf")
+    write_gguf(job_of(tmp_path / "folder", {}, tmp_path / "again.gguf"))
     again, _ = read(tmp_path / "again.gguf")
     np.testing.assert_array_equal(again["rope_freqs.weight"].data, tensors["rope_freqs.weight"].data)
 
 
 def test_settings_say_the_size_of_the_model_and_its_tokenizer(half_llama, tmp_path):
-    write_gguf(half_llama, {}, 1.0, tmp_path / "model.gguf", name="mail", license_id="apache-2.0")
-    _, found = read(tmp_path / "model.gguf")
+    write_gguf(job_of(half_llama, {}, tmp_path / "mail.gguf", about=About("llama", licence="apache-2.0")))
+    _, found = read(tmp_path / "mail.gguf")
     expected = {
         "general.architecture": "llama",
         "general.name": "mail",
@@ -333,7 +340,7 @@ def test_settings_say_the_size_of_the_model_and_its_tokenizer(half_llama, tmp_pa
 
 def test_tied_heads_are_written_once(tmp_path):
     folder = write_tiny_llama(tmp_path / "base", tie_word_embeddings=True)
-    write_gguf(folder, {}, 1.0, tmp_path / "model.gguf")
+    write_gguf(job_of(folder, {}, tmp_path / "model.gguf"))
     tensors, _ = read(tmp_path / "model.gguf")
     assert "output.weight" not in tensors and "token_embd.weight" in tensors
 
@@ -347,7 +354,7 @@ def test_what_gguf_has_no_place_for_is_refused_by_name(half_llama, tmp_path):
     (folder / "config.json").write_text(json.dumps(base.config))
     write_tokenizer(folder)
     with pytest.raises(InputError, match="GGUF's llama has no place for\n  model.extra.weight"):
-        write_gguf(folder, {}, 1.0, tmp_path / "model.gguf")
+        write_gguf(job_of(folder, {}, tmp_path / "model.gguf"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
 
 
@@ -367,25 +374,25 @@ def test_an_architecture_that_we_do_not_know_is_refused(half_llama, tmp_path, ch
 @pytest.mark.parametrize("kind", ["Q4_K_M", "q6_k", "IQ4_XS"])
 def test_types_that_only_llama_cpp_makes_are_answered_with_its_command(half_llama, tmp_path, kind):
     with pytest.raises(InputError, match=rf"--bits 16, then: llama-quantize .*m.gguf .*m-{kind.upper()}.gguf"):
-        write_gguf(half_llama, {}, 1.0, tmp_path / "m.gguf", kind=kind)
-    with pytest.raises(InputError, match="type: expected one of F32, F16, BF16, Q8_0, Q4_1, Q4_0, got 'Q9'"):
-        write_gguf(half_llama, {}, 1.0, tmp_path / "m.gguf", kind="Q9")
+        write_gguf(job_of(half_llama, {}, tmp_path / "m.gguf", kind=kind))
+    with pytest.raises(InputError, match="--type: expected one of F32, F16, BF16, Q8_0, Q4_1, Q4_0, got 'Q9'"):
+        write_gguf(job_of(half_llama, {}, tmp_path / "m.gguf", kind="Q9"))
     assert quantize_line(tmp_path / "m.gguf").endswith("m-Q4_K_M.gguf Q4_K_M")
 
 
 def test_weights_that_a_type_cannot_hold_are_refused_and_leave_nothing(half_llama, tmp_path):
     factors = make_factors(half_llama, size=1e7)
     with pytest.raises(InputError, match="are not finite in F16; try --bits 32"):
-        write_gguf(half_llama, factors, SCALE, tmp_path / "m.gguf", kind="F16")
+        write_gguf(job_of(half_llama, factors, tmp_path / "m.gguf", kind="F16"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_earlier_export_is_replaced_with_force_alone_and_a_foreign_file_never(half_llama, tmp_path):
     out = tmp_path / "model.gguf"
-    write_gguf(half_llama, {}, 1.0, out)
+    write_gguf(job_of(half_llama, {}, out))
     with pytest.raises(InputError, match="exists; choose another place, or replace"):
-        write_gguf(half_llama, {}, 1.0, out)
-    write_gguf(half_llama, {}, 1.0, out, kind="F16", force=True)
+        write_gguf(job_of(half_llama, {}, out))
+    write_gguf(job_of(half_llama, {}, out, kind="F16", force=True))
     assert read(out)[0]["blk.0.ffn_up.weight"].tensor_type.name == "F16"
     writer = gguf.GGUFWriter(tmp_path / "theirs.gguf", "llama")
     writer.add_name("mine")
@@ -396,7 +403,7 @@ def test_an_earlier_export_is_replaced_with_force_alone_and_a_foreign_file_never
     for foreign, content in ((tmp_path / "theirs.gguf", before), (tmp_path / "notes.txt", b"mine")):
         foreign.write_bytes(content)
         with pytest.raises(InputError, match="is no export of ours"):
-            write_gguf(half_llama, {}, 1.0, foreign, force=True)
+            write_gguf(job_of(half_llama, {}, foreign, force=True))
         assert foreign.read_bytes() == content
 
 
@@ -404,11 +411,11 @@ def test_an_earlier_export_is_replaced_with_force_alone_and_a_foreign_file_never
 def test_a_file_that_does_not_hold_what_was_meant_is_found_out(half_llama, tmp_path, damage):
     path = tmp_path / "model.gguf"
     factors = make_factors(half_llama)
-    write_gguf(half_llama, factors, SCALE, path)
+    write_gguf(job_of(half_llama, factors, path))
     base = Checkpoint(half_llama)
     names, rope = read_names(base.config, half_llama), read_rope(base.config, half_llama)
     tensors, vocabulary = plan(base, factors, names, rope, None), read_vocabulary(half_llama, base.config)
-    check(path, tensors, SCALE, vocabulary, lambda nbytes, name: None)
+    check(path, tensors, SCALE, vocabulary, lambda nbytes: None)
     raw = bytearray(path.read_bytes())
     found, _ = read(path)
     if damage == "token":
@@ -420,12 +427,11 @@ def test_a_file_that_does_not_hold_what_was_meant_is_found_out(half_llama, tmp_p
         raw[start : start + found[name].n_bytes // 2] = bytes(found[name].n_bytes // 2)
     path.write_bytes(raw)
     with pytest.raises(RuntimeError, match=f"what was read back is not what was meant: {name}"):
-        check(path, tensors, SCALE, vocabulary, lambda nbytes, name: None)
+        check(path, tensors, SCALE, vocabulary, lambda nbytes: None)
 
 
 def test_progress_counts_every_byte_once_written_and_once_compared(half_llama, tmp_path):
     steps = []
-    write_gguf(half_llama, {}, 1.0, tmp_path / "m.gguf", progress=lambda *step: steps.append(step))
-    done, totals, names = zip(*steps, strict=True)
-    assert list(done) == sorted(done) and done[-1] == totals[-1]
-    assert len(set(totals)) == 1 and names[: len(names) // 2] == names[len(names) // 2 :]
+    write_gguf(job_of(half_llama, {}, tmp_path / "m.gguf", show=showing(steps)))
+    assert steps == sorted(steps) and steps[-1] == 100
+    assert steps[len(steps) // 2 - 1] == 50 and len(steps) % 2 == 0

@@ -7,13 +7,13 @@ import pytest
 
 from mbf_mlx.engine.lora_layers import attach, lora_layers
 from mbf_mlx.export import run
-from mbf_mlx.export.card import About
-from mbf_mlx.export.job import ExportRows, Job
+from mbf_mlx.export.job import ExportRows
 from mbf_mlx.export.mlx_folder import write_mlx_folder
 from mbf_mlx.export.weights import affine
 from mbf_mlx.export.weights.checkpoint import Checkpoint
-from mbf_mlx.export.weights.rounding import Rounder, by_chance, output_error
-from tests.support.factors import SCALE, make_factors
+from mbf_mlx.export.weights.rounding import Rounder, by_chance
+from tests.support.factors import make_factors
+from tests.support.jobs import job_of, mean_retention
 from tests.support.token_rows import token_rows
 
 
@@ -35,6 +35,12 @@ def layer():
 
 def second_moment(inputs):
     return (inputs.T @ inputs / len(inputs)).astype(np.float32)
+
+
+def output_error(codes, grid, target, moment):
+    """tr(E H E^T) of codes for W'."""
+    wrong = affine.decode(codes, *grid) - target
+    return float(np.einsum("ij,ij->", wrong @ moment, wrong, dtype=np.float64))
 
 
 def test_a_base_on_its_grid_keeps_its_codes_where_nothing_is_added(layer):
@@ -84,35 +90,35 @@ def test_a_group_without_width_and_inputs_that_are_never_seen_do_no_harm():
 
 def test_the_same_bits_take_the_same_bytes_and_stay_on_the_bases_grid(tiny_llama, tmp_path):
     factors = make_factors(tiny_llama)
-    report = write_mlx_folder(tiny_llama, factors, SCALE, tmp_path / "one", bits=4)
+    report = write_mlx_folder(job_of(tiny_llama, factors, tmp_path / "one", bits=4))
     assert report.bytes_out == report.bytes_base
     before, after = Checkpoint(tiny_llama), Checkpoint(tmp_path / "one")
     for name in factors:
         for part in ("scales", "biases"):
             assert after.tensors[f"{name}.{part}"].rows().tobytes() == before.tensors[f"{name}.{part}"].rows().tobytes()
-    assert report.retention == pytest.approx(1, abs=0.5)
-    write_mlx_folder(tiny_llama, factors, SCALE, tmp_path / "two", bits=4)
+    assert mean_retention(report) == pytest.approx(1, abs=0.5)
+    write_mlx_folder(job_of(tiny_llama, factors, tmp_path / "two", bits=4))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
     assert weights[0] == weights[1]
 
 
 def test_moments_are_those_of_the_inputs_and_shared_by_layers_that_share_them(tiny_llama, mx, monkeypatch):
-    from mbf_mlx.base import load as model
+    from mbf_mlx.base.load import load_base
     from mbf_mlx.config import LoRAConfig
-    from mbf_mlx.export.quality import input_moments as watching
+    from mbf_mlx.export.quality import input_moments
 
-    base = model.load_base(tiny_llama, dtype="float32").model
+    base = load_base(tiny_llama, dtype="float32").model
     attach(base, LoRAConfig(rank=4))
     rows = [*token_rows(3), *token_rows(2, seed=5, length=7)]
-    whole = list(watching.moments(base, lora_layers(base), rows))
+    whole = list(input_moments.moments(base, lora_layers(base), rows))
     assert [names for names, _ in whole] == [
         [f"model.layers.{block}.self_attn.{key}" for key in ("q_proj", "v_proj")] for block in (0, 1)
     ]
     first = base.model.layers[0].input_layernorm
     inputs = np.concatenate([np.array(first(base.model.embed_tokens(mx.array(row.tokens)))) for row in rows])
     np.testing.assert_allclose(whole[0][1], inputs.T @ inputs / len(inputs), rtol=1e-3, atol=1e-4)
-    monkeypatch.setattr(watching, "BUDGET_BYTES", 1)
-    apart = dict((names[0], matrix) for names, matrix in watching.moments(base, lora_layers(base), rows))
+    monkeypatch.setattr(input_moments, "BUDGET_BYTES", 1)
+    apart = dict((names[0], matrix) for names, matrix in input_moments.moments(base, lora_layers(base), rows))
     for names, matrix in whole:
         np.testing.assert_allclose(apart[names[0]], matrix, rtol=1e-5)
 
@@ -131,14 +137,10 @@ def test_matrices_on_the_shelf_come_back_and_are_shared_and_leave_no_file(tmp_pa
 
 
 def test_an_export_at_the_bases_own_bits_is_fitted_to_the_rows_and_measured_on_others(tiny_llama, tmp_path):
-    job = Job(
-        base=tiny_llama,
-        factors=make_factors(tiny_llama, size=0.05),
-        scale=SCALE,
-        num_layers=2,
-        num_blocks=2,
-        about=About("tiny"),
-        out=tmp_path / "fitted",
+    job = job_of(
+        tiny_llama,
+        make_factors(tiny_llama, size=0.05),
+        tmp_path / "fitted",
         bits=4,
         allow_loss=True,
         read_rows=lambda: ExportRows(token_rows(64, seed=1), token_rows(32), "made-up rows"),

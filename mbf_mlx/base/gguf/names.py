@@ -1,11 +1,10 @@
-"""What GGUF calls a model and its tensors, and in which order it keeps the rows of q and k.
+"""GGUF's names for a model and its tensors, and its order of the rows of q and k, for reading and writing such files.
 
-MLX and Hugging Face pair row i of the first half of a head with row i of the second half (rotary position embedding);
-GGUF's `llama` pairs neighbours, so that row 2 i of a head is our row i and row 2 i + 1 our row i of the second half.
-Reads config.json alone; needs neither weights nor mlx.
+The names are those of the gguf library. Rotary position embedding turns pairs of rows of a head: MLX and Hugging Face
+pair row i of its first half with row i of its second half, GGUF's `llama` pairs neighbours. So GGUF's row 2 i is our
+row i, and its row 2 i + 1 is our row i of the second half. Reads config.json alone; needs neither weights nor mlx.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from mbf_mlx.errors import InputError
 
 @dataclass(frozen=True)
 class Architecture:
-    """What GGUF makes of a model_type."""
+    """GGUF's side of a model_type."""
 
     kind: gguf.MODEL_ARCH
     neighbours: bool  # llama.cpp pairs neighbouring rows of q and k
@@ -49,12 +48,12 @@ class Names:
         return str(gguf.MODEL_ARCH_NAMES[self.kind])
 
     def tensor(self, name: str) -> str | None:
-        """Return GGUF's name of a tensor, "model.layers.0.mlp.up_proj.weight"; None if it has none."""
+        """Return GGUF's name of a tensor such as "model.layers.0.mlp.up_proj.weight"; None if it has none."""
         found: str | None = self._map.get_name(name, (".weight", ".bias"))
         return found
 
     def order(self, layer: str, out: int) -> np.ndarray | None:
-        """Return which of a layer's `out` rows stands at each place in GGUF; None where all stay in their place."""
+        """Return which of a layer's `out` rows is at each place in GGUF, (out,); None where all stay in place."""
         heads = {"q_proj": self.heads, "k_proj": self.kv_heads}.get(layer.rpartition(".")[2])
         if heads is None or not self.neighbours:
             return None
@@ -65,33 +64,15 @@ class Names:
         return gguf.get_tensor_name_map(self.kind, self.blocks)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return a model folder's config.json.
-
-    Raises:
-        InputError: no such file, or not a JSON object.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder}: expected a model folder, got no config.json there") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
-
-
 def read_names(config: dict[str, Any], where: Path) -> Names:
-    """Return the names for the model that a config.json describes.
+    """Return GGUF's names for the model that a config.json describes.
 
     Args:
-        config: Its contents.
+        config: The contents of config.json.
         where: The model's folder, for messages.
 
     Raises:
-        InputError: an architecture, or a variant of one, that this export does not know.
+        InputError: an architecture, or a variant of one, that has no such GGUF files.
     """
     architecture = ARCHITECTURES.get(config.get("model_type", ""))
     if architecture is None:

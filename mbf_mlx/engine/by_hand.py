@@ -1,0 +1,151 @@
+"""The engine for a Llama on a CPU: forward and backward pass are our own, in llama_pass.py.
+
+Letters: N supervised positions of a batch, D the hidden size, V the vocabulary. A batch is split into parts, one for
+each core, that run in threads side by side; the first part computes the shared prefix for all.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from mbf_mlx.base.unpack import evaluate, evaluated, with_gradient, without_history
+from mbf_mlx.data.batches import Batch, LabelledTokens, make_batch, split
+from mbf_mlx.device.blas import load_blas
+from mbf_mlx.engine import cpu_ops
+from mbf_mlx.engine.engine import KNOWN_WELL, Engine, Note
+from mbf_mlx.engine.llama_attention import PrefixHandover
+from mbf_mlx.engine.llama_pass import Head, Pass
+from mbf_mlx.engine.lora_layers import trained_arrays
+from mbf_mlx.errors import MemoryLimitError
+
+WATCHED_TOKENS = 384  # watch more rows at a time only while they have at most so many tokens together
+
+
+class ByHand(Engine):
+    """Computes losses and gradients with `llama_pass.Pass`.
+
+    Args:
+        model: One that `llama_pass.fits` accepts.
+        checkpoint, logits_bytes: As `Engine` explains.
+
+    Attributes:
+        cores: Into how many parts a batch is split at most.
+    """
+
+    by_hand = True
+
+    def __init__(self, model: nn.Module, *, checkpoint: bool, logits_bytes: int) -> None:
+        super().__init__(model, checkpoint=checkpoint, logits_bytes=logits_bytes)
+        self.cores = min(cpu_ops.CORES, load_blas().threads)
+        self._head = Head(model)
+
+    @property
+    def vocabulary(self) -> int:
+        return self._head.vocabulary
+
+    def watched_together(self, rows: Sequence[LabelledTokens], start: int, batch_size: int) -> list[Batch]:
+        """Return the next rows to watch, split into a batch for each core.
+
+        Short rows go together, because that is faster: as many as train together, and at least one for each core. If
+        memory has no room for them, a row goes alone.
+        """
+        most = max(self.cores, batch_size)
+        stop, tokens = start + 1, len(rows[start].tokens)
+        while stop < min(len(rows), start + most):
+            tokens += len(rows[stop].tokens)
+            if stop - start >= self.cores and tokens > WATCHED_TOKENS:
+                break
+            stop += 1
+        batch = make_batch(rows, range(start, stop), share_prefix=False)
+        try:
+            self.before(batch, True)
+        except MemoryLimitError:
+            batch = make_batch(rows, [start], share_prefix=False)
+            self.before(batch, True)
+        return split(batch, self.cores)
+
+    def _states(self, batch: Batch) -> mx.array:
+        """Return the hidden states at the supervised positions, (N, D)."""
+        parts, handovers = self._parts(batch)
+
+        def run(part: Batch) -> mx.array:
+            return evaluated(Pass(self.model, {}, part, keep=False, handovers=handovers).forward())
+
+        return mx.concatenate(cpu_ops.side_by_side([partial(run, part) for part in parts]))
+
+    def _logits(self, states: mx.array) -> mx.array:
+        return self._head(states)
+
+    def _loss(self, batch: Batch) -> mx.array:
+        """Return the loss. To mlx it is one function of the trained factors, with a gradient of its own."""
+        trained = trained_arrays(self.model)
+        # Copies without history: on arrays that mlx differentiates it would keep every intermediate result.
+        factors = {name: without_history(value.astype(mx.float32)) for name, value in trained.items()}
+        parts, handovers = self._parts(batch)
+
+        def run(part: Batch) -> tuple[np.ndarray, mx.array, Pass]:
+            way = Pass(self.model, factors, part, checkpoint=self.checkpoint, handovers=handovers)
+            return *self._loss_and_d_hidden(way.forward(), part.targets, len(parts)), way
+
+        done = cpu_ops.side_by_side([partial(run, part) for part in parts])
+        losses = np.concatenate([losses for losses, _, _ in done])
+        value = mx.array(losses.sum(dtype=np.float64).astype(np.float32))
+
+        def loss(*_: mx.array) -> mx.array:
+            return value
+
+        def gradients(_: Any, cotangent: mx.array, __: mx.array) -> list[mx.array]:
+            backs = [partial(way.backward, without_history(cotangent * d_hidden)) for _, d_hidden, way in done]
+            first, *others = cpu_ops.side_by_side(backs)
+            found = {name: sum((other[name] for other in others), first[name]) for name in first}
+            return [found[name].astype(value.dtype) for name, value in trained.items()]
+
+        return with_gradient(loss, gradients)(*trained.values())
+
+    def _watch(self, batches: list[tuple[int, Batch]], note: Note, logarithm: bool) -> None:
+        """Watch all batches at the same time, each in a thread."""
+        factors = {name: value.astype(mx.float32) for name, value in trained_arrays(self.model).items()}
+        evaluate(self.model)  # a thread cannot evaluate what another has begun
+        mx.eval(factors)
+
+        def run(place: int, batch: Batch) -> None:
+            def pass_on(name: str, x: mx.array, gradients: mx.array) -> None:
+                note(place, name, x, gradients, way.layout.row_of(len(x)))
+
+            way = Pass(self.model, factors, batch, checkpoint=self.checkpoint, note=pass_on)
+            losses, d_hidden = self._loss_and_d_hidden(way.forward(), batch.targets, len(batches))
+            of_rows = np.bincount(batch.row_of, losses if logarithm else None)[batch.row_of]
+            sizes = of_rows + KNOWN_WELL if logarithm else of_rows
+            way.backward(d_hidden / mx.array(sizes.astype(np.float32))[:, None])
+
+        cpu_ops.side_by_side([partial(run, place, batch) for place, batch in batches])
+
+    def _parts(self, batch: Batch) -> tuple[list[Batch], list[PrefixHandover]]:
+        """Return the parts of a batch that run side by side, and for each block how they share the prefix."""
+        evaluate(self.model)  # a thread cannot evaluate what another has begun
+        parts = split(batch, self.cores)
+        several = len(parts) > 1 and len(batch.prefix)
+        return parts, [PrefixHandover(len(parts)) for _ in self.model.layers] if several else []
+
+    def _loss_and_d_hidden(self, hidden: mx.array, targets: np.ndarray, sharing: int) -> tuple[np.ndarray, mx.array]:
+        """Return the losses (N,) of hidden states (N, D) and the gradient of their sum, one chunk of logits at a time.
+
+        Args:
+            hidden: One part's.
+            targets: Its tokens that are right, (N,).
+            sharing: How many threads do this at the same time and share the budget.
+        """
+        losses, gradients = [], []
+        for start, stop in self.chunks(len(targets), sharing):
+            part = hidden[start:stop]
+            logits = self._head(part)
+            mx.eval(logits)
+            losses.append(cpu_ops.cross_entropy_(logits, targets[start:stop]))
+            gradient = self._head.backward(part, logits)
+            mx.eval(gradient)
+            gradients.append(gradient)
+        return np.concatenate(losses), evaluated(mx.concatenate(gradients))

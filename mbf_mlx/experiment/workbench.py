@@ -1,0 +1,177 @@
+"""What the cells of one experiment share: the loaded model, encoded rows, finished trainings, scores.
+
+Each is computed once and kept under a hash of all that decides it (hashes.py):
+
+- a training, by the factors that it starts from, its rows and settings, and what the method adds to its loss. So
+  methods that differ only after training share one chain of tuned factors, and nobody has to say which do;
+- a score, by the deployed factors and the test rows.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from mbf_mlx import __version__
+from mbf_mlx.adapters import mlx_lm as adapter
+from mbf_mlx.base.fingerprint import fingerprint
+from mbf_mlx.base.sources import resolve_base
+from mbf_mlx.config import LoRAConfig, settings_of
+from mbf_mlx.data.encode import Encoded, Encoder
+from mbf_mlx.device import backend
+from mbf_mlx.experiment.hashes import digest, of_rows, of_training
+from mbf_mlx.experiment.plan_file import Cell, ExperimentPlan
+from mbf_mlx.files.log import Log
+from mbf_mlx.files.safetensors_file import safetensors_bytes
+from mbf_mlx.files.storage import Data, Files
+from mbf_mlx.learning.evaluate import LOSS, metric_of
+from mbf_mlx.learning.events import Events
+from mbf_mlx.learning.learn import TrainingPlace
+from mbf_mlx.learning.learner import Learner, LoadLearner, run_conditions
+from mbf_mlx.learning.progress import Tensors, Training
+from mbf_mlx.learning.scores import answers_alone, score_rows
+from mbf_mlx.learning.tuning import Tuning
+from mbf_mlx.methods import Factors, Method, State
+from mbf_mlx.stream.saves import Working
+
+FORMAT = 1  # of what is hashed; a change in what a cell computes has to change it
+DRAW = 0  # the seed that draws a task's rows where the file limits their number: the same rows for all cells
+
+
+class TaskScore(TypedDict):
+    """A score of one task; None where a task has no rows, or where the metric is the loss."""
+
+    metric: str
+    value: float | None
+    loss: float | None
+
+
+class Workbench:
+    """What the cells of one experiment share.
+
+    Args:
+        plan: The experiment.
+        folder: The folder of its results; `cache/` in it keeps trainings and scores.
+        load: Loads a base model with factors attached.
+    """
+
+    def __init__(self, plan: ExperimentPlan, folder: Path, load: LoadLearner) -> None:
+        backend.setup()
+        self.plan, self.cache, self._load = plan, folder / "cache", load
+        self.files = Files()
+        self.files.make_folder(self.cache)
+        self.source = resolve_base(plan.file.base)
+        # The processor and its threads move last bits alone: every row notes them, and a run may go on elsewhere.
+        same = {key: value for key, value in run_conditions().items() if key not in ("processor", "threads")}
+        self.always = {"format": FORMAT, "mbf_mlx": __version__, "base": fingerprint(self.source.path)} | same
+        self._log = Log(self.cache / "scores.jsonl")
+        self._scores: dict[str, TaskScore] = {row["key"]: _score_of(row) for row in self._log.read() if "key" in row}
+        self._learners: dict[LoRAConfig, Learner] = {}
+        self._encoded: dict[tuple[str, str, int, str], Sequence[Encoded]] = {}
+
+    def learner(self, cell: Cell) -> Learner:
+        """Return the model with the cell's layers attached."""
+        shared = replace(cell.lora, rank=LoRAConfig.rank)  # factors of any rank are written into the model
+        if shared not in self._learners:
+            self._learners.clear()  # one model in memory at a time
+            self._learners[shared] = self._load(self.source.path, shared, False)
+        return replace(self._learners[shared], lora=cell.lora)
+
+    def training_rows(self, cell: Cell, name: str) -> Sequence[Encoded]:
+        """Return the token rows of a task that a cell trains on."""
+        return self._rows(cell, name, "train", self.plan.file.train_rows)
+
+    def valid_rows(self, cell: Cell, name: str) -> Sequence[Encoded]:
+        """Return the token rows that choose the best step; none unless the file asks for some."""
+        count = self.plan.file.valid_rows
+        return self._rows(cell, name, "valid", count) if count else []
+
+    def test_rows(self, cell: Cell, name: str) -> Sequence[Encoded]:
+        """Return the token rows that a task is scored on."""
+        file = self.plan.file
+        return self._rows(replace(cell, data=answers_alone(cell.data)), name, file.score_on, file.test_rows)
+
+    def _rows(self, cell: Cell, name: str, split: str, limit: int) -> Sequence[Encoded]:
+        place = (name, split, limit, json.dumps(settings_of(cell.data)))
+        if place not in self._encoded:
+            task = self.plan.tasks[name]
+            rows = {"train": task.train, "valid": task.valid, "test": task.test}[split]
+            if limit and limit < len(rows):
+                chosen = np.random.default_rng(DRAW).permutation(len(rows))[:limit]
+                rows = [rows[int(i)] for i in sorted(chosen)]
+            self._encoded[place] = Encoder(self.learner(cell).tokenizer, cell.data).all(rows, task.path)
+        return self._encoded[place]
+
+    def score(self, cell: Cell, learner: Learner, deployed: Factors, name: str, events: Events) -> TaskScore:
+        """Return the score on a task of the model, which applies `deployed` (nothing: the base model's own score)."""
+        rows = self.test_rows(cell, name)
+        asked = self.plan.file.metric or "auto"
+        metric = metric_of(rows) if asked == "auto" else asked
+        if not len(rows):  # reading the task has said that it has none
+            return {"metric": LOSS, "value": None, "loss": None}
+        lora = {"scale": cell.lora.scale} if deployed else {}
+        pairs = {layer: pair._asdict() for layer, pair in deployed.items()}
+        key = digest(self.always, lora, of_rows(rows), metric, pairs)
+        if key not in self._scores:
+            found = score_rows(learner, name, rows, metric, events)
+            self._scores[key] = {"metric": metric, "value": found.value, "loss": found.loss}
+            self._log.add({"key": key, **self._scores[key]})
+        return self._scores[key]
+
+    def place(
+        self,
+        cell: Cell,
+        method: Method,
+        state: State,
+        tuning: Tuning,
+        rows: Sequence[Encoded],
+        valid: Sequence[Encoded],
+    ) -> "SharedTraining":
+        """Return where a training of a cell is saved, and kept for the other cells."""
+        key = of_training(self.always, cell, method, state, tuning, rows, valid)
+        return SharedTraining(key, self.cache, self.files)
+
+
+def _score_of(row: dict[str, Any]) -> TaskScore:
+    return {"metric": row["metric"], "value": row["value"], "loss": row["loss"]}
+
+
+class SharedTraining(TrainingPlace):
+    """A training that is kept under its hash: what it left, its figures, and its saves while it runs.
+
+    Args:
+        key: The hash.
+        cache: The folder.
+        files: The operations to write with.
+    """
+
+    def __init__(self, key: str, cache: Path, files: Files) -> None:
+        working = Working(cache / f"{key}.working", files)
+        super().__init__(working, {"key": key}, working.load())
+        self.key, self._files = key, files
+        self._arrays, self._figures = cache / f"{key}.safetensors", cache / f"{key}.json"
+
+    def finished(self) -> tuple[Training, Tensors] | None:
+        """Return the figures of this training and the arrays that it left, if a cell has done it before."""
+        if not (self._figures.exists() and self._arrays.exists()):
+            return None
+        known: dict[str, Any] = {"best_step": 0, "computed_tokens": 0}  # what was not kept in the beginning
+        known |= json.loads(self._figures.read_bytes())
+        training = Training(**{each.name: known[each.name] for each in fields(Training)})
+        return training, adapter.read_tensors(self._arrays)
+
+    def keep(self, training: Training, tuning: Tuning) -> None:
+        """Keep a training that has just ended."""
+        arrays = {name: np.array(array) for name, array in tuning.arrays.items()}
+        self._replace(self._arrays, safetensors_bytes(arrays))
+        self._replace(self._figures, json.dumps({"key": self.key, **asdict(training)}).encode())
+        self.working.drop()
+
+    def _replace(self, path: Path, data: Data) -> None:
+        building = path.with_name(f"{path.name}.new")
+        self._files.remove(building)
+        self._files.write(building, data)
+        self._files.rename(building, path)
