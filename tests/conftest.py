@@ -1,4 +1,4 @@
-"""Fixtures that every test may take, and the one table of tolerances."""
+"""Fixtures for all tests, and the one table of tolerances."""
 
 import json
 import os
@@ -9,13 +9,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Before anything imports mlx: no TF32 in matrix products, or float32 would have 10 bits.
+# Set before mlx is imported: no TF32 in matrix products, or float32 would have a mantissa of 10 bits.
 os.environ["MLX_ENABLE_TF32"] = "0"
-# No test asks a hub for anything.
+# No test uses a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Two workers whose products wait for two threads each are several times slower than with one thread each.
+    # Two workers with two BLAS threads each are several times slower than with one thread each.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
@@ -25,7 +25,7 @@ from mbf_mlx.device.blas import load_blas
 from tests.support.fast import is_fast, no_processes
 
 load_blas()  # before any test imports mlx
-# A test run in the background of a script, or under nohup, ignores signals, and would hand that on to its children.
+# In the background of a script, or under nohup, Python ignores signals, and processes that tests start would, too.
 for _signal, _default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(_signal) == signal.SIG_IGN:
         signal.signal(_signal, _default)
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Let no test that is marked as fast start a process."""
+    """Make a test fail that is marked as fast and starts a process."""
     if not item.get_closest_marker("fast"):
         return (yield)
     with no_processes(item.nodeid):
@@ -50,23 +50,23 @@ def pytest_runtest_call(item):
 
 # name -> (relative tolerance, absolute tolerance), as numpy.testing takes them
 TOLERANCES = {
-    # golden values have 60 digits; QR and a few hundred roundings on matrices below 100 x 100 leave this
+    # golden values have 60 digits; what is left is QR and some hundred roundings on matrices below 100 x 100
     "float64": (1e-12, 1e-12),
-    # the same in float32: 6e-8 a rounding, some hundred of them, and a library's own order of summation
+    # the same in float32: some hundred roundings of 6e-8, and each library's own order of summation
     "float32": (1e-5, 2e-6),
-    # two forward passes of one model in float32 that differ in the order of their sums
+    # two forward passes of one model in float32 with different orders of summation
     "logits": (1e-5, 1e-5),
     "loss": (1e-5, 1e-6),
-    # gradients sum over all tokens of a batch and pass every layer twice
+    # gradients sum over all tokens of a batch and pass through every layer twice
     "gradients": (1e-4, 1e-6),
-    # 8 bits of mantissa
+    # a mantissa of 8 bits
     "bfloat16": (1e-2, 1e-2),
 }
 
 
 @pytest.fixture(scope="session")
 def tolerance():
-    """`tolerance("float32")` as keyword arguments of numpy.testing.assert_allclose."""
+    """`tolerance("float32")` gives the keyword arguments of numpy.testing.assert_allclose."""
     return lambda name: dict(zip(("rtol", "atol"), TOLERANCES[name], strict=True))
 
 
@@ -77,13 +77,13 @@ def import_mlx():
 
 @pytest.fixture
 def mx():
-    """mlx.core, for tests that need no other library."""
+    """mlx.core, for tests that need no other array library."""
     return import_mlx()
 
 
 @pytest.fixture
 def compiler():
-    """Skips where mlx cannot compile: on a CPU it calls g++."""
+    """Skip the test if mlx cannot compile: on a CPU it calls g++."""
     mx = import_mlx()
     if mx.default_device() == mx.Device(mx.cpu) and not shutil.which("g++"):
         pytest.skip("mlx compiles for a CPU with g++, which is not installed")
@@ -91,9 +91,10 @@ def compiler():
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
-    """Folder of a complete MLX model: a random two-layer Llama of 4 bits with a real tokenizer of its own.
+    """The folder of a complete MLX model: a random two-layer Llama in 4 bits, with a tokenizer trained for it.
 
-    hidden 64, 4 heads, 2 key-value heads, intermediate 128, vocabulary 300; group 32; ChatML template; made once a run.
+    Hidden size 64, 4 heads, 2 key-value heads, intermediate size 128, vocabulary 300, group size 32, ChatML template.
+    It is made once in a run.
     """
     import_mlx()
     folder = _temporary(tmp_path_factory) / "tiny-llama"
@@ -107,7 +108,7 @@ def tiny_llama(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
-    """Folder of SmolLM2-135M-Instruct as `mbf fetch` leaves it; fetched where it is missing."""
+    """The folder of SmolLM2-135M-Instruct as `mbf fetch` leaves it; it is fetched if it is missing."""
     import_mlx()
     models = Path(os.environ.get("MBF_MODELS") or ROOT / "models")
     folder = models / "smollm2-135m-instruct"
@@ -125,7 +126,7 @@ def smollm2(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def task_data():
-    """Folder with the published text tasks (tasks/, superni/, cl_benchmark/) that the project does not ship."""
+    """The folder of published text tasks (tasks/, superni/, cl_benchmark/), which the project does not ship."""
     folder = Path(os.environ.get("MBF_TASK_DATA") or ROOT.parent / "shared" / "data")
     if not (folder / "tasks").is_dir():
         pytest.skip(f"no text tasks in {folder}; MBF_TASK_DATA names their folder")
@@ -134,7 +135,7 @@ def task_data():
 
 @pytest.fixture
 def quick_path(tmp_path):
-    """A new folder in memory where the system has one: hundreds of flushes take seconds on a disk."""
+    """A new folder, in memory if possible: on a disk, hundreds of flushes take seconds."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path

@@ -43,13 +43,13 @@ def render(rows: Sequence[Row], template: ChatTemplate, pieces: PieceTokenizer) 
 
 
 class _Answer(NamedTuple):
-    place: int  # of its message
-    prompt: str  # what it is generated from
-    whole: str  # the conversation up to this answer, as the template writes it where this answer is the last message
+    place: int  # the number of its message, from 0
+    prompt: str  # the text that it is generated from
+    whole: str  # the text of the conversation up to and with this answer
 
 
 class _Conversation:
-    """The messages of a row, of which the assistant's are found in the text that the template makes of them."""
+    """The messages of one row; it finds the assistant's in the template's text."""
 
     def __init__(self, row: Row, template: ChatTemplate, pieces: PieceTokenizer):
         self.messages, self.tools = _messages(row), row.tools
@@ -57,7 +57,7 @@ class _Conversation:
         self._template, self._pieces = template, pieces
 
     def rendered(self, texts: Sequence[tuple[str | BadRow, str | BadRow]]) -> Rendered | BadRow:
-        """Return the row's text; `texts` has the prompt of each answer, and the conversation up to its end."""
+        """Return the row's text; `texts` has, for each answer, its prompt and the conversation up to its end."""
         answers = []
         for place, (prompt, whole) in zip(self.places, texts, strict=True):
             if isinstance(prompt, BadRow):
@@ -75,7 +75,7 @@ class _Conversation:
         """Return the last answer and what follows it."""
         if answer.whole.startswith(answer.prompt):
             return answer.whole[len(answer.prompt) :]
-        # What stands before the last question may differ: both texts are compared from there on.
+        # The text before the last question may differ: compare both texts from the question on.
         asked = self._marked(answer.prompt, answer.place - 1, answer.place, ask=True)
         told = self._marked(answer.whole, answer.place - 1, answer.place + 1, ask=False)
         if asked and told and told.after.startswith(asked.after) and _unmarked(answer.whole, told):
@@ -86,12 +86,12 @@ class _Conversation:
             raise BadRow(CHANGED)
         begin, end = span
         content = self._content(answer.place)
-        # The prompt may hold the beginning of a thought. An answer that begins with it goes on from there.
+        # The prompt may open a thought. An answer that begins with this opening continues behind it.
         opened = answer.prompt[begin:] if answer.prompt.startswith(marked.before) else ""
         if opened.strip() and content.startswith(opened.strip()):
             rest = content.removeprefix(opened.strip())
             return rest.removeprefix(opened[len(opened.rstrip()) :]) + answer.whole[end:]
-        # Any other is learned as the template writes it, in place of a thought.
+        # Any other answer takes the place of the thought.
         if not self._is_written(answer.place, answer.whole[begin:end].strip(), whole=True):
             raise BadRow(CHANGED)
         return answer.whole[begin:].lstrip()
@@ -111,7 +111,7 @@ class _Conversation:
             raise BadRow(CHANGED_EARLIER)
         if not self._is_written(answer.place, text[slice(*span)].strip(), whole=False):
             raise BadRow(CHANGED_EARLIER)
-        # Any text may stand for the answer here: what ends a turn is the same for all.
+        # "a" takes the answer's place here: the end of a turn does not depend on the answer.
         tail = self._pieces.turn("a" + in_last_place.after)[0][1:]
         end = span[1] + self._pieces.end_of_turn(text[span[1] :], tail)
         return (begin if generated and begin <= span[0] else span[0]), end

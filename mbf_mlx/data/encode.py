@@ -24,18 +24,18 @@ from mbf_mlx.data.token_rows import Encoded as Encoded
 from mbf_mlx.data.token_rows import EncodedRows
 from mbf_mlx.data.tokenizer_pieces import PieceTokenizer
 
-CHUNK = 512  # rows that are rendered and tokenized together, fewer where they have more letters than
-CHUNK_LETTERS = 1_000_000
+CHUNK = 512  # rows that are rendered and tokenized together; fewer if they have more than
+CHUNK_LETTERS = 1_000_000  # characters
 NOTHING = "no supervised token: the model's template or tokenizer leaves none of the answer"
 
 
 class Encoder:
-    """Encodes rows with one tokenizer and one setting.
+    """Turns rows into tokens, with one tokenizer and the same settings for all.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper.
-        data: Template, mask and length. The template "chat" means "none" for a model without one.
-        spill: A folder for tokens that are too many for memory; None is the system's own.
+        data: Template, mask and length. For a model without a chat template, "chat" means "none".
+        spill: The folder for tokens that do not fit in memory; None is the system's own.
     """
 
     def __init__(self, tokenizer: Any, data: DataConfig, spill: Path | None = None):
@@ -61,24 +61,24 @@ class Encoder:
         return encoded
 
     def stream(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Encoded | BadRow]]:
-        """Yield each row with its tokens, or with the reason why it has none; few are in memory at once."""
+        """Yield each row with its tokens, or with the reason why it has none; only a chunk of rows is in memory."""
         for chunk in _chunks(rows):
             whole = self._parts(chunk)
             for row, parts, cut in zip(chunk, *self._fitted(chunk, whole), strict=True):
                 yield row, parts if isinstance(parts, BadRow) else self._encoded(row, parts, cut)
 
     def marked(self, encoded: Encoded) -> list[tuple[str, bool]]:
-        """Return what a row says in pieces, each with whether it is supervised."""
+        """Return the text of a row in pieces, each with whether it is supervised."""
         edges = (np.flatnonzero(np.diff(encoded.supervised)) + 1).tolist()
         spans = zip([0, *edges], [*edges, len(encoded.tokens)], strict=True)
         return [(self._pieces.text(encoded.tokens[i:j].tolist()), bool(encoded.supervised[i])) for i, j in spans]
 
     def special_in(self, row: Row) -> str:
-        """Return a text in the row that the tokenizer reads as a special token, or nothing."""
+        """Return the first text in the row that the tokenizer reads as a special token; "" if there is none."""
         return next(filter(None, map(self._pieces.mark_in, row.texts)), "")
 
     def warnings(self) -> list[str]:
-        """Return what is odd about the model's template, whatever the rows."""
+        """Return warnings about the model's template; they do not depend on the rows."""
         if self._template is None:
             raw = self.data.template == "chat"
             return ["the model has no chat template: prompt and completion stand as they are"] if raw else []
@@ -99,7 +99,7 @@ class Encoder:
         return Encoded(tokens, supervised, len(parts.prompt), cut, row)
 
     def _parts(self, rows: Sequence[Row]) -> "list[_Parts | BadRow]":
-        """Return the rows' tokens, however many; all rows are of one kind."""
+        """Return the tokens of rows of one kind, not cut yet."""
         if not rows:
             return []
         if rows[0].kind == "text":
@@ -146,9 +146,9 @@ class Encoder:
         return prompts
 
     def _fitted(self, rows: Sequence[Row], parts: "list[_Parts | BadRow]") -> "tuple[list[_Parts | BadRow], list[int]]":
-        """Return the rows' tokens with the text of each last user message cut on its left until the row fits.
+        """Cut the rows that are too long; return the tokens, and how many tokens each row has lost.
 
-        Text rows lose their end instead. Beside them stands how many tokens each row has lost.
+        The text of the last user message is cut on its left until the row fits. Text rows lose their end instead.
         """
         limit, fitted = self.data.max_seq_length, list(parts)
         longs = {i: part for i, part in enumerate(parts) if isinstance(part, _Parts) and part.length > limit}
@@ -160,7 +160,7 @@ class Encoder:
         return fitted, [_length(old) - _length(new) for old, new in zip(parts, fitted, strict=True)]
 
     def _cut(self, rows: Sequence[Row], fitted: "list[_Parts | BadRow]", longs: "dict[int, _Parts]") -> None:
-        """Put shorter tokens, or the reason why there are none, into `fitted` for the rows that are too long."""
+        """Replace the rows that are too long in `fitted` by shorter ones, or by the reason why there are none."""
         limit = self.data.max_seq_length
         texts = {i: _question(rows[i]) for i in longs}
         places = dict(zip(longs, self._pieces.placed(list(texts.values()))[1], strict=True))
@@ -171,7 +171,7 @@ class Encoder:
                 if drops[i] >= len(places[i]):
                     fitted[i] = BadRow(self._too_long(rows[i], part, least[i]))
             left = [i for i in longs if drops[i] < len(places[i])]
-            # The text is cut and the row made anew: what comes out is the template around a shorter text, no other.
+            # Cut the text and make the row again, so that the template is whole around a shorter text.
             shorter = self._parts([_asking(rows[i], texts[i][places[i][drops[i]][0] :]) for i in left])
             longs = {}
             for i, new in zip(left, shorter, strict=True):
@@ -241,7 +241,7 @@ def _question(row: Row) -> str:
 
 
 def _asking(row: Row, text: str) -> Row:
-    """Return the row with another text in its last user message."""
+    """Return the row with `text` in its last user message."""
     if row.kind == "completion":
         return replace(row, prompt=text)
     place = max(i for i, message in enumerate(row.messages) if message["role"] == "user")

@@ -1,4 +1,4 @@
-"""Two benchmarks' own JSON: the prompts that their rows become, and what is said of files that do not fit."""
+"""The JSON of two benchmarks: the prompts that its rows become, and the messages for files that do not fit."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""One row: which JSON values fit, and what is said of those that do not.
-
-Long, because it is a table of values, each with the whole message.
-"""
+"""One row: which JSON values fit, and the message for those that do not. The file is long because of their table."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""A task's files become rows of train, valid and test.
-
-Long, because each case writes the files that it reads.
-"""
+"""Tasks: files, splits, names, and everything wrong with them. The file is long because of its table of bad tasks."""
 
 import gc
 import json

@@ -1,3 +1,5 @@
+"""Rows of tokens that are kept in memory or in a file, and come back as they were."""
+
 import errno
 import gc
 import tracemalloc

@@ -1,8 +1,8 @@
-"""Coverage-guided fuzzing of the readers that take files from strangers: `fuzz.py {gguf,safetensors,task} [-options]`.
+"""Coverage-guided fuzzing of the readers of strangers' files: `fuzz.py {gguf,safetensors,task} [-options]`.
 
 A reader takes a file or refuses it with an InputError. Anything else is a bug: another exception, a hang (-timeout=10),
-growth past 1 GB (-rss_limit_mb=1024). Options are libFuzzer's; `make fuzz` runs each reader for ten minutes. Needs
-atheris, which is no dependency of the tests: pip install atheris.
+or more than 1 GB of memory (-rss_limit_mb=1024). The options are libFuzzer's. `make fuzz` runs each reader for ten
+minutes. It needs atheris, which the tests do not: pip install atheris.
 """
 
 import sys
@@ -47,7 +47,7 @@ def task(path):
 READERS = {"gguf": gguf, "safetensors": safetensors, "task": task}
 SUFFIXES = {"gguf": [".gguf"], "safetensors": [".safetensors"], "task": [".jsonl", ".csv", ".tsv", ".json"]}
 
-# What libFuzzer puts into its inputs, as bytes: the formats' own words and the numbers at their edges.
+# Bytes that libFuzzer puts into its inputs: words of the formats, and numbers at the edges of their ranges.
 WORDS = {
     "gguf": [b"GGUF", b"general.alignment", b"\x00" * 7 + b"\x80", b"\x09\x00\x00\x00", b"\x08\x00\x00\x00"],
     "safetensors": b'"dtype": "shape": "data_offsets": "__metadata__": "F16" "BF16" "I64" "F8_E4M3" [[[[ {} null true'
@@ -59,8 +59,11 @@ WORDS = {
 
 
 def feed(name, data, folder):
-    """Give one input to a reader. A task's first byte says which kind of file it is; a safetensors header whose length
-    has an odd last byte gets its true one, up to the last brace: luck alone seldom finds it after a change."""
+    """Give one input to a reader.
+
+    A task's first byte chooses the kind of file. If the length of a safetensors header has an odd last byte, it is
+    replaced by the right length, up to the last brace, which the fuzzer would seldom find by itself.
+    """
     from mbf_mlx.errors import InputError
 
     if name == "safetensors" and len(data) > 8 and data[7] % 2:
@@ -79,7 +82,7 @@ def feed(name, data, folder):
 
 
 def seeds(name):
-    """Whole files to start from."""
+    """Return whole files to start from."""
     import json
     import struct
 

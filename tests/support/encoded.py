@@ -29,3 +29,9 @@ def encode(row, tokenizer, *, template="chat", mask_prompt=True, max_length=2048
 def supervised(tokenizer, encoded):
     """The supervised tokens as text, each run of them apart."""
     return [text for text, on in Encoder(tokenizer, DataConfig()).marked(encoded) if on]
+
+
+def generation_prompt(tokenizer, messages, **more):
+    """What mlx_lm.generate makes of a conversation."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **more)
+    return tokenizer.encode(text, add_special_tokens=False)

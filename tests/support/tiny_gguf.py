@@ -1,4 +1,4 @@
-"""Writes tiny GGUF files with the gguf package: a random two-layer Llama in any tensor types and its vocabulary."""
+"""Writes tiny GGUF files with the gguf package: a random two-layer Llama with its vocabulary, in any tensor types."""
 
 import json
 
@@ -13,7 +13,7 @@ NORMAL, CONTROL = 1, 3
 
 
 def tiny_weights(vocabulary, seed=0, blocks=BLOCKS, tied=False):
-    """Return a Llama's weights by their names in Hugging Face's files, float32."""
+    """Return a Llama's weights as float32, by their names in Hugging Face's files."""
     random = np.random.default_rng(seed)
     head = HIDDEN // HEADS
 
@@ -45,7 +45,7 @@ def interleaved(rows, heads):
 
 
 def byte_level_vocabulary(folder):
-    """Return tokens, types and merges of the tiny Llama's own tokenizer, whose files are left in `folder`."""
+    """Return tokens, types and merges of the tiny Llama's own tokenizer, and leave its files in `folder`."""
     write_tokenizer(folder)
     content = json.loads((folder / "tokenizer.json").read_text())
     ids = content["model"]["vocab"]
@@ -62,10 +62,10 @@ def write_tiny_gguf(path, scratch, *, types="F32", settings=None, weights=None, 
         path: The file.
         scratch: A folder for the tokenizer's own files.
         types: The type of every matrix, or types by the end of its GGUF name ("attn_q.weight") with "" for the others.
-        settings: Settings changed, by their whole names; None as a value leaves one out.
-        weights: In the place of random ones.
-        drop, extra: Names of tensors left out; (name, array, type) of tensors added.
-        blocks: How many.
+        settings: Changed settings, by their full names; a setting with the value None is left out.
+        weights: Weights to use instead of random ones.
+        drop, extra: Names of tensors to leave out; (name, array, type) of tensors to add.
+        blocks: Number of blocks.
     """
     scratch.mkdir(parents=True, exist_ok=True)
     tokens, kinds, merges = byte_level_vocabulary(scratch)
@@ -117,7 +117,7 @@ def write_tiny_gguf(path, scratch, *, types="F32", settings=None, weights=None, 
 
 
 def add_setting(writer, key, value):
-    """Add a setting in the type that llama.cpp's converter uses."""
+    """Add a setting with the type that llama.cpp's converter uses."""
     if value is None:
         return
     if isinstance(value, bool):

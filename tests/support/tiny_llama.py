@@ -35,7 +35,7 @@ CONFIG = {
 
 
 def write_tiny_llama(folder, *, bits=4, group_size=32, seed=0, **changes):
-    """Write the model into `folder`; `bits=None` leaves it unquantized, `changes` go into its config."""
+    """Write the model into `folder`. With `bits=None` it is not quantized; `changes` change its config."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_flatten, tree_map
@@ -45,14 +45,14 @@ def write_tiny_llama(folder, *, bits=4, group_size=32, seed=0, **changes):
     folder.mkdir(parents=True)
     mx.random.seed(seed)
     model = llama.Model(llama.ModelArgs.from_dict(config))
-    # Larger than a real initialization, so that both layers matter and the logits have clear winners.
+    # Larger than a real initialization, so that both layers matter and logits differ clearly.
     model.update(tree_map(lambda value: 2.5 * value if value.ndim == 2 else value, model.parameters()))
     if bits is not None:
         nn.quantize(model, group_size=group_size, bits=bits)
         config["quantization"] = {"group_size": group_size, "bits": bits, "mode": "affine"}
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     write_tokenizer(folder)
-    # Last: the folder is complete where config.json is.
+    # Written last: a folder with config.json is complete.
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
 

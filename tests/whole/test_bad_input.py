@@ -1,9 +1,7 @@
 """What users get wrong, one row each, with the whole message: adapters, streams, names, flags.
 
-Task files stand in tests/data/, model folders and GGUF files in tests/base/.
-
-Long, because it is a table: one row for each thing that users get wrong.
-"""
+Wrong task files are in tests/data/, wrong model folders and GGUF files in tests/base/. The file is long because of its
+tables."""
 
 # ruff: noqa: E501  a message stands in its row
 
@@ -36,7 +34,7 @@ PEFT_A, PEFT_B = (f"base_model.model.{LAYER}.lora_{half}.weight" for half in "AB
 
 
 def save(folder, config=CONFIG, weights=None, **tensors):
-    """An adapter in mlx-lm's layout; its one layer's factors, or whatever `tensors` and `weights` say."""
+    """Write an adapter in mlx-lm's layout with the factors of one layer, or with what `tensors` and `weights` give."""
     folder.mkdir()
     if config is not None:
         (folder / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
@@ -192,7 +190,7 @@ def test_an_adapter_that_cannot_be_absorbed_is_refused_in_these_words(quick_path
     with stream.writer(), pytest.raises(InputError) as caught:
         exchange.absorb(stream, out, "mail", force=True)
     said, expected = str(caught.value), message.replace("OUT", str(out)).replace("STREAM", str(stream.path))
-    # After a star come the safetensors library's own words, which change between its versions.
+    # A star means the safetensors library's own words, which change between its versions.
     assert said == expected or (expected.endswith("*") and said.startswith(expected[:-1]))
     assert contents(stream.path) == before
     assert {path.name for path in quick_path.iterdir()} <= {"s", "out"}
@@ -269,7 +267,8 @@ NO_TASK = (
 )
 LONG = "x" * 300
 COUNT = "expected a whole number of at least"
-# words of the command, its exit code, its message: all of it with code 1; the last line's end, which is typer's, with 2
+# Words of the command, its exit code, and its message. With code 1 that is the whole message; with code 2, from typer,
+# it is the end of the last line.
 FLAGS = {
     "an unknown stream": (["status", S], 1, NONE),
     "undo of nothing": (["undo", S], 1, NONE),
@@ -359,7 +358,7 @@ def test_a_recipe_that_is_none_is_told_all_there_are():
 
 
 def test_the_tables_hold_well_over_100_wrong_inputs_with_their_whole_messages():
-    """Those of task files, models, GGUF and safetensors files stand in the tests of tests/data/ and tests/base/."""
+    """The tables for task files, models, GGUF and safetensors files are in tests/data/ and tests/base/."""
     assert len([case for case in FLAGS.values() if case[1] == 1] + [*ADAPTERS, *STREAMS, *NAMES]) >= 125
 
 
@@ -403,7 +402,7 @@ class StreamTools:
         return make("slao").start(stream.state())
 
 
-# Whatever stands in a file: our readers take it or refuse it with an InputError, and nothing else.
+# Whatever a file holds, our readers take it or refuse it with an InputError.
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),

@@ -1,4 +1,4 @@
-"""Many commands on one stream at the same time, and who is told what."""
+"""Many commands on one stream at the same time, and what each of them says."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_mixed_commands_at_once_leave_a_whole_stream_and_wait_for_nobody(quick_p
 
 
 def test_the_note_of_a_dead_holder_names_nobody(quick_path):
-    """It was killed; who comes next finds its note, and whoever comes meanwhile is not sent to a dead process."""
+    """A killed process leaves its note. The next command finds it, and nobody is told to wait for a dead process."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     stream = new_stream(quick_path / "s")
@@ -81,7 +81,7 @@ def test_the_note_of_a_dead_holder_names_nobody(quick_path):
 
 
 def test_readers_see_whole_generations_while_a_writer_commits_and_undoes(quick_path):
-    """A writer in another process, as fast as it can; readers meanwhile. No file is missing, no state is a mixture."""
+    """Another process writes as fast as it can. We find every file, and no state mixes two generations."""
     learn(new_stream(quick_path / "s"), 1)
     code = (
         "import sys\n"

@@ -1,4 +1,4 @@
-"""Damage to every file of a stream: found, named, and repaired where a whole generation is left."""
+"""Damage to every file of a stream is found and named, and repaired if a whole generation is left."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ def stream(quick_path):
 
 
 def damages(path, others, regions):
-    """Yield what may become of a file: (how, new content or None)."""
+    """Yield ways to damage a file: (name, new content, or None for a missing file)."""
     data = path.read_bytes()
     for at in sorted({round(i * (len(data) - 1) / max(1, regions - 1)) for i in range(regions)}):
         yield f"bit of byte {at} flipped", data[:at] + bytes([data[at] ^ (1 << (at % 8))]) + data[at + 1 :]
@@ -154,7 +154,7 @@ def test_a_link_to_a_generation_that_is_not_there_is_damage_that_repair_mends(st
 
 
 def test_repair_does_not_take_a_whole_generation_that_was_never_committed(stream):
-    """A run killed between writing a generation and committing it leaves one; the current one counts."""
+    """A run that is killed before the commit leaves a whole generation. Only the current one counts."""
     target = os.readlink(stream.path / "current")
     learn(stream)
     (stream.path / "current").unlink()

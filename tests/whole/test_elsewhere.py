@@ -1,4 +1,4 @@
-"""Tasks that other tools train, PEFT on SmolLM2 and mlx-lm itself, merged where neither mlx nor torch is installed."""
+"""Tasks trained by other tools, PEFT on SmolLM2 and mlx-lm itself, merged without mlx and torch."""
 
 import json
 import os
@@ -21,7 +21,7 @@ RANK, SCALE, KEYS = 8, 2.0, ("q_proj", "v_proj")
 TASKS = {"home": "float32", "inbox": "bfloat16", "bins": "float16"}  # name -> the type that its adapter is saved in
 STEPS, ROWS = 4, 4
 QUICKSTART = ROOT / "mbf_mlx" / "quickstart"
-# What runs `mbf` where neither is installed: the plain install.
+# Runs `mbf` as in the plain install, where neither is there.
 BLOCKED = (
     "import sys\n"
     "class Gone:\n"
@@ -81,7 +81,7 @@ def examples(name):
 
 
 def train_with_peft(torch, peft, base, start, out, rows, dtype):
-    """What a user of PEFT does: load, train on, save. Returns the losses."""
+    """Do what a user of PEFT does: load, train, save. Return the losses."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
@@ -120,13 +120,13 @@ def factors_of(torch, folder):
 
 
 def start_by_hand(a, b):
-    """Algorithm 1: a task starts from an orthonormal basis of the tuned A, signed as R's diagonal, and the tuned B."""
+    """Algorithm 1: a task starts from an orthonormal basis of the tuned A, signed by R's diagonal, and the tuned B."""
     q, r = np.linalg.qr(a.T)
     return (q * np.where(np.diag(r) < 0, -1.0, 1.0)).T, b
 
 
 def near(found, expected):
-    """Equal but for float32's rounding."""
+    """Return whether two arrays are equal up to float32 rounding."""
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-7 * max(1.0, np.abs(expected).max()))
 
@@ -166,7 +166,7 @@ def test_three_tasks_that_peft_trained_are_merged_without_mlx_and_one_more_is_le
         near(pair.a, a)
         near(pair.b, b)
 
-    # A copy without links, as a cloud folder leaves it, goes on learning where mlx is, and scores what it absorbed.
+    # A copy without links, as a cloud folder makes it, continues where mlx is installed and scores what it absorbed.
     shutil.copytree(stream, tmp_path / "copied")
     stream = tmp_path / "copied"
     here = [row | {"prompt": row["prompt"].upper()} for row in examples("home")]
@@ -189,7 +189,7 @@ def test_three_tasks_that_peft_trained_are_merged_without_mlx_and_one_more_is_le
 
 
 def same_logits(torch, peft, base, stream, tmp_path, mx):
-    """The deployed adapter on the same weights: in mlx-lm as it lies in the stream, in PEFT as exported for it."""
+    """Compare the deployed adapter on the same weights: in mlx-lm from the stream, in PEFT from its export."""
     from mlx_lm.utils import load_adapters, load_model
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""`make test-fast`: what it leaves out, and that what it runs starts no process."""
+"""`make test-fast` leaves out what it says, and its tests cannot start processes."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A full disk, a read-only one, missing permission, a limit: one sentence, the stream as before, nothing left behind.
+"""A full disk, a read-only disk, missing permission, a quota: one sentence, an unchanged stream, nothing left behind.
 
 The disk is a real tmpfs of 20 MB, mounted for the test."""
 
@@ -37,7 +37,7 @@ LARGE = {f"model.layers.{block}.mlp.up_proj": (8000, 4000) for block in range(4)
 
 @pytest.fixture
 def disk(tmp_path):
-    """Folder of a file system of 20 MB; `remount` in its tests makes it read-only."""
+    """A folder on a file system of 20 MB, which `remount` makes read-only."""
     folder = tmp_path / "disk"
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
@@ -51,7 +51,7 @@ def disk(tmp_path):
 
 
 def fill(disk, left):
-    """Leave `left` bytes free."""
+    """Fill the disk up to `left` free bytes."""
     filler = disk / "filler"
     filler.unlink(missing_ok=True)
     with open(filler, "wb") as file:
@@ -148,7 +148,7 @@ def test_an_export_that_does_not_fit_leaves_the_earlier_one(disk, monkeypatch, a
 
 @pytest.mark.parametrize("target", ["adapter", "mlx", "gguf", "gguf-adapter", "ollama"])
 def test_an_export_that_fills_the_disk_anywhere_leaves_nothing(disk, tiny_llama, quick_path, monkeypatch, target):
-    """Real exports, which fail at the real write that does not fit: of a header, a tensor, a tokenizer, a card."""
+    """Real exports fail at the real write that does not fit: of a header, a tensor, a tokenizer or a card."""
     pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
     stream = taught(quick_path / "s", tiny_llama)
     never_ask(monkeypatch)
@@ -207,7 +207,7 @@ def export(stream, place):
 @pytest.mark.parametrize("number", ["EDQUOT", pytest.param("ENOSPC", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("action", [commit, undo, absorb, save, export])
 def test_a_quota_used_up_at_any_operation_is_one_sentence_and_leaves_the_old_or_the_new(quick_path, action, number):
-    """What the system refuses, it refuses to our own calls: fsync, mkdir, rename, symlink; each in turn."""
+    """Each of our own calls is refused in turn: fsync, mkdir, rename, symlink."""
     trained(learn(new_stream(quick_path / "base/s"), 2), quick_path / "base/tuned", "mlx")
     write_files({"a": b"old"}, quick_path / "base/out")
     before = contents(quick_path / "base")
@@ -295,7 +295,7 @@ print(json.dumps(found))
 
 
 def test_what_permission_forbids_is_one_sentence(quick_path):
-    """Not as root: a folder that may only be read, one that may not be entered, a file that may not be read."""
+    """Not as root: a read-only folder, a folder that may not be entered, a file that may not be read."""
     learn(new_stream(quick_path / "s"), 1)
     learn(new_stream(quick_path / "unreadable"), 1)
     (quick_path / "unreadable/generations/000001/history.jsonl").chmod(0)

@@ -1,5 +1,6 @@
-"""A short, unguided run of what tests/fuzz does for ten minutes with atheris (`make fuzz`): whole files, then damaged
-ones, and every reader takes them or refuses them with an InputError."""
+"""A short run, without guidance, of what `make fuzz` does for ten minutes with atheris.
+
+Every reader takes whole and damaged files, or refuses them with an InputError."""
 
 import random
 

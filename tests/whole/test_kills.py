@@ -1,4 +1,4 @@
-"""Every file operation made to fail in turn, in every way: what is there afterwards is the old or the new, whole."""
+"""Each file operation fails in turn, in every way. What is left is the old state or the new one, whole."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def absorb(folder):
 
 
 def attempts(action, base, how):
-    """Yield the folder after each operation of `action` has failed, one copy of `base` after another."""
+    """Let each operation of `action` fail in turn, each on a new copy of `base`, and yield that folder."""
     folder = base.with_name("attempt")
     shutil.copytree(base, folder, symlinks=True)
     with failing() as count:
@@ -58,7 +58,7 @@ def attempts(action, base, how):
 
 
 def tidy(folder):
-    """Nothing but one stream of one or two generations is there."""
+    """Check that the folder holds one stream of one or two generations, and nothing else."""
     stream = StreamFolder.open(folder)
     number = stream.current().number
     left = sorted(path.name for path in (folder / "generations").iterdir())
@@ -77,7 +77,7 @@ def test_a_failing_operation_leaves_the_old_or_the_new_generation_whole(quick_pa
         verify_all(stream)
         assert stream.state().t in (2, new)
         outcomes.add(stream.state().t)
-        learn(stream)  # the next command works, and leaves nothing of the crash behind
+        learn(stream)  # the next command works and removes the traces of the crash
         tidy(folder)
     assert outcomes == {2, new}
 
@@ -107,7 +107,7 @@ def test_making_a_stream_can_be_repeated_after_any_failure(quick_path, how):
             try:
                 new_stream(quick_path / "s")
             except InputError:
-                # Refused, not killed: no trace is left, unless the refusal came after the stream was complete.
+                # Refused, not killed: no trace is left, unless the refusal came when the stream was already complete.
                 assert not (quick_path / "s").exists() or (quick_path / "s/stream.json").exists()
             except Crash:
                 pass
@@ -146,8 +146,8 @@ def files():
 @pytest.mark.parametrize("how", SOME_WAYS)
 @pytest.mark.parametrize("there", [False, True])
 def test_an_export_that_fails_leaves_the_old_one_or_the_new_one_whole(quick_path, how, there):
-    """A folder: nothing or an earlier export is there. At the worst moment the earlier one lies beside its place, and
-    the next export puts it back before it does anything else."""
+    """There is no earlier export, or a folder. At the worst moment the earlier export lies beside its place; the next
+    export first puts it back."""
     base = quick_path / "base"
     base.mkdir()
     old, new = {"a.txt": b"old", "b.txt": b"old"}, {"a.txt": b"new"}
@@ -215,7 +215,7 @@ def test_an_export_of_every_target_that_fails_leaves_nothing_or_all_of_it(tiny_l
 
 
 def held(out):
-    """The files of an export by name, without the cache that holds file times; none where none is there."""
+    """The files of an export by name, without the cache of file times; {} if there is no export."""
     files = [out] if out.is_file() else [path for path in out.rglob("[!.]*") if path.is_file()]
     return {path.relative_to(out.parent).as_posix(): path.read_bytes() for path in files}
 
@@ -233,7 +233,7 @@ def test_a_run_killed_between_its_commit_and_the_end_of_its_saves_counts_as_fini
     Working(stream.working, files()).save(4, run | {"generation": 1}, {}, {"step": 4}, {})
     with stream.writer():
         assert stream.interrupted() == {"task": last.name, "step": 4}
-    # Killed in the middle of removing them, too.
+    # The same if it was killed while removing them.
     (stream.working / "step-00000004/tensors.safetensors").unlink()
     Working(stream.working, files()).save(2, run, {}, {"step": 2}, {})
     assert Working(stream.working, files()).load().progress == {"step": 2}
@@ -255,7 +255,7 @@ def test_what_a_crash_left_is_tidied_where_nobody_is_writing(quick_path):
 
 
 def test_a_run_killed_at_random_moments_ends_equal_to_the_bit(tmp_path):
-    """A small sample of `make soak`: one kill in each part of the run."""
+    """A small part of `make soak`: one kill in each phase of the run."""
     pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
     command = [sys.executable, ROOT / "benchmarks/soak.py", "--kills", "7", "--seed", "1", "--out", tmp_path / "r.json"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, timeout=500)

@@ -1,6 +1,7 @@
-"""Which of mlx the package calls: public names that Metal and CUDA have as the CPU has them, read off the source.
+"""The package calls only those names of mlx that are public and that Metal and CUDA have, too.
 
-Nothing here has run on a Mac. What can be made sure of without one is that no call needs what its GPU does not have.
+This is read from the source. Nothing here has run on a Mac; without one we can only check that no call needs what
+its GPU does not have.
 """
 
 import ast
@@ -12,7 +13,7 @@ import pytest
 from mbf_mlx import methods
 from tests.support.house import modules
 
-# What may be used anywhere: documented, and there on every backend. One more is added here, once someone has looked.
+# Names that may be used anywhere: documented, and there on every backend. Look a name up before adding it here.
 ANYWHERE = {
     "mlx.core": """abs add addmm all any arange argmax argmin argpartition argsort array array_equal async_eval bfloat16
         bool_ broadcast_to checkpoint clear_cache clip compile concatenate contiguous cos custom_function depends
@@ -32,7 +33,7 @@ ANYWHERE = {
     "mlx.optimizers": "Adam AdamW clip_grad_norm cosine_decay join_schedules linear_schedule",
     "mlx.utils": "tree_flatten tree_map tree_map_with_path tree_reduce tree_unflatten",
 }
-# Devices and their limits are one file's; who else looks at one, and why.
+# One file handles devices and their limits. These files look at one, too, and why.
 DEVICES = set(
     """Device cpu cuda cuda.is_available default_device default_stream device_info get_memory_limit gpu is_available
     metal metal.is_available new_stream set_cache_limit set_default_device set_default_stream set_memory_limit
@@ -42,13 +43,13 @@ LOOKS_AT_DEVICES = {
     "engine.choose": {"Device", "cpu", "default_device"},  # the pass by hand is for CPUs
     "export.quality.live_model": {"set_cache_limit"},  # while it measures, and back
 }
-# MLX has these on the CPU alone.
+# MLX has these only on the CPU.
 ON_THE_CPU = {"cholesky", "cholesky_inv", "eig", "eigh", "eigvals", "eigvalsh", "inv", "lu", "lu_factor", "pinv", "qr",
               "solve", "solve_triangular", "svd", "tri_inv"}  # fmt: skip
 
 
 def chain(node):
-    """Return the names of `a.b.c`, outermost first; nothing where it does not begin with a name."""
+    """Return the names of `a.b.c`, outermost first; [] if it does not begin with a name."""
     names = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
@@ -108,7 +109,7 @@ def test_devices_and_limits_are_the_backends():
 
 
 def test_no_factorization_is_called_on_mlx_itself():
-    """They go through the array's own library in reference.py, and through NumPy everywhere else."""
+    """reference.py calls them on the array's own library, everything else on NumPy."""
     assert [name for name in used() if ".linalg" in name] == []
     for module, file in modules().items():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -118,7 +119,7 @@ def test_no_factorization_is_called_on_mlx_itself():
 
 
 def calls(node):
-    """Yield what is called inside a piece of code: plain names, methods of the same object, factorizations."""
+    """Yield the names of what a piece of code calls: functions, methods of the same object, factorizations."""
     for each in ast.walk(node):
         names = chain(each.func) if isinstance(each, ast.Call) else []
         if len(names) == 1 or names[:1] == ["self"] or "linalg" in names:
@@ -127,7 +128,7 @@ def calls(node):
 
 @functools.cache
 def functions():
-    """Return the functions of the methods and of the shared math, by name -> what is called in those of that name."""
+    """Return what each function of the methods and of the shared math calls, by the function's name."""
     found = defaultdict(set)
     for module, file in modules().items():
         if module == "reference" or module.startswith("methods."):
@@ -138,7 +139,7 @@ def functions():
 
 
 def reached(name):
-    """Return all that a function of this name calls, through others, too."""
+    """Return everything that a function of this name calls, directly or through others."""
     seen, todo = set(), {name}
     while todo:
         name = todo.pop()
@@ -149,7 +150,7 @@ def reached(name):
 
 @pytest.mark.parametrize("hook", ["penalty", "effective"])
 def test_what_a_method_does_on_the_gpu_reaches_no_factorization(hook):
-    """These hooks run on MLX arrays inside a training step; start and finish run on NumPy's, once a task."""
+    """These hooks run on MLX arrays inside a training step. start and finish run on NumPy arrays, once a task."""
     assert any(hasattr(methods.make(name), hook) for name in methods.names())
     assert reached(hook) & ON_THE_CPU == set()
     assert {"qr", "svd"} <= reached("finish"), "the scan finds nothing"

@@ -1,6 +1,6 @@
-"""What is published: the wheel and the sdist, in empty environments without the checkout; `make release-check` runs it.
+"""The wheel and the sdist work in empty environments without the checkout; `make release-check` runs these tests.
 
-$MBF_DIST names the folder of the files to check, which then are those that are published; without it they are built.
+$MBF_DIST names the folder of the files to check, which are then published. Without it, the files are built here.
 """
 
 import json
@@ -28,7 +28,7 @@ EXTRAS = ("plain", "cpu", "cuda12", "cuda13")
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """The wheel and the sdist it is built from."""
+    """The wheel, and the sdist that it is built from."""
     folder = Path(os.environ.get("MBF_DIST") or tmp_path_factory.mktemp("dist"))
     if not list(folder.glob("*.whl")):
         pytest.importorskip("build", reason="the package `build` is not installed: pip install build")
@@ -41,7 +41,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def installed(files, tmp_path_factory):
-    """`installed("wheel", "cpu")`: the bin folder of an environment that was empty, or a skip that says why not."""
+    """`installed("wheel", "cpu")` installs into an empty environment and returns its bin folder, or skips."""
     made = {}
 
     def install(kind, extra):
@@ -63,13 +63,13 @@ def installed(files, tmp_path_factory):
 
 
 def outside():
-    """The environment without what leads to this checkout."""
+    """The environment variables without those that lead to this checkout."""
     ours = ("PYTHONPATH", "VIRTUAL_ENV", "HF_HUB_OFFLINE")
     return {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("MBF_")}
 
 
 def run(*command, cwd):
-    """Run a command with nothing of the checkout, and return what it printed."""
+    """Run a command outside the checkout and return what it printed."""
     done = subprocess.run(
         [str(each) for each in command], capture_output=True, text=True, cwd=cwd, env=outside(), timeout=3600
     )
@@ -136,7 +136,7 @@ def test_it_runs_in_an_empty_environment(kind, extra, installed, tmp_path):
 
 
 def test_the_quickstart_runs_from_the_wheel_without_a_checkout(installed, tmp_path):
-    """It fetches 93 MB and trains: minutes, and most of an hour on a machine that does other things, too."""
+    """It fetches 93 MB and trains for minutes; on a busy machine it takes most of an hour."""
     extra = "plain" if sys.platform == "darwin" else "cpu"
     done = run(installed("wheel", extra) / "mbf", "quickstart", "--fast", "--json", cwd=tmp_path)
     result = json.loads(done)

@@ -1,4 +1,4 @@
-"""What a stranger's model, adapter or name may not do: run code, write outside its folder, reach out."""
+"""A stranger's model, adapter or name cannot run code, write outside its folder, or use the network."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_a_malicious_chat_template_is_refused_and_has_done_nothing(quick_path, c
 
 @pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "a/../../outside"])
 def test_a_manifest_cannot_name_files_outside_its_generation(quick_path, name):
-    """Even one whose checksum fits: what it lists has to be the files of a generation."""
+    """Not even with a fitting checksum: a manifest must list files of a generation."""
     import hashlib
 
     from mbf_mlx.stream.records import Manifest, parse
@@ -55,7 +55,7 @@ def test_a_manifest_cannot_name_files_outside_its_generation(quick_path, name):
 
 
 def test_reading_a_stream_follows_no_link_to_write(quick_path):
-    """A stream from a stranger whose lock or new names are links to a file of ours: that file stays as it is."""
+    """The lock of a stranger's stream, or its new names, may be links to a file of ours: that file stays unchanged."""
     from typer.testing import CliRunner
 
     stream = learn(new_stream(quick_path / "s"), 2)
