@@ -9,10 +9,11 @@ import logging
 import select
 import socket
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler
-from typing import TYPE_CHECKING, Any
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from mlx_lm.server import (
@@ -30,19 +31,27 @@ from mbf_mlx.serving.generator import Generator, Unanswered
 from mbf_mlx.serving.prompts import prepare
 from mbf_mlx.serving.request_checks import Asked, Refused, read_body, read_request
 
-if TYPE_CHECKING:
-    from mbf_mlx.serving.server import Server
-
 RECEIVE = 30.0  # seconds that a client has to send its request, and to take what we write
 CHATS = ("/v1/chat/completions", "/chat/completions")
 COMPLETIONS = ("/v1/completions", "/completions")
 KEEP_ALIVE = b": the prompt is being read\n\n"
 
 
+class Watcher(ThreadingHTTPServer, ABC):
+    """A server that its handlers can report to, and that cuts off a connection which takes too long."""
+
+    say: Callable[[str], None]  # takes one line for whoever runs the server
+    started: int  # seconds since 1970
+
+    @abstractmethod
+    def watch(self, connection: socket.socket, seconds: float) -> None:
+        """Cut a connection off after so many seconds from now."""
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers one request."""
 
-    server: "Server"
+    server: Watcher
     server_version, sys_version = "mbf", ""
     timeout = RECEIVE
 

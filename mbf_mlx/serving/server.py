@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from mbf_mlx.config import ServeConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.serving.callers import is_loopback
 from mbf_mlx.serving.generator import Generator
-from mbf_mlx.serving.handler import RECEIVE, Handler
+from mbf_mlx.serving.handler import RECEIVE, Handler, Watcher
 from mbf_mlx.serving.proof import adapter_of, check_export, logits_of, prove_adapter, prove_fused
 from mbf_mlx.serving.speaker import settle_to_speak
 from mbf_mlx.stream.folder import StreamFolder
@@ -80,7 +79,7 @@ def serving(
         server.server_close()
 
 
-class Server(ThreadingHTTPServer):
+class Server(Watcher):
     """A server that binds its port at once, before a model is loaded, and listens after `server_activate`.
 
     It has a bound on its connections, and cuts one off that takes longer than it may.
