@@ -47,6 +47,7 @@ ENVIRONMENT = {
     "MBF_MODELS": "Folder of the fetched models; models/ in the working folder if this is not set.",
     "MBF_DEVICE": "Device to compute on: auto, cpu, gpu, metal or cuda.",
     "OPENBLAS_NUM_THREADS": "Threads for matrix products on a CPU; another number changes the last bits.",
+    "MBF_API_KEY": "Key that a request to `mbf serve` must bring, where --api-key is not given.",
     "HF_HUB_OFFLINE": "1: never ask the Hugging Face hub.",
 }
 EXIT_CODES = {

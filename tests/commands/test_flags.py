@@ -63,12 +63,16 @@ def test_the_settings_of_no_flags_are_the_defaults(call):
 
 def test_a_flag_sets_its_own_field_and_no_other(call):
     words = ["--keys", "q_proj, o_proj,", "--no-mask-prompt", "--grad-checkpoint", "--memory-limit", "6GB"]
-    given = call(*words, "--learning-rate", "1e-3", "-m", "9", "--allowed-origins", "a,b")
+    given = call(
+        *words, "--learning-rate", "1e-3", "-m", "9", "--allowed-origins", "https://a.example,https://b.example"
+    )
     assert given.make(LoRAConfig) == LoRAConfig(keys=("q_proj", "o_proj"))
     assert given.make(DataConfig) == DataConfig(mask_prompt=False)
     assert given.make(TrainConfig) == TrainConfig(grad_checkpoint=True, learning_rate=1e-3)
     assert given.make(LearnConfig, train=TrainConfig(seed=3)).memory_limit == 6_000_000_000
-    assert given.make(ServeConfig) == ServeConfig(max_tokens=9, allowed_origins=("a", "b"))
+    assert given.make(ServeConfig) == ServeConfig(
+        max_tokens=9, allowed_origins=("https://a.example", "https://b.example")
+    )
 
 
 def test_a_value_that_does_not_fit_is_refused_by_the_settings(call):
