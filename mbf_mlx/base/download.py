@@ -53,7 +53,7 @@ def fetch_packaged_file(source: PackageSource, folder: Path) -> Path:
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
     # Only wheels, because building a source package would run its code; and no dependencies.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=off"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--progress-bar=off"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), requirement]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, errors="replace")

@@ -51,8 +51,10 @@ def report(
 
 
 def _is_page(file: Path) -> bool:
-    """Return whether a file is a page, which a new one may replace."""
+    """Return whether a file is a report of ours, which a new one may replace; any other page stays."""
+    from mbf_mlx.report.page_parts import FOOTER, MARK
+
     if not file.is_file():
         return False
-    with open(file, "rb") as opened:
-        return opened.read(15).lower() == b"<!doctype html>"
+    page = file.read_bytes()
+    return MARK.encode() in page[:1000] or FOOTER.encode() in page[-200:]

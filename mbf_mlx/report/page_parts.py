@@ -55,6 +55,9 @@ footer { margin-top: 3rem; font-size: .875rem }
   details::details-content { content-visibility: visible; height: auto } }
 """
 
+MARK = '<meta name="generator" content="mbf-mlx">'  # near the beginning of a page of ours
+FOOTER = "<footer>mbf-mlx "  # near its end, also in pages that have no mark yet
+
 
 def page(title: str, subtitle: str, parts: Iterable[str]) -> str:
     """Return the whole page."""
@@ -64,6 +67,7 @@ def page(title: str, subtitle: str, parts: Iterable[str]) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{MARK}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{escape(title)}</title>
@@ -73,7 +77,7 @@ def page(title: str, subtitle: str, parts: Iterable[str]) -> str:
 <h1>{escape(title)}</h1>
 <p>{escape(subtitle)}</p>
 {body}
-<footer>mbf-mlx {escape(__version__)}</footer>
+{FOOTER}{escape(__version__)}</footer>
 </body>
 </html>
 """

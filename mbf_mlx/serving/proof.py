@@ -12,6 +12,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.generations import Generation
 
+NO_CODE = {"trust_remote_code": False}  # without it transformers asks whether to run a model folder's own code
 PROBE = "The stream learns"
 SIZES = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -67,9 +68,10 @@ def prove_fused(stream: StreamFolder, base: BaseFolder, fused: Path) -> str:
     adapter = adapter_of(stream.current())
     if adapter is None:
         raise InputError(f"{stream.path}: it has learned no task, so there is no export of it")
-    live, bare = (_probe(*load(str(base.path), adapter_path=path)[:2]) for path in (adapter, None))
+    loaded = (load(str(base.path), tokenizer_config=NO_CODE, adapter_path=path)[:2] for path in (adapter, None))
+    live, bare = (_probe(*pair) for pair in loaded)
     try:
-        ours = _probe(*load(str(fused))[:2])
+        ours = _probe(*load(str(fused), tokenizer_config=NO_CODE)[:2])
     except Exception as error:  # mlx and the tokenizer raise anything about files that do not fit together
         raise InputError(
             f"--fused {fused}: it cannot be loaded: {error}"

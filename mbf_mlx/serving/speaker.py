@@ -20,7 +20,7 @@ from mbf_mlx.base.load import settle
 from mbf_mlx.base.sources import BaseFolder, read_config, unpacked_bytes
 from mbf_mlx.device import backend
 from mbf_mlx.errors import InputError
-from mbf_mlx.serving.proof import adapter_of, prove_adapter
+from mbf_mlx.serving.proof import NO_CODE, adapter_of, prove_adapter
 from mbf_mlx.stream.folder import StreamFolder
 
 Message = dict[str, str]
@@ -32,7 +32,9 @@ class Speaker:
     def __init__(self, stream: StreamFolder, base: BaseFolder) -> None:
         generation = stream.current()
         stream.verify(generation)  # before mlx reads the adapter
-        self.model, self.tokenizer = load(str(base.path), adapter_path=adapter_of(generation), lazy=True)[:2]
+        self.model, self.tokenizer = load(
+            str(base.path), tokenizer_config=NO_CODE, adapter_path=adapter_of(generation), lazy=True
+        )[:2]
         settle_to_speak(self.model, base.path)
         # A sentence on the model that answers.
         self.proof = prove_adapter(self.model, self.tokenizer, stream, adapter_of(generation))

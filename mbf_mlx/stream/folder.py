@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mbf_mlx.adapters.layout import WEIGHTS
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
-from mbf_mlx.files.storage import Files, refusal, require_space
+from mbf_mlx.files.storage import Files, read_file, refusal, require_space
 from mbf_mlx.stream.generations import Generation, Generations
 from mbf_mlx.stream.lock import HOLDER, LOCK, hold_lock
 from mbf_mlx.stream.records import HISTORY, IDENTITY, MANIFEST, STATE, Identity, TaskRecord, parse, read_identity
@@ -322,6 +322,20 @@ def _is_unfinished(path: Path) -> bool:
         if entry.name == "generations":
             if not entry.is_dir() or {generation.name for generation in entry.iterdir()} - _EMPTY_STREAM:
                 return False
-        elif entry.name not in _BEFORE_IDENTITY or (entry.is_dir() and not entry.is_symlink()):
+        elif entry.name not in _BEFORE_IDENTITY or not _is_ours(entry):
             return False
     return True
+
+
+def _is_ours(entry: Path) -> bool:
+    """Return whether a file or link that has a name of ours also has our content; a user's own is left alone."""
+    name, leads_to = entry.name.removesuffix(".new"), {"current": "generations", "adapter": "current"}
+    if name in leads_to:
+        return entry.is_symlink() and entry.readlink().parts[0] == leads_to[name]
+    if entry.is_symlink() or not entry.is_file():
+        return False
+    data = read_file(entry)
+    if name == LOCK:
+        return not data
+    ours = b'{"process": ' if name == HOLDER else b'{"base": '  # how our JSON begins; a killed write may end anywhere
+    return data.startswith(ours) or ours.startswith(data)

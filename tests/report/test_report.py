@@ -17,7 +17,7 @@ from mbf_mlx.report.results_page import results_page
 from mbf_mlx.report.stream_page import stream_page
 from tests.conftest import ROOT
 from tests.support.cells import row
-from tests.support.streams import new_stream, record, tune
+from tests.support.streams import learn, new_stream, record, tune
 
 
 class Page(HTMLParser):
@@ -209,3 +209,16 @@ def test_matplotlib_is_loaded_for_a_plot_alone():
     code = "import sys, mbf_mlx.report.stream_page, mbf_mlx.report.results_page; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_a_page_of_the_users_is_never_replaced_and_ours_is(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+    learn(new_stream(tmp_path / "index"), 1)
+    (tmp_path / "index.html").write_text("<!doctype html><title>my site</title>")
+    refused = CliRunner().invoke(app, ["report", "index"], prog_name="mbf")
+    assert refused.exit_code != 0 and (tmp_path / "index.html").read_text().endswith("my site</title>")
+    for _ in range(2):
+        done = CliRunner().invoke(app, ["report", "index", "--out", "s.html"], prog_name="mbf")
+        assert done.exit_code == 0, done.output

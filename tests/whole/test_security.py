@@ -1,10 +1,17 @@
 """A stranger's model, adapter or name cannot run code, write outside its folder, or use the network."""
 
+import json
+import shutil
+import subprocess
+import sys
+
 import pytest
 
 from mbf_mlx.commands import app
 from mbf_mlx.data.row import BadRow
+from mbf_mlx.errors import InputError
 from mbf_mlx.stream.folder import StreamFolder
+from tests.conftest import ROOT
 from tests.support.streams import contents, learn, new_stream
 
 TEMPLATES = {
@@ -67,3 +74,31 @@ def test_reading_a_stream_follows_no_link_to_write(quick_path):
     assert done.exit_code == 0, done.output
     assert ours.read_text() == "mine"
     assert not any(path.endswith(".new") for path in contents(stream.path))
+
+
+def test_no_code_of_a_model_folder_is_run_even_where_somebody_would_say_yes(tiny_llama, tmp_path):
+    """transformers asks "run the custom code?" unless it is told; here the answer would be yes."""
+    from mbf_mlx import Stream
+
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    Stream.open(tmp_path / "s", base=str(base))
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    command = [sys.executable, str(ROOT / "cli.py"), "generate", str(tmp_path / "s"), "a", "--max-tokens", "1"]
+    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, timeout=300)
+    assert "run the custom code" not in done.stdout + done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pip_in_the_working_folder_is_not_the_one_that_downloads(tmp_path, monkeypatch):
+    from mbf_mlx.base import download
+
+    (tmp_path / "pip.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(InputError, match="pip could not download it"):
+        download._download_wheel("no-such-package==1.0", tmp_path)
+    assert not (tmp_path / "ran").exists()
