@@ -271,14 +271,14 @@ def learn_task(
     working = Working(stream.working, stream.files)
     working.check_place()
     run = run_of(task, generation.number, settings)
-    saved = None
-    if settings.restart:
-        working.drop()
-    elif (saved := working.load()) is not None:
+    restarted = settings.restart and working.drop()
+    if (saved := working.load()) is not None:
         check_same_run(saved, run, stream.working)
     encoder = Encoder(learner.tokenizer, settings.data, stream.path)
     rows, valid, test = _encoded(task, encoder, tests, settings)
     notes = [*encoder.warnings(), *notes_on(task, rows, settings, learner.context)]
+    if settings.restart and not restarted:
+        notes.append("--restart without effect: no run was interrupted")
     if saved is not None:
         notes.append(f"goes on after step {saved.progress['step']}")
         notes += differences(saved.machine, run_conditions(team))

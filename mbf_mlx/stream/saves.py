@@ -107,11 +107,13 @@ class Working:
                 found.append(f"{error}\nhint: run the same mbf learn again; it starts this task from the beginning")
         return found
 
-    def drop(self) -> None:
-        """Remove all saves, and the folder."""
-        for save in self._saves():
+    def drop(self) -> bool:
+        """Remove all saves, and the folder; return whether there was a save."""
+        saves = self._saves()
+        for save in saves:
             self._remove(save)
         self.files.remove(self.folder)
+        return bool(saves)
 
     def _remove(self, save: Path) -> None:
         """Remove a save. It is renamed first, so that a folder with a save's name is always complete."""
