@@ -18,6 +18,7 @@ from mbf_mlx import units
 from mbf_mlx.base.card import CARD, front_matter
 from mbf_mlx.base.config_checks import CONFIG, check_fields, check_other_files
 from mbf_mlx.base.download import fetch_hub_model, fetch_packaged_file
+from mbf_mlx.base.own_files import check_own_files
 from mbf_mlx.base.recipe import HubSource, Recipe, TriedLoRA, models_folder, recipes
 from mbf_mlx.errors import InputError
 from mbf_mlx.files import safetensors_file
@@ -98,9 +99,11 @@ def check_folder(folder: Path) -> None:
     """Check that a folder holds a model that mlx-lm can load without running code from the folder.
 
     Raises:
-        InputError: its JSON files, weights or tokenizer are missing or damaged, or it needs its own Python files.
+        InputError: its JSON files, weights or tokenizer are missing or damaged, it needs its own Python files, or one
+            of its files is a link that leads out of the folder.
     """
     config = read_config(folder)
+    check_own_files(folder)
     if config.get("model_file"):
         raise InputError(f"{folder}: config.json: model_file: this model needs its own Python code, which we never run")
     if not isinstance(config.get("model_type"), str):

@@ -221,7 +221,9 @@ def test_templates_as_models_have_them_are_taken(copy):
 def test_a_pipe_in_the_place_of_weights_is_refused_and_not_waited_for(copy):
     (copy / "model.safetensors").unlink()
     os.mkfifo(copy / "model.safetensors")
-    with pytest.raises(InputError, match="model.safetensors: cannot read: expected a file"):
+    with pytest.raises(
+        InputError, match="model.safetensors: .* expected a file of its own, got a pipe, socket or device"
+    ):
         check_folder(copy)
 
 

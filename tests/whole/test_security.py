@@ -1,6 +1,7 @@
 """A stranger's model, adapter or name cannot run code, write outside its folder, or use the network."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -102,3 +103,53 @@ def test_a_pip_in_the_working_folder_is_not_the_one_that_downloads(tmp_path, mon
     with pytest.raises(InputError, match="pip could not download it"):
         download._download_wheel("no-such-package==1.0", tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def _linked(place, target):
+    place.unlink(missing_ok=True)
+    place.symlink_to(target)
+
+
+FOREIGN_FILES = {
+    "a licence": lambda base, secret: _linked(base / "LICENSE", secret),
+    "a tokenizer's settings": lambda base, secret: _linked(base / "special_tokens_map.json", secret),
+    "weights": lambda base, secret: _linked(base / "model.safetensors", secret),
+    "a chain of links": lambda base, secret: (_linked(base / "NOTICE", "a"), _linked(base / "a", secret)),
+    "a way up": lambda base, secret: _linked(base / "NOTICE", "../secret"),
+    "a link to nothing": lambda base, secret: _linked(base / "NOTICE", "nothing"),
+    "a pipe": lambda base, secret: os.mkfifo(base / "generation_config.json"),
+    "templates elsewhere": lambda base, secret: _linked(base / "additional_chat_templates", secret.parent),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_FILES)
+def test_a_model_folder_with_files_of_others_is_refused_by_name(tiny_llama, tmp_path, case):
+    from tests.support.command_line import mbf
+
+    base, secret = tmp_path / "base", tmp_path / "secret"
+    shutil.copytree(tiny_llama, base)
+    secret.write_text("private")
+    FOREIGN_FILES[case](base, secret)
+    (tmp_path / "task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    done = mbf("learn", tmp_path / "s", tmp_path / "task.jsonl", "--model", base, timeout=120)
+    assert done.returncode == 1 and "cannot use this model folder: expected a file of its own, got " in done.stderr
+    assert "Traceback" not in done.stderr and "private" not in done.stdout + done.stderr
+
+
+def test_links_inside_a_model_folder_and_into_the_hubs_cache_are_its_own(tiny_llama, tmp_path):
+    from mbf_mlx.base.sources import check_folder
+
+    repository = tmp_path / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / "0123", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(tiny_llama, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    check_folder(snapshot)
+    inside = tmp_path / "inside"
+    shutil.copytree(tiny_llama, inside)
+    (inside / "LICENSE.txt").write_text("MIT")
+    (inside / "LICENSE").symlink_to("LICENSE.txt")
+    check_folder(inside)
+    (tmp_path / "linked").symlink_to(inside)
+    check_folder(tmp_path / "linked")
