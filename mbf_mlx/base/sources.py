@@ -86,6 +86,24 @@ def resolve_base(
     )
 
 
+def recorded_base(path: str, stream: Path) -> BaseFolder:
+    """Return the base model's folder where a stream has written down that it is.
+
+    What a stream says is a path and nothing else. The hub is asked only for what the user named: a stream may come from
+    a stranger, and the user's token goes along with every question.
+
+    Raises:
+        InputError: there is no folder, or it holds no model.
+    """
+    folder, kind = _look(path)
+    if kind != "folder":
+        raise InputError(
+            f"{stream}: its base model is not where it was ({path!r})\nhint: say where it is now with --model"
+        )
+    check_folder(folder)
+    return BaseFolder(folder, path)
+
+
 def _look(name: str | Path) -> tuple[Path, str]:
     """Return `name` as a path, and whether a "folder", a "file" or "nothing" is there."""
     try:

@@ -1,10 +1,12 @@
 """A stranger's model, adapter or name cannot run code, write outside its folder, or use the network."""
 
+import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -153,3 +155,55 @@ def test_links_inside_a_model_folder_and_into_the_hubs_cache_are_its_own(tiny_ll
     check_folder(inside)
     (tmp_path / "linked").symlink_to(inside)
     check_folder(tmp_path / "linked")
+
+
+@pytest.fixture
+def asked():
+    """The address of a hub that has nothing, and the list of what it was asked for."""
+    seen = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers.get("Authorization")))
+            self.send_error(404)
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *words):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", seen
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("recorded", ["evil/model", "smollm2-135m-instruct", "evil\x00/model"])
+def test_a_strangers_stream_reaches_no_hub(tiny_llama, tmp_path, asked, recorded):
+    from mbf_mlx import Stream
+    from mbf_mlx.stream.records import Manifest, parse
+    from tests.support.command_line import mbf
+
+    stream, task = tmp_path / "s", tmp_path / "task.jsonl"
+    task.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    Stream.open(stream, base=str(tiny_llama)).learn(task, iters=1)
+    manifest = stream / "generations" / "000001" / "manifest.json"
+    forged = parse(Manifest, manifest.read_bytes(), manifest).model_copy(update={"base_path": recorded}).sealed()
+    manifest.write_bytes(forged.to_json())
+    endpoint, seen = asked
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_secret",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    settings["MBF_MODELS"] = str(tmp_path / "models")
+    for words in (
+        ("generate", stream, "a"), ("eval", stream), ("learn", stream, task, "--again"), ("plan", stream, task),
+        ("export", stream, "mlx", tmp_path / "out"), ("check", task, "--stream", stream),
+    ):  # fmt: skip
+        done = mbf(*words, env={**os.environ, **settings}, timeout=120)
+        assert done.returncode == 1 and "its base model is not where it was" in done.stderr, (words, done.stderr)
+        assert "Traceback" not in done.stderr
+    assert seen == []
