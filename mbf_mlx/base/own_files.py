@@ -14,7 +14,7 @@ _TEMPLATES = "additional_chat_templates"  # the only folder inside a model folde
 
 
 def check_own_files(folder: Path) -> None:
-    """Check every file of a model folder, before any of them is read or copied. Hidden ones are never either.
+    """Check every file of a model folder, before any of them is copied.
 
     Raises:
         InputError: a link that leads out of the folder or nowhere, or a pipe, socket or device.
@@ -28,8 +28,6 @@ def check_own_files(folder: Path) -> None:
 
 
 def _check(path: Path, allowed: list[Path]) -> None:
-    if path.name.startswith("."):
-        return
     is_link = path.is_symlink()
     try:
         mode = path.stat().st_mode
