@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from mbf_mlx import units
 from mbf_mlx.base.card import CARD, front_matter
 from mbf_mlx.base.config_checks import CONFIG, check_fields, check_other_files
+from mbf_mlx.base.config_translation import translation
 from mbf_mlx.base.download import fetch_hub_model, fetch_packaged_file
 from mbf_mlx.base.own_files import check_own_files
 from mbf_mlx.base.recipe import HubSource, Recipe, TriedLoRA, models_folder, recipes
@@ -160,7 +161,32 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a model folder's config.json.
+    """Return a model folder's config.json as mlx-lm has to read it (config_translation.py).
+
+    Raises:
+        InputError: it is missing, no JSON object, has impossible sizes, or describes what mlx-lm cannot compute.
+    """
+    config = stated_config(folder)
+    return config | translated_fields(folder, config)
+
+
+def translated_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a folder's config.json that mlx-lm has to read in another way.
+
+    Raises:
+        InputError: it describes a model that mlx-lm would compute as another one.
+    """
+    has_head = config.get("tie_word_embeddings") is None and any(
+        name.endswith("lm_head.weight")
+        for path in sorted(folder.glob("model*.safetensors"))
+        if path.is_file()
+        for name in read_header(path)[0]
+    )
+    return translation(config, folder / "config.json", has_head)
+
+
+def stated_config(folder: Path) -> dict[str, Any]:
+    """Return a model folder's config.json as it is.
 
     Raises:
         InputError: it is missing, no JSON object, or has impossible sizes.
