@@ -118,7 +118,7 @@ def _check_rope(rope: dict[str, Any], kind: str, config: dict[str, Any], where: 
             f"{where}: rope_parameters: mlx-lm takes long_factor for every text; expected short_factor to be the same"
         )
     factor, original, longest = rope.get("factor"), rope.get(_ORIGINAL), config.get("max_position_embeddings")
-    if kind == "longrope" and None not in (factor, original, longest) and factor * original != longest:
+    if kind == "longrope" and factor and original and longest and factor * original != longest:
         raise InputError(
             f"{where}: rope_parameters: factor: mlx-lm divides max_position_embeddings by {_ORIGINAL}; expected"
             f" {longest / original:g}, got {factor!r}"

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -207,3 +208,39 @@ def test_a_strangers_stream_reaches_no_hub(tiny_llama, tmp_path, asked, recorded
         assert done.returncode == 1 and "its base model is not where it was" in done.stderr, (words, done.stderr)
         assert "Traceback" not in done.stderr
     assert seen == []
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\x9b31m\r\u2066\x7f"
+
+
+def test_nothing_in_a_strangers_stream_moves_the_terminals_cursor(tmp_path):
+    """Through a real terminal: a name in every kind of output, tables and JSON and errors."""
+    from tests.support.command_line import on_a_terminal
+
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    history = stream.path / "generations/000001/history.jsonl"
+    name = json.loads(history.read_text())["name"]
+    forge(stream.path / "generations/000001", name, EVIL)
+    for words in (
+        ("status", stream.path),
+        ("status", stream.path, "--json"),
+        ("undo", stream.path),
+        ("status", EVIL[:-1]),
+    ):
+        shown = on_a_terminal(*words)
+        assert "owned" in shown, shown
+        ours = re.sub("\x1b\\[[0-9;]*m|\r\n", "", shown)  # colours and line ends
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", ours), ours
+
+
+def forge(generation, name, other):
+    """Give a task of a generation another name, with checksums that fit."""
+    from mbf_mlx.files.storage import sha256
+    from mbf_mlx.stream.records import FileRecord, Manifest, parse
+
+    history, path = generation / "history.jsonl", generation / "manifest.json"
+    history.write_text(history.read_text().replace(json.dumps(name), json.dumps(other), 1))
+    manifest = parse(Manifest, path.read_bytes(), path)
+    data = history.read_bytes()
+    files = {**manifest.files, "history.jsonl": FileRecord(bytes=len(data), sha256=sha256(data))}
+    path.write_bytes(manifest.model_copy(update={"files": files}).sealed().to_json())
