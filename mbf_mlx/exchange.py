@@ -205,7 +205,7 @@ def _other_architecture(base: object, expected: str) -> list[str]:
     """
     try:
         found = str(read_config(Path(str(base)))["model_type"])
-    except (InputError, OSError, KeyError):
+    except (ValueError, OSError, KeyError):  # a name with a zero byte is a ValueError
         return []  # the folder is not here, or does not name its architecture
     if SAME.get(found, found) == SAME.get(expected, expected):
         return []

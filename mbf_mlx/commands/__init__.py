@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from mbf_mlx import __version__
+from mbf_mlx.commands.visible import visible
 from mbf_mlx.errors import InputError
 
 # name -> its line in `mbf --help`, in the order in which users meet them; a command without a module is left out
@@ -177,7 +178,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _say(message: str) -> None:
     # stderr may be the pipe that broke.
     try:
-        print(message, file=sys.stderr, flush=True)
+        print(visible(message), file=sys.stderr, flush=True)
     except OSError:
         _silence(sys.stderr)
 

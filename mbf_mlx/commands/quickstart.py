@@ -113,9 +113,11 @@ def _base_scores(stream: "Stream", folders: list[Path], cache: Path) -> dict[str
 
 def _ask(model: Path, prompt: str) -> str:
     """Return the fused model's answer; only mlx-lm is used."""
-    from mlx_lm import generate, load
+    from mlx_lm import generate
 
-    loaded, tokenizer = load(str(model))[:2]
+    from mbf_mlx.base.load import load_to_answer
+
+    loaded, tokenizer = load_to_answer(model)
     tokens = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
     return str(generate(loaded, tokenizer, tokens, max_tokens=32))
 

@@ -5,14 +5,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm import load
 
+from mbf_mlx.base.load import load_to_answer
 from mbf_mlx.base.sources import BaseFolder, check_folder, read_config
 from mbf_mlx.errors import InputError
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.generations import Generation
 
-NO_CODE = {"trust_remote_code": False}  # without it transformers asks whether to run a model folder's own code
 PROBE = "The stream learns"
 SIZES = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -68,10 +67,9 @@ def prove_fused(stream: StreamFolder, base: BaseFolder, fused: Path) -> str:
     adapter = adapter_of(stream.current())
     if adapter is None:
         raise InputError(f"{stream.path}: it has learned no task, so there is no export of it")
-    loaded = (load(str(base.path), tokenizer_config=NO_CODE, adapter_path=path)[:2] for path in (adapter, None))
-    live, bare = (_probe(*pair) for pair in loaded)
+    live, bare = (_probe(*load_to_answer(base.path, path)) for path in (adapter, None))
     try:
-        ours = _probe(*load(str(fused), tokenizer_config=NO_CODE)[:2])
+        ours = _probe(*load_to_answer(fused))
     except Exception as error:  # mlx and the tokenizer raise anything about files that do not fit together
         raise InputError(
             f"--fused {fused}: it cannot be loaded: {error}"

@@ -36,7 +36,11 @@ class Record(BaseModel):
 
     def to_json(self) -> bytes:
         """Return one line of JSON with sorted keys. The same record always gives the same bytes."""
-        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False) + "\n").encode()
+        return _line(self.model_dump(mode="json"))
+
+
+def _line(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 class BaseRecord(Record):
@@ -89,7 +93,12 @@ class Manifest(Record):
     settings: dict[str, Any]
     seed: int
     files: dict[str, FileRecord]
+    base_files: dict[str, str] = {}  # hashes of the base's settings and tokenizer; streams made before had none
     checksum: str = ""
+
+    def to_json(self) -> bytes:
+        """Return the manifest in one line of JSON, as `Record.to_json` does; without `base_files` if there are none."""
+        return _line(self.model_dump(mode="json", exclude=None if self.base_files else {"base_files"}))
 
     def sealed(self) -> "Manifest":
         """Return this manifest with a checksum over all its other fields."""
