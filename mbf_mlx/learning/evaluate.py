@@ -72,8 +72,12 @@ def score(
     if metric == EXACT_MATCH:
         value = sum(verdicts) / len(rows)
         return Score(metric=metric, value=value, loss=loss, rows=len(rows), close_calls=close, verdicts=tuple(verdicts))
+    from mbf_mlx.learning.rouge import RougeL  # it loads the package's stemmer
+
     measure = RougeL()
-    values = [measure(_answer(model, tokenizer, row, advance), row) for row in rows]
+    values = [
+        measure(_answer(model, tokenizer, row, advance), row.row.answers or (reference_text(row.row),)) for row in rows
+    ]
     return Score(metric=metric, value=float(np.mean(values)), loss=loss, rows=len(rows))
 
 
@@ -112,18 +116,3 @@ def _answer(model: Any, tokenizer: Any, row: Encoded, advance: Callable[[int], N
 def longest_answer(row: Encoded) -> int:
     """Return how many tokens may be generated as a row's answer."""
     return 2 * int(row.supervised.sum()) + 16
-
-
-class RougeL:
-    """The ROUGE-L F-measure of an answer against the best right answer, with stemming as published suites do."""
-
-    def __init__(self) -> None:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        self._scorer = RougeScorer(["rougeL"], use_stemmer=True)
-
-    def __call__(self, answer: str, row: Encoded) -> float:
-        """Return the measure, in [0, 1]."""
-        read = row.row
-        rights = read.answers or (reference_text(read),)
-        return max(float(self._scorer.score(right, answer)["rougeL"].fmeasure) for right in rights)
