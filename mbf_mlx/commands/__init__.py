@@ -21,7 +21,6 @@ import typer
 from typer.core import TyperGroup
 
 from mbf_mlx import __version__
-from mbf_mlx.commands.visible import visible
 from mbf_mlx.errors import InputError
 
 # name -> its line in `mbf --help`, in the order in which users meet them; a command without a module is left out
@@ -176,6 +175,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _say(message: str) -> None:
+    from mbf_mlx.commands.escapes import visible  # `mbf --help` does without
+
     # stderr may be the pipe that broke.
     try:
         print(visible(message), file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from mbf_mlx import units
-from mbf_mlx.commands.visible import visible, visible_json
+from mbf_mlx.commands.escapes import visible, visible_json
 
 LINE_SECONDS = 5.0  # between two progress lines if there is no terminal
 

@@ -34,6 +34,8 @@ class Reader(ABC):
     def __init__(self, file: Path):
         self.file = file
         self.sha256 = hashlib.sha256()
+        self.long_rows = 0  # rows that go over several lines
+        self.first_long = (0, 0)  # the first and the last line of the first of them
 
     @abstractmethod
     def scan(self) -> Iterator[Found]:
@@ -79,16 +81,18 @@ class Table(Reader):
 
     def __init__(self, file: Path):
         super().__init__(file)
-        self.tabs = file.suffix.lower() == ".tsv"
-        comma = "\t" if self.tabs else ","
-        self.example = f"prompt{comma}completion\n  Is this mail spam? You won!{comma}yes"
+        self.mark = "\t" if file.suffix.lower() == ".tsv" else ","
+        self.example = f"prompt{self.mark}completion\n  Is this mail spam? You won!{self.mark}yes"
         self.columns: list[str] = []
 
     def scan(self) -> Iterator[Found]:
         """Yield the row of every record below the header; if the header does not fit, yield only its error."""
         csv.field_size_limit(MAX_LINE)
         with open_binary(self.file) as handle:
-            for offset, line, cells in self._records(lines(handle, self.sha256.update)):
+            for offset, line, last, cells in self._records(lines(handle, self.sha256.update)):
+                if last > line and isinstance(cells, list):
+                    self.first_long = self.first_long if self.long_rows else (line, last)
+                    self.long_rows += 1
                 if self.columns:
                     yield Found(offset, line, row_or_reason(self._row, cells, line))
                     continue
@@ -101,42 +105,55 @@ class Table(Reader):
     def read(self, handle: BinaryIO, offset: int, line: int) -> Row:
         """Return the row of the record that begins at `offset`."""
         handle.seek(offset)
-        for _, _, cells in self._records(lines(handle)):
+        for _, _, _, cells in self._records(lines(handle)):
             return self._row(cells, line)
         raise BadRow("the file ends here")
 
-    def _records(self, lines: Iterator[tuple[int, int, bytes | None]]) -> Iterator[tuple[int, int, list[str] | BadRow]]:
-        """Yield offset, line and cells of each record; one in quotes may span several lines."""
-        start: list[tuple[int, int]] = []
-        problem: list[BadRow] = []
+    def _records(
+        self, lines: Iterator[tuple[int, int, bytes | None]]
+    ) -> Iterator[tuple[int, int, int, list[str] | BadRow]]:
+        """Yield offset, first line, last line and cells of each record; one in quotes may span several lines."""
+        coming = next(lines, None)
+        while coming is not None:
+            offset, first, raw = coming
+            last, coming = first, next(lines, None)
 
-        def texts() -> Iterator[str]:
-            for offset, line, raw in lines:
-                if not start:
-                    start.append((offset, line))
-                try:
+            def texts(raw: bytes | None = raw) -> Iterator[str]:
+                nonlocal last, coming
+                yield decode(raw)
+                while coming is not None:
+                    last, raw, coming = coming[1], coming[2], next(lines, None)
                     yield decode(raw)
-                except BadRow as error:
-                    problem.append(error)
-                    yield "\n"
 
-        records = csv.reader(texts(), delimiter="\t" if self.tabs else ",", strict=True)
-        while True:
-            start.clear()
-            problem.clear()
             cells: list[str] | BadRow
             try:
-                cells = next(records)
-            except StopIteration:
-                return
+                plain = self._plain_cells(raw, coming)
+                cells = plain or next(csv.reader(texts(), delimiter=self.mark, strict=True))
+            except BadRow as error:
+                cells = error
             except csv.Error as error:
                 cells = BadRow(
                     f'broken table row: {error} (put a field with quotes in it into quotes and double them: "")'
                 )
-            if problem:
-                cells = problem[0]
             if cells:
-                yield *start[0], cells
+                yield offset, first, last, cells
+
+    def _plain_cells(self, raw: bytes | None, following: tuple[int, int, bytes | None] | None) -> list[str]:
+        """Return the cells of a line of a TSV in which a quote is a letter like any other; nothing if it may be more.
+
+        That is so where the quotes do not enclose fields, and this line and the next one have as many fields as the
+        header without them.
+        """
+        if self.mark != "\t" or not self.columns or raw is None or b'"' not in raw:
+            return []
+        try:
+            next(csv.reader([decode(raw)], delimiter=self.mark, strict=True))
+            return []
+        except csv.Error:
+            cells = decode(raw).rstrip("\r\n").split(self.mark)
+        fields = len(self.columns) - 1
+        fits = following is None or (following[2] or b"").count(b"\t") == fields
+        return cells if fits and len(cells) == fields + 1 else []
 
     def _header(self, cells: list[str] | BadRow) -> list[str]:
         if isinstance(cells, BadRow):
@@ -146,7 +163,8 @@ class Table(Reader):
             shown = ", ".join(json.dumps(cell[:40]) for cell in cells[:6])
             hint = ""
             if len(cells) == 1 and any(mark in cells[0] for mark in ";\t,"):
-                hint = f" (columns of a {self.file.suffix} file are separated by {'tabs' if self.tabs else 'commas'})"
+                marks = "commas" if self.mark == "," else "tabs"
+                hint = f" (columns of a {self.file.suffix} file are separated by {marks})"
             raise BadRow(f'expected columns named "prompt" and "completion", or "text", got {shown}{hint}')
         for name in _COLUMNS:
             if names.count(name) > 1:

@@ -81,9 +81,10 @@ def read_task(path: Path | str, *, name: str | None = None, report: Report = lam
     scans = _scan(files, problems, report)
     problems.raise_any(path)
     rows = {split: scan.rows() for split, scan in scans.items()}
-    warnings += _odd_rows(rows, scans)
+    warnings += _odd_rows(scans)
     held_out = _hold_out(rows, warnings)
     _drop_scored_rows(rows, path, warnings)
+    warnings += _repeated_rows(rows)
     return Task(
         name=name,
         path=path,
@@ -156,15 +157,24 @@ def _scan(files: dict[str, Path], problems: Problems, report: Report) -> dict[st
     return scans
 
 
-def _odd_rows(rows: dict[str, FileRows], scans: dict[str, Scan]) -> list[str]:
-    """Return warnings about rows that are repeated, skipped, or hold an answer that is not read."""
-    odd = [
-        f"{found.file}: {_rows(count)} of {split} {_are(count, 'repeats', 'repeat')} an earlier one"
+def _repeated_rows(rows: dict[str, FileRows]) -> list[str]:
+    """Return warnings about rows that say what an earlier one says, among those that are used."""
+    return [
+        f"{found.file}: {count} of {_rows(len(found))} of {split} {_are(count, 'repeats', 'repeat')} an earlier one"
         for split, found in rows.items()
         if (count := count_repeated(found))
     ]
+
+
+def _odd_rows(scans: dict[str, Scan]) -> list[str]:
+    """Return warnings about rows that are skipped, that go over several lines, or whose answer is not read."""
+    odd: list[str] = []
     for scan in scans.values():
         file = scan.reader.file
+        if count := scan.reader.long_rows:
+            first, last = scan.reader.first_long
+            verb = _are(count, "goes", "go")
+            odd.append(f"{file}: {_rows(count)} in quotes {verb} over several lines (the first: {first} to {last})")
         odd += [f"{file}: {_rows(count)} skipped: {why}" for why, count in scan.skipped.items()]
         odd += [
             f'{file}: {_rows(count)} of "text" {_are(count, "has", "have")} "{key}", too, which is not read: to learn '

@@ -123,12 +123,23 @@ def test_labels_are_the_different_completions_or_a_hash_of_too_many(write_jsonl)
     assert read_task(write_jsonl("texts.jsonl", [{"text": "a"}, {"text": "b"}])).labels == ()
 
 
+def test_rows_that_are_left_out_of_training_do_not_count_as_repeated(write_jsonl):
+    write_jsonl("sums/test.jsonl", completions(2))
+    file = write_jsonl("sums/train.jsonl", [*completions(5), *completions(2), *completions(4)[2:]])
+    task = read_task(file.parent)
+    assert len(task.train) == 5
+    assert task.warnings == (
+        f"{file.parent}: 4 rows of train are also in test: left out of training",
+        f"{file}: 2 of 5 rows of train repeat an earlier one",
+    )
+
+
 def test_repeated_rows_are_counted_and_stay(write_jsonl):
     write_jsonl("sums/test.jsonl", completions(2, 100))
     file = write_jsonl("sums/train.jsonl", [*completions(4), *completions(2), *completions(1)])
     task = read_task(file.parent)
     assert len(task.train) == 7
-    assert task.warnings == (f"{file}: 3 rows of train repeat an earlier one",)
+    assert task.warnings == (f"{file}: 3 of 7 rows of train repeat an earlier one",)
 
 
 def test_repeated_rows_are_held_out_together(write_jsonl):
