@@ -25,7 +25,7 @@ from mbf_mlx.data.row import reference_text
 from mbf_mlx.data.task import Task, read_task
 from mbf_mlx.device.machine import freed_memory_kept
 from mbf_mlx.device.threads import one_thread_each
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.files.storage import Data
 from mbf_mlx.methods import Factors, Method, Pair, Seen, State, make, names, not_finite
 from mbf_mlx.methods.slao import Slao
@@ -147,8 +147,8 @@ def absorb(
     if cosine < PLAUSIBLE and not force:
         raise InputError(
             f"{folder}: expected an adapter trained from this stream's start of task {state.t + 1} (mean cosine of A's"
-            f" rows at least {PLAUSIBLE}), got {cosine:.2f}\nhint: mbf next {stream.path} OUT writes that start;"
-            " --force absorbs the adapter anyway"
+            f" rows at least {PLAUSIBLE}), got {cosine:.2f}\nhint: mbf next {quoted(stream.path)} OUT writes that"
+            " start; --force absorbs the adapter anyway"
         )
     inputs = look(method, state, tuned.factors, source) if measures and look else None
     state = method.absorb(state, tuned.factors, inputs)

@@ -21,7 +21,7 @@ from mbf_mlx.base.config_translation import translation
 from mbf_mlx.base.download import fetch_hub_model, fetch_packaged_file
 from mbf_mlx.base.own_files import check_own_files
 from mbf_mlx.base.recipe import HubSource, Recipe, TriedLoRA, models_folder, recipes
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.files import safetensors_file
 from mbf_mlx.files.documents import read_object
 from mbf_mlx.files.safetensors_file import read_header
@@ -66,7 +66,7 @@ def resolve_base(
     if kind != "file" and quantize:
         raise InputError(
             f"{name}: --quantize is for GGUF files\n"
-            f"hint: mlx_lm.convert --hf-path {name} -q --q-bits {quantize} quantizes a Hugging Face model"
+            f"hint: mlx_lm.convert --hf-path {quoted(name)} -q --q-bits {quantize} quantizes a Hugging Face model"
         )
     if kind == "folder":
         check_folder(path)

@@ -13,6 +13,7 @@ from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import Json
 from mbf_mlx.commands.shown import show_progress
 from mbf_mlx.config import TrainConfig
+from mbf_mlx.errors import quoted
 
 if TYPE_CHECKING:
     from mbf_mlx.api import Stream
@@ -144,6 +145,6 @@ def _print(result: dict[str, Any], stream: Path, fused: Path) -> None:
     console.out.print(f"asked: {result['question']}")
     console.out.print(f"it answers: {result['answer']}   (right: {result['expected']})")
     console.out.print(f"\ndone in {units.duration(result['seconds'])}. Next:")
-    console.out.print(f"  mbf learn {stream} YOUR-TASK.jsonl")
-    console.out.print(f"  mbf chat {stream}")
+    console.out.print(f"  mbf learn {quoted(stream)} YOUR-TASK.jsonl")
+    console.out.print(f"  mbf chat {quoted(stream)}")
     console.out.print(f"  mlx_lm.generate --model {fused} --prompt '...'")

@@ -8,7 +8,7 @@ import numpy as np
 
 from mbf_mlx.base.load import load_to_answer
 from mbf_mlx.base.sources import BaseFolder, check_folder, read_config
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.generations import Generation
 
@@ -53,7 +53,7 @@ def prove_adapter(model: Any, tokenizer: Any, stream: StreamFolder, adapter: str
         what = "changes no logits" if change == 0 else "gives logits that are not finite"
         raise InputError(
             f"{adapter}: the adapter {what} of {base}, so it would not answer as it was taught"
-            f"\nhint: mbf status {stream.path} --verify checks the stream; mbf undo removes the last task"
+            f"\nhint: mbf status {quoted(stream.path)} --verify checks the stream; mbf undo removes the last task"
         )
     return f"{base} with the adapter of {_tasks(stream)}, which changes logits by up to {change:.2g}"
 
@@ -73,12 +73,12 @@ def prove_fused(stream: StreamFolder, base: BaseFolder, fused: Path) -> str:
     except Exception as error:  # mlx and the tokenizer raise anything about files that do not fit together
         raise InputError(
             f"--fused {fused}: it cannot be loaded: {error}"
-            f"\nhint: mbf export {stream.path} mlx {fused} --force exports it again"
+            f"\nhint: mbf export {quoted(stream.path)} mlx {quoted(fused)} --force exports it again"
         ) from error
     if ours.shape != live.shape or not np.abs(ours - live).mean() < np.abs(ours - bare).mean():
         raise InputError(
             f"--fused {fused}: it answers more like the base than like the adapter of {stream.path}"
-            f"\nhint: mbf export {stream.path} mlx {fused} --force exports it again"
+            f"\nhint: mbf export {quoted(stream.path)} mlx {quoted(fused)} --force exports it again"
         )
     return f"{fused}, which answers like the adapter of {_tasks(stream)}, not like the base"
 
@@ -90,14 +90,15 @@ def check_export(fused: Path, base: BaseFolder, stream: StreamFolder) -> None:
         InputError: it is not, or its files are damaged.
     """
     if not (fused / "config.json").is_file():
-        raise InputError(f"--fused {fused}: expected a folder that mbf export {stream.path} mlx wrote")
+        raise InputError(f"--fused {fused}: expected a folder that mbf export {quoted(stream.path)} mlx wrote")
     check_folder(fused)
     config, expected = read_config(fused), read_config(base.path)
     if other := [name for name in SIZES if config.get(name) != expected.get(name)]:
         name = other[0]
         raise InputError(
             f"--fused {fused}: config.json: {name}: expected {expected.get(name)!r} as in {base.name},"
-            f" got {config.get(name)!r}\nhint: mbf export {stream.path} mlx {fused} --force exports it again"
+            f" got {config.get(name)!r}"
+            f"\nhint: mbf export {quoted(stream.path)} mlx {quoted(fused)} --force exports it again"
         )
 
 

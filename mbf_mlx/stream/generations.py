@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mbf_mlx import __version__
 from mbf_mlx.adapters.layout import CONFIG, WEIGHTS
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.files.storage import Data, Files, read_file, read_large, refusal, require_space, sha256, sha256_file
 from mbf_mlx.stream.records import (
     CHANGED,
@@ -226,7 +226,7 @@ class Generations:
         return data
 
     def _damage(self, path: Path, what: str) -> InputError:
-        hint = f"mbf status {self.path} --repair goes back to the previous generation, if that one is undamaged"
+        hint = f"mbf status {quoted(self.path)} --repair goes back to the previous generation, if that one is undamaged"
         before = self.folder((self._linked_number() or 0) - 1)
         if path.is_relative_to(before):
             hint = f"mbf undo cannot go back to generation {before.name}; the current one is not affected"
