@@ -130,7 +130,7 @@ def absorb(
         InputError: an adapter that does not fit, a name that is taken, or no task file where the method needs one. The
             stream is unchanged.
     """
-    history = stream.history()
+    started, history = stream.current(), stream.history()
     if not again and any(record.name == name for record in history):
         raise InputError(f"--name: {stream.path} has learned a task named {name!r}; choose another name, or --again")
     method, measures = _method(stream), wants_rows(stream)
@@ -154,8 +154,7 @@ def absorb(
     state = method.absorb(state, tuned.factors, inputs)
     _check_finite(state, folder)
     record = _record(name, state.t, folder, tuned.sha256, source, choose_metric or metric_by_words)
-    generation = stream.current().manifest
-    stream.commit(state, record, generation.base_path, {"absorbed": str(folder)})
+    stream.commit(started, state, record, started.manifest.base_path, {"absorbed": str(folder)})
     return Absorbed(record=record, cosine=cosine, notes=tuned.notes)
 
 

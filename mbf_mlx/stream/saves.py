@@ -15,8 +15,10 @@ from typing import Any
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Files, read_file, read_large, sha256
+from mbf_mlx.stream.records import NewerFormatError
 
 PROGRESS, TENSORS = "progress.json", "tensors.safetensors"
+SAVE_VERSION = 1  # of what a save holds; a save without a number has version 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ class Working:
         """
         data = safetensors_bytes(tensors)
         document = {
+            "format_version": SAVE_VERSION,
             "run": run,
             "machine": machine,
             "progress": progress,
@@ -89,10 +92,16 @@ class Working:
                 self._remove(old)
 
     def load(self) -> Saved | None:
-        """Return the newest undamaged save, or None."""
+        """Return the newest undamaged save, or None.
+
+        Raises:
+            NewerFormatError: a newer mbf-mlx has written it.
+        """
         for folder in reversed(self._saves()):
             try:
                 return _read(folder)
+            except NewerFormatError:
+                raise
             except InputError:
                 continue
         return None
@@ -141,6 +150,11 @@ def _read(folder: Path) -> Saved:
         canonical = json.dumps(document).encode() == text
         if document.pop("checksum") != _checksum(document) or not canonical:
             raise InputError(f"{folder / PROGRESS}: damaged: its content is not what was saved")
+        if document.get("format_version", SAVE_VERSION) > SAVE_VERSION:
+            raise NewerFormatError(
+                f"{folder}: a newer mbf-mlx has saved this run (format {document['format_version']}, this one reads"
+                f" {SAVE_VERSION})\nhint: update mbf-mlx, or add --restart to start the task over"
+            )
         if sha256(data) != document["tensors_sha256"]:
             raise InputError(f"{folder / TENSORS}: damaged: its content is not what was saved")
         return Saved(
@@ -175,7 +189,12 @@ def check_same_run(saved: Saved, run: dict[str, Any], working: Path) -> None:
     if saved.run == run:
         return
     differ = sorted(key for key in saved.run.keys() | run.keys() if saved.run.get(key) != run.get(key))
-    lines = "\n".join(f"  {key}: {saved.run.get(key)!r} was saved, {run.get(key)!r} is asked for now" for key in differ)
+    lines = "\n".join(
+        "  the task's files have changed since"
+        if key == "sha256"
+        else f"  {key}: {saved.run.get(key)!r} was saved, {run.get(key)!r} is asked for now"
+        for key in differ
+    )
     raise InputError(
         f"{working}: a run of task {saved.run.get('task')!r} was interrupted, and this run differs from it:\n{lines}\n"
         "hint: repeat the earlier command to finish that run, or add --restart to discard it"
