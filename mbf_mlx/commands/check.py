@@ -160,8 +160,10 @@ class _Seen:
         """Return warnings about the rows and the model's template."""
         mark, count = self.special
         rows = f"{self.task.path}: {count} {'row holds' if count == 1 else 'rows hold'}"
-        odd = [f"{rows} text that this model reads as special tokens, such as {mark}; its template adds its own"]
-        return (odd if count else []) + (self.encoder.warnings() if self.encoder else [])
+        odd = f"{rows} text that this model reads as special tokens, such as {mark}"
+        if self.encoder and self.encoder.fills_template(self.task):
+            odd += "; its template adds its own"
+        return ([odd] if count else []) + (self.encoder.warnings(self.task) if self.encoder else [])
 
 
 def _silent(done: int, **values: Any) -> None:

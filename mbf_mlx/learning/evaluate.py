@@ -72,7 +72,7 @@ def score(
     if metric == EXACT_MATCH:
         value = sum(verdicts) / len(rows)
         return Score(metric=metric, value=value, loss=loss, rows=len(rows), close_calls=close, verdicts=tuple(verdicts))
-    measure = RougeL()
+    measure = RougeL(tuple(tokenizer.decode(token) for token in tokenizer.eos_token_ids))
     values = [measure(_answer(model, tokenizer, row, advance), row) for row in rows]
     return Score(metric=metric, value=float(np.mean(values)), loss=loss, rows=len(rows))
 
@@ -115,15 +115,26 @@ def longest_answer(row: Encoded) -> int:
 
 
 class RougeL:
-    """The ROUGE-L F-measure of an answer against the best right answer, with stemming as published suites do."""
+    """The ROUGE-L F-measure of an answer against the best right answer, with stemming as published suites do.
 
-    def __init__(self) -> None:
+    Args:
+        ends: The texts of the tokens that end an answer. A right answer may be written with one; it is not counted.
+    """
+
+    def __init__(self, ends: tuple[str, ...] = ()) -> None:
         from rouge_score.rouge_scorer import RougeScorer
 
         self._scorer = RougeScorer(["rougeL"], use_stemmer=True)
+        self._ends = ends
 
     def __call__(self, answer: str, row: Encoded) -> float:
         """Return the measure, in [0, 1]."""
         read = row.row
         rights = read.answers or (reference_text(read),)
-        return max(float(self._scorer.score(right, answer)["rougeL"].fmeasure) for right in rights)
+        return max(float(self._scorer.score(self._bare(right), answer)["rougeL"].fmeasure) for right in rights)
+
+    def _bare(self, right: str) -> str:
+        right = right.strip()
+        while end := next((end for end in self._ends if end and right.endswith(end)), ""):
+            right = right.removesuffix(end).rstrip()
+        return right

@@ -278,7 +278,7 @@ def learn_task(
         check_same_run(saved, run, stream.working)
     encoder = Encoder(learner.tokenizer, settings.data, stream.path)
     rows, valid, test = _encoded(task, encoder, tests, settings)
-    notes = [*encoder.warnings(), *notes_on(task, rows, settings, learner.context)]
+    notes = [*encoder.warnings(task), *notes_on(task, rows, settings, learner.context)]
     if saved is not None:
         notes.append(f"goes on after step {saved.progress['step']}")
         notes += differences(saved.machine, run_conditions(team))

@@ -32,6 +32,12 @@ def tokenizer():
     return tokenizer_of()
 
 
+@pytest.fixture
+def task_of(write_jsonl):
+    """Make a task of one row."""
+    return lambda **document: read_task(write_jsonl("one.jsonl", [document]))
+
+
 # ---- one row of each kind
 
 
@@ -127,27 +133,58 @@ def test_the_first_token_of_a_text_stands_there_once(style, bos, template):
 
 def test_an_end_token_that_the_row_brings_is_not_doubled(tokenizer):
     end = tokenizer.eos_token_id
-    for one in (row(text="Good<|im_end|>"), row(prompt="Good?", completion=" yes<|im_end|>")):
-        assert encode(one, tokenizer, template="none").tokens.tolist().count(end) == 1
+    for space in ("", "\n", " \n\n"):
+        for one in (row(text=f"Good<|im_end|>{space}"), row(prompt="Good?", completion=f" yes<|im_end|>{space}")):
+            tokens = encode(one, tokenizer, template="none").tokens.tolist()
+            assert tokens.count(end) == 1 and tokens[-1] == end
+    in_chat = encode(row(prompt="Good?", completion=" yes<|im_end|>\n"), tokenizer)
+    assert supervised(tokenizer, in_chat) == ["yes<|im_end|>"]
 
 
-def test_a_template_that_ends_turns_with_another_token_than_generation_is_warned_of():
+@pytest.mark.parametrize("template", ["chat", "none"])
+@pytest.mark.parametrize(
+    "answer", ["old<|im_end|> new", "<|im_end|>new", "old<|im_end|><|im_start|>user", "a<|im_end|>.\n"]
+)
+def test_an_answer_that_goes_on_behind_an_end_token_is_refused(tokenizer, template, answer):
+    with pytest.raises(BadRow, match=re.escape("the answer holds <|im_end|>, at which this model's generation stops")):
+        encode(row(prompt="Good?", completion=answer), tokenizer, template=template)
+
+
+def test_every_answer_of_a_conversation_ends_where_generation_stops(tokenizer):
+    with pytest.raises(BadRow, match="the answer holds"):
+        encode(talk("Hello", "old<|im_end|> new", "Good?", "yes"), tokenizer)
+    kept = encode(talk("Hello<|im_end|> you", "old<|im_end|>", "<|im_end|>Good?", "<|head|>yes"), tokenizer)
+    assert supervised(tokenizer, kept) == ["old<|im_end|>", "<|head|>yes<|im_end|>"]
+
+
+def test_a_text_may_hold_any_end_token(tokenizer):
+    text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"
+    assert tokenizer.decode(encode(row(text=text), tokenizer).tokens) == text.rstrip()
+
+
+def test_an_answer_ends_where_generation_stops_also_where_the_template_ends_it_otherwise(task_of):
     tokenizer = make_tokenizer(template="chatml")
-    assert Encoder(tokenizer, DataConfig()).warnings() == []
+    assert Encoder(tokenizer, DataConfig()).warnings(task_of(prompt="a", completion="b")) == []
     tokenizer._tokenizer.eos_token = "<|endoftext|>"
     tokenizer._eos_token_ids = {tokenizer.convert_tokens_to_ids("<|endoftext|>")}
-    assert Encoder(tokenizer, DataConfig()).warnings() == [
-        "the chat template ends a turn with <|im_end|>, at which this model's generation does not stop"
+    assert Encoder(tokenizer, DataConfig()).warnings(task_of(prompt="a", completion="b")) == [
+        "the chat template ends a turn with <|im_end|>, at which this model's generation does not stop: <|endoftext|> "
+        "is learned behind it"
     ]
+    assert Encoder(tokenizer, DataConfig()).warnings(task_of(text="a")) == []
+    encoded = encode(row(prompt="Good?", completion="yes"), tokenizer)
+    assert supervised(tokenizer, encoded) == ["yes<|im_end|><|endoftext|>"]
 
 
-def test_a_model_without_a_template_gets_raw_prompts_and_says_so():
+def test_a_model_without_a_template_gets_raw_prompts_and_says_so(task_of):
     tokenizer = tokenizer_of(template=None)
     assert tokenizer.decode(encode(row(prompt="Good?", completion=" yes"), tokenizer).tokens) == "Good? yes<|im_end|>"
-    assert Encoder(tokenizer, DataConfig()).warnings() == [
+    answers = task_of(prompt="a", completion="b")
+    assert Encoder(tokenizer, DataConfig()).warnings(answers) == [
         "the model has no chat template: prompt and completion stand as they are"
     ]
-    assert Encoder(tokenizer, DataConfig(template="none")).warnings() == []
+    assert Encoder(tokenizer, DataConfig(template="none")).warnings(answers) == []
+    assert Encoder(tokenizer, DataConfig()).warnings(task_of(text="a")) == []
 
 
 def test_many_rows_get_the_tokens_that_each_gets_alone(tokenizer):

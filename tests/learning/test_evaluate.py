@@ -94,6 +94,13 @@ def test_rouge_l_takes_the_best_of_a_rows_right_answers():
     assert measure("boats", of("a boat", "the red train")) == pytest.approx(2 * 1 * (1 / 2) / (1 + 1 / 2))
 
 
+def test_rouge_l_leaves_out_the_end_token_that_a_right_answer_is_written_with():
+    right = "the red train</s>\n"
+    row = Encoded(np.zeros(2, np.int32), np.ones(2, bool), 1, 0, Row("completion", Path(), 1, "a", right, (right,)))
+    assert RougeL(("</s>",))("the red train", row) == 1.0
+    assert RougeL()("the red train", row) < 1.0
+
+
 def test_the_metric_follows_the_longest_answer(bench, write_jsonl):
     short = [{"prompt": "a", "completion": "yes"}, {"prompt": "b", "completion": "no"}]
     long = [*short, {"prompt": "c", "completion": " ".join(["word"] * 30)}]
