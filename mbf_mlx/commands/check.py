@@ -175,10 +175,13 @@ def _pieces(row: "Row") -> list[tuple[str, bool]]:
     if row.kind == "text":
         return [(row.text, True)]
     if row.kind == "completion":
-        return [(row.prompt, False), (row.completion, True)]
+        system = [(f"system: {row.system}\n", False)] if row.system else []
+        return [*system, (row.prompt, False), (row.completion, True)]
+    from mbf_mlx.data.row import is_learned
+
     pieces = []
     for message in row.messages:
-        pieces += [(f"{message['role']}: ", False), (message["content"], message["role"] == "assistant"), ("\n", False)]
+        pieces += [(f"{message['role']}: ", False), (message["content"], is_learned(message)), ("\n", False)]
     return pieces
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from mbf_mlx.config import DataConfig
 from mbf_mlx.data.answer_places import Rendered, render
 from mbf_mlx.data.chat_template import ChatTemplate
+from mbf_mlx.data.left_out import LeftOut
 from mbf_mlx.data.problems import Problems
 from mbf_mlx.data.row import NAMES, BadRow, Row
 from mbf_mlx.data.task import Task
@@ -28,6 +29,7 @@ from mbf_mlx.data.tokenizer_pieces import PieceTokenizer
 CHUNK = 512  # rows that are rendered and tokenized together; fewer if they have more than
 CHUNK_LETTERS = 1_000_000  # characters
 NOTHING = "no supervised token: the model's template or tokenizer leaves none of the answer"
+NO_PLACE = '"system" needs a chat template: without one, expected it at the start of the prompt'
 STOPS = (
     "the answer holds {mark}, at which this model's generation stops: what comes after it would never be generated"
     " (take it out, or end the answer there)"
@@ -49,6 +51,7 @@ class Encoder:
         self._pieces = PieceTokenizer(tokenizer)
         chat = data.template == "chat" and tokenizer.has_chat_template
         self._template = ChatTemplate(tokenizer) if chat else None
+        self._left_out = LeftOut(self._template)
 
     def all(self, rows: Sequence[Row], path: Path) -> EncodedRows:
         """Return all rows' tokens; `path` is what an error calls the task.
@@ -69,6 +72,8 @@ class Encoder:
         """Yield each row with its tokens, or with the reason why it has none; only a chunk of rows is in memory."""
         for chunk in _chunks(rows):
             whole = self._parts(chunk)
+            for row in chunk:
+                self._left_out.note(row)
             for row, parts, cut in zip(chunk, *self._fitted(chunk, whole), strict=True):
                 yield row, parts if isinstance(parts, BadRow) else self._encoded(row, parts, cut)
 
@@ -87,7 +92,10 @@ class Encoder:
         return self._template is not None and task.format != NAMES["text"]
 
     def warnings(self, task: Task) -> list[str]:
-        """Return warnings about the model's template, where the task's rows are put into it or expect one."""
+        """Return warnings about the model's template and what it left out of the rows encoded until now."""
+        return self._template_warnings(task) + self._left_out.warnings()
+
+    def _template_warnings(self, task: Task) -> list[str]:
         if self._template is None or not self.fills_template(task):
             raw = self.data.template == "chat" and task.format != NAMES["text"]
             return ["the model has no chat template: prompt and completion stand as they are"] if raw else []
@@ -107,6 +115,10 @@ class Encoder:
         tokens = np.array(parts.prompt + parts.answer, np.int32)
         supervised = np.array(parts.supervised + [True] * len(parts.answer), bool)
         if not self.data.mask_prompt:
+            if any(message.get("weight") == 0 for message in row.messages):
+                return BadRow(
+                    "an answer has the weight 0, and --no-mask-prompt learns every token: expected one of them"
+                )
             supervised[:] = True
         supervised[0] = False
         return Encoded(tokens, supervised, len(parts.prompt), cut, row)
@@ -133,7 +145,10 @@ class Encoder:
             return [BadRow(reason) for _ in rows]
         prompts = self._pieces.begun([row.prompt for row in rows])
         answers = self._pieces.continued([self._pieces.until_end(row.completion) for row in rows])
-        return [_Parts(p, [False] * len(p), self._pieces.ended(a)) for p, a in zip(prompts, answers, strict=True)]
+        return [
+            BadRow(NO_PLACE) if row.system else _Parts(prompt, [False] * len(prompt), self._pieces.ended(answer))
+            for row, prompt, answer in zip(rows, prompts, answers, strict=True)
+        ]
 
     def _chat_parts(self, rendered: "list[Rendered | BadRow]") -> "list[_Parts | BadRow]":
         good = [text for text in rendered if isinstance(text, Rendered)]

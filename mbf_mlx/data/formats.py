@@ -10,11 +10,12 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from mbf_mlx.data.json_stream import parse_json
-from mbf_mlx.data.row import EXAMPLES, BadRow, Row, row_from
+from mbf_mlx.data.row import EXAMPLES, READ, BadRow, Row, held_keys, row_from
 from mbf_mlx.data.text_file import MAX_LINE, decode, lines, open_binary
 
 
@@ -71,7 +72,7 @@ class JsonLines(Reader):
         return row_from(parse_json(decode(raw).rstrip(" \t\r\n")), self.file, line)
 
 
-_COLUMNS = ("prompt", "completion", "text")  # all others are ignored
+_COLUMNS = ("prompt", "completion", "text", "system")  # all others are not read
 
 
 class Table(Reader):
@@ -159,11 +160,9 @@ class Table(Reader):
         if len(cells) != len(self.columns):
             raise BadRow(f"expected {len(self.columns)} fields as in the first line, got {len(cells)}")
         named = dict(zip(self.columns, cells, strict=True))
-        if "prompt" in named and "completion" in named:
-            named = {"prompt": named["prompt"], "completion": named["completion"]}
-        elif "text" in named:
-            named = {name: cell for name, cell in named.items() if name not in ("messages", "prompt", "tools")}
-        return row_from(named, self.file, line)
+        kind = "completion" if {"prompt", "completion"} <= named.keys() else "text"
+        read = {name: cell for name, cell in named.items() if name in READ[kind] & {*_COLUMNS}}
+        return replace(row_from(read, self.file, line), unread=held_keys(named, read.keys()))
 
 
 def row_or_reason(make: Callable[..., Row], what: object, line: int) -> Row | BadRow:

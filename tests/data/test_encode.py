@@ -157,6 +157,57 @@ def test_every_answer_of_a_conversation_ends_where_generation_stops(tokenizer):
     assert supervised(tokenizer, kept) == ["old<|im_end|>", "<|head|>yes<|im_end|>"]
 
 
+def test_an_answer_of_weight_0_stands_in_the_prompt(tokenizer):
+    messages = list(talk("hi", "hello", "2+2?", "4").messages)
+    messages[1] = {**messages[1], "weight": 0}
+    encoded = encode(row(messages=messages), tokenizer)
+    assert supervised(tokenizer, encoded) == ["4<|im_end|>"]
+    whole = encode(talk("hi", "hello", "2+2?", "4"), tokenizer)
+    assert encoded.tokens.tolist() == whole.tokens.tolist()
+    with pytest.raises(BadRow, match="weight 0, and --no-mask-prompt learns every token"):
+        encode(row(messages=messages), tokenizer, mask_prompt=False)
+
+
+def test_a_system_text_of_a_completion_is_a_system_message_and_needs_a_template(tokenizer):
+    one = row(prompt="2+2?", completion="4", system="Be short.")
+    messages = [{"role": role, "content": text} for role, text in (("system", "Be short."), ("user", "2+2?"))]
+    encoded = encode(one, tokenizer)
+    assert encoded.tokens[: encoded.prompt_length].tolist() == generation_prompt(tokenizer, messages)
+    with pytest.raises(BadRow, match='"system" needs a chat template'):
+        encode(one, tokenizer, template="none")
+    rows = [one, row(prompt="2+2?", completion="4")]
+    found = [parts for _, parts in Encoder(tokenizer, DataConfig(template="none")).stream(rows)]
+    assert isinstance(found[0], BadRow) and isinstance(found[1], Encoded)
+
+
+def test_what_the_template_leaves_out_of_rows_is_counted(task_of):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "1 + 2?", "name": "Kim"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "3"},
+    ]
+    rows, task = [row(messages=messages, tools=tools), talk("Hello", "Hi")], task_of(prompt="a", completion="b")
+
+    def told(tokenizer, rows=rows, template="chat"):
+        encoder = Encoder(tokenizer, DataConfig(template=template))
+        list(encoder.stream(rows))
+        return encoder.warnings(task)
+
+    left_out = ["the chat template leaves out: tools (1 row), name of messages (1 row), tool_calls of messages (1 row)"]
+    chatml = make_tokenizer(template="chatml")
+    assert told(chatml) == left_out
+    assert told(tokenizer_of(template="tools")) == ["the chat template leaves out: name of messages (1 row)"]
+    with_tools = [row(prompt="1 + 2?", completion="3", tools=tools)] * 3
+    assert told(chatml, with_tools, "none") == ["not read without a chat template: tools (3 rows)"]
+    assert told(chatml, [talk("Hello", "Hi")] * 3) == []
+    without_tool_turns = "for m in messages if m.role in ('user', 'assistant')"
+    chatml._tokenizer.chat_template = chatml._tokenizer.chat_template.replace("for m in messages", without_tool_turns)
+    assert "messages of the role tool (1 row)" in told(chatml)[0]
+
+
 def test_a_text_may_hold_any_end_token(tokenizer):
     text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"
     assert tokenizer.decode(encode(row(text=text), tokenizer).tokens) == text.rstrip()

@@ -117,9 +117,7 @@ def test_a_table_of_text_is_read_and_says_that_its_labels_are_not(tmp_path):
     file.write_text("text\tlabel\nWin!\tspam\nHello\tham\n")
     task = read_task(file)
     assert task.format == "text"
-    assert task.warnings == (
-        f'{file}: 2 rows of "text" have "label", too, which is not read: to learn it, write "prompt" and "completion"',
-    )
+    assert task.warnings == (f'{file}: not read: label (2 rows) (to learn an answer, write "prompt" and "completion")',)
 
 
 # ---- whatever a file holds
