@@ -168,6 +168,7 @@ def _odd_rows(rows: dict[str, FileRows], scans: dict[str, Scan]) -> list[str]:
     ]
     for scan in scans.values():
         file = scan.reader.file
+        odd += scan.reader.notes()
         odd += [f"{file}: {_rows(count)} skipped: {why}" for why, count in scan.skipped.items()]
         if scan.unread:
             keys = ", ".join(f"{_plain(key)} ({_rows(count)})" for key, count in scan.unread.items())
