@@ -23,6 +23,7 @@ from mbf_mlx.adapters import peft
 from mbf_mlx.base.sources import read_config
 from mbf_mlx.data.row import reference_text
 from mbf_mlx.data.task import Task, read_task
+from mbf_mlx.data.words import words_of
 from mbf_mlx.device.machine import freed_memory_kept
 from mbf_mlx.device.threads import one_thread_each
 from mbf_mlx.errors import InputError, quoted
@@ -38,7 +39,7 @@ ChooseMetric = Callable[[Task], str]  # "exact_match", "rouge_l" or "loss"
 Look = Callable[[Method, State, Factors, str], dict[str, Seen]]
 
 SHORT_ANSWER_WORDS = 8  # words and marks of the longest answer that is scored by exact match; some 16 tokens
-_WORD = re.compile(r"\w+|[^\w\s]")
+_MARK = re.compile(r"[^\w\s]")
 FORMATS = ("peft", "mlx")
 PLAUSIBLE = 0.3  # an adapter with a smaller mean cosine between the start's A and the tuned A did not start from ours
 SAME = {"mistral": "llama"}  # architectures that mlx-lm runs with the same code
@@ -263,7 +264,8 @@ def metric_by_words(task: Task) -> str:
     """
     if not len(task.test) or task.test[0].kind == "text":
         return "loss"
-    longest = max(len(_WORD.findall(reference_text(row))) for row in task.test)
+    answers = (reference_text(row) for row in task.test)
+    longest = max(len(words_of(answer)) + len(_MARK.findall(answer)) for answer in answers)
     return "exact_match" if longest <= SHORT_ANSWER_WORDS else "rouge_l"
 
 

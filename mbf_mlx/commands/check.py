@@ -163,8 +163,10 @@ class _Seen:
         """Return warnings about the rows and the model's template."""
         mark, count = self.special
         rows = f"{self.task.path}: {count} {'row holds' if count == 1 else 'rows hold'}"
-        odd = [f"{rows} text that this model reads as special tokens, such as {mark}; its template adds its own"]
-        return (odd if count else []) + (self.encoder.warnings() if self.encoder else [])
+        odd = f"{rows} text that this model reads as special tokens, such as {mark}"
+        if self.encoder and self.encoder.fills_template(self.task):
+            odd += "; its template adds its own"
+        return ([odd] if count else []) + (self.encoder.warnings(self.task) if self.encoder else [])
 
 
 def _silent(done: int, **values: Any) -> None:
@@ -176,10 +178,13 @@ def _pieces(row: "Row") -> list[tuple[str, bool]]:
     if row.kind == "text":
         return [(row.text, True)]
     if row.kind == "completion":
-        return [(row.prompt, False), (row.completion, True)]
+        system = [(f"system: {row.system}\n", False)] if row.system else []
+        return [*system, (row.prompt, False), (row.completion, True)]
+    from mbf_mlx.data.row import is_learned
+
     pieces = []
     for message in row.messages:
-        pieces += [(f"{message['role']}: ", False), (message["content"], message["role"] == "assistant"), ("\n", False)]
+        pieces += [(f"{message['role']}: ", False), (message["content"], is_learned(message)), ("\n", False)]
     return pieces
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mbf_mlx.data.chat_template import ChatTemplate, Messages
-from mbf_mlx.data.row import BadRow, Row
+from mbf_mlx.data.row import BadRow, Row, is_learned
 from mbf_mlx.data.tokenizer_pieces import PieceTokenizer
 
 CHANGED = "the model's chat template changes the answer: expected to find it behind the prompt"
@@ -52,8 +52,8 @@ class _Conversation:
     """The messages of one row; it finds the assistant's in the template's text."""
 
     def __init__(self, row: Row, template: ChatTemplate, pieces: PieceTokenizer):
-        self.messages, self.tools = _messages(row), row.tools
-        self.places = [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+        self.messages, self.tools = messages_of(row), row.tools
+        self.places = [place for place, message in enumerate(self.messages) if is_learned(message)]
         self._template, self._pieces = template, pieces
 
     def rendered(self, texts: Sequence[tuple[str | BadRow, str | BadRow]]) -> Rendered | BadRow:
@@ -163,7 +163,7 @@ def _call_with_mark(call: dict[str, Any], mark: str) -> dict[str, Any]:
     return {**call, "function": {**function, "name": mark}} if isinstance(function, dict) else {**call, "name": mark}
 
 
-def _messages(row: Row) -> Messages:
+def messages_of(row: Row) -> Messages:
     """Return a row's messages; a prompt and its completion are a user's and the assistant's.
 
     White space around a completion is left out: templates write their own between a role and its text.
@@ -171,4 +171,5 @@ def _messages(row: Row) -> Messages:
     if row.kind == "messages":
         return row.messages
     answer = {"role": "assistant", "content": row.completion.strip()}
-    return [{"role": "user", "content": row.prompt}, answer]
+    system = [{"role": "system", "content": row.system}] if row.system else []
+    return [*system, {"role": "user", "content": row.prompt}, answer]

@@ -18,8 +18,10 @@ import numpy as np
 from mbf_mlx.config import DataConfig
 from mbf_mlx.data.answer_places import Rendered, render
 from mbf_mlx.data.chat_template import ChatTemplate
+from mbf_mlx.data.left_out import LeftOut
 from mbf_mlx.data.problems import Problems
-from mbf_mlx.data.row import BadRow, Row
+from mbf_mlx.data.row import NAMES, BadRow, Row
+from mbf_mlx.data.task import Task
 from mbf_mlx.data.token_rows import Encoded as Encoded
 from mbf_mlx.data.token_rows import EncodedRows
 from mbf_mlx.data.tokenizer_pieces import PieceTokenizer
@@ -27,6 +29,11 @@ from mbf_mlx.data.tokenizer_pieces import PieceTokenizer
 CHUNK = 512  # rows that are rendered and tokenized together; fewer if they have more than
 CHUNK_LETTERS = 1_000_000  # characters
 NOTHING = "no supervised token: the model's template or tokenizer leaves none of the answer"
+NO_PLACE = '"system" needs a chat template: without one, expected it at the start of the prompt'
+STOPS = (
+    "the answer holds {mark}, at which this model's generation stops: what comes after it would never be generated"
+    " (take it out, or end the answer there)"
+)
 
 
 class Encoder:
@@ -44,6 +51,7 @@ class Encoder:
         self._pieces = PieceTokenizer(tokenizer)
         chat = data.template == "chat" and tokenizer.has_chat_template
         self._template = ChatTemplate(tokenizer) if chat else None
+        self._left_out = LeftOut(self._template)
 
     def all(self, rows: Sequence[Row], path: Path) -> EncodedRows:
         """Return all rows' tokens; `path` is what an error calls the task.
@@ -64,6 +72,8 @@ class Encoder:
         """Yield each row with its tokens, or with the reason why it has none; only a chunk of rows is in memory."""
         for chunk in _chunks(rows):
             whole = self._parts(chunk)
+            for row in chunk:
+                self._left_out.note(row)
             for row, parts, cut in zip(chunk, *self._fitted(chunk, whole), strict=True):
                 yield row, parts if isinstance(parts, BadRow) else self._encoded(row, parts, cut)
 
@@ -77,33 +87,55 @@ class Encoder:
         """Return the first text in the row that the tokenizer reads as a special token; "" if there is none."""
         return next(filter(None, map(self._pieces.mark_in, row.texts)), "")
 
-    def warnings(self) -> list[str]:
-        """Return warnings about the model's template; they do not depend on the rows."""
-        if self._template is None:
-            raw = self.data.template == "chat"
+    def fills_template(self, task: Task) -> bool:
+        """Return whether the rows of a task are put into the model's chat template."""
+        return self._template is not None and task.format != NAMES["text"]
+
+    def warnings(self, task: Task) -> list[str]:
+        """Return warnings about the model's template and what it left out of the rows encoded until now."""
+        return self._template_warnings(task) + self._left_out.warnings()
+
+    def _template_warnings(self, task: Task) -> list[str]:
+        if self._template is None or not self.fills_template(task):
+            raw = self.data.template == "chat" and task.format != NAMES["text"]
             return ["the model has no chat template: prompt and completion stand as they are"] if raw else []
-        _, probe = next(self.stream([Row("completion", Path(), 0, "a", "b", ("b",))]))
-        if isinstance(probe, BadRow) or probe.tokens[-1] in self._pieces.ends:
+        (probe,) = render([Row("completion", Path(), 0, "a", "b", ("b",))], self._template, self._pieces)
+        said, ends = ("", False) if isinstance(probe, BadRow) else self._pieces.turn(probe.answer)
+        if not ends or (last := self._pieces.plain([said])[0][-1]) in self._pieces.ends:
             return []
-        end = self._pieces.text(probe.tokens[-1:].tolist())
-        return [f"the chat template ends a turn with {end}, at which this model's generation does not stop"]
+        mark, end = (self._pieces.text([token]) for token in (last, self._pieces.ended([last])[-1]))
+        return [
+            f"the chat template ends a turn with {mark}, at which this model's generation does not stop: {end} is"
+            " learned behind it"
+        ]
 
     def _encoded(self, row: Row, parts: "_Parts", cut: int) -> Encoded | BadRow:
-        if not parts.answer or (row.kind != "text" and not self._pieces.says_something(parts.answer)):
-            return BadRow(NOTHING)
+        if not parts.answer or (row.kind != "text" and (fault := self._fault(parts.answer))):
+            return BadRow(fault if parts.answer else NOTHING)
         tokens = np.array(parts.prompt + parts.answer, np.int32)
         supervised = np.array(parts.supervised + [True] * len(parts.answer), bool)
         if not self.data.mask_prompt:
+            if any(message.get("weight") == 0 for message in row.messages):
+                return BadRow(
+                    "an answer has the weight 0, and --no-mask-prompt learns every token: expected one of them"
+                )
             supervised[:] = True
         supervised[0] = False
         return Encoded(tokens, supervised, len(parts.prompt), cut, row)
+
+    def _fault(self, answer: Sequence[int]) -> str:
+        """Return why generation cannot give the tokens of an answer; "" if it can."""
+        if not self._pieces.says_something(answer):
+            return NOTHING
+        stop = next((token for token in answer[:-1] if token in self._pieces.ends), None)
+        return "" if stop is None else STOPS.format(mark=self._pieces.text([stop]))
 
     def _parts(self, rows: Sequence[Row]) -> "list[_Parts | BadRow]":
         """Return the tokens of rows of one kind, not cut yet."""
         if not rows:
             return []
         if rows[0].kind == "text":
-            texts = map(self._pieces.ended, self._pieces.begun([row.text for row in rows]))
+            texts = map(self._pieces.ended, self._pieces.begun([self._pieces.until_end(row.text) for row in rows]))
             return [_Parts(tokens[:1], [False], tokens[1:]) for tokens in texts]
         if self._template is not None:
             return self._chat_parts(render(rows, self._template, self._pieces))
@@ -112,22 +144,23 @@ class Encoder:
             reason = f"messages need a chat template ({why}): expected prompt/completion or text rows"
             return [BadRow(reason) for _ in rows]
         prompts = self._pieces.begun([row.prompt for row in rows])
-        answers = self._pieces.continued([row.completion for row in rows])
-        return [_Parts(p, [False] * len(p), self._pieces.ended(a)) for p, a in zip(prompts, answers, strict=True)]
+        answers = self._pieces.continued([self._pieces.until_end(row.completion) for row in rows])
+        return [
+            BadRow(NO_PLACE) if row.system else _Parts(prompt, [False] * len(prompt), self._pieces.ended(answer))
+            for row, prompt, answer in zip(rows, prompts, answers, strict=True)
+        ]
 
     def _chat_parts(self, rendered: "list[Rendered | BadRow]") -> "list[_Parts | BadRow]":
         good = [text for text in rendered if isinstance(text, Rendered)]
-        turns = [self._pieces.turn(text.answer) for text in good]
-        answers = self._pieces.continued([said for said, _ in turns])
-        found = zip(self._prompts(good), answers, turns, strict=True)
+        answers = self._pieces.continued([self._pieces.turn(text.answer)[0] for text in good])
+        found = zip(self._prompts(good), answers, strict=True)
         parts: list[_Parts | BadRow] = []
         for text in rendered:
             if isinstance(text, BadRow):
                 parts.append(text)
                 continue
-            prompt, answer, (_, ends) = next(found)
-            answer = answer if ends else self._pieces.ended(answer)
-            parts.append(prompt if isinstance(prompt, BadRow) else _Parts(*prompt, answer))
+            prompt, answer = next(found)
+            parts.append(prompt if isinstance(prompt, BadRow) else _Parts(*prompt, self._pieces.ended(answer)))
         return parts
 
     def _prompts(self, rendered: Sequence[Rendered]) -> list[tuple[list[int], list[bool]] | BadRow]:
@@ -138,11 +171,12 @@ class Encoder:
         prompts: list[tuple[list[int], list[bool]] | BadRow] = []
         for text, tokens, places in zip(rendered, *self._pieces.placed(texts), strict=True):
             inside = [_tokens_of(text.prompt, places, span) for span in text.earlier]
-            if all(self._pieces.says_something([tokens[i] for i in np.flatnonzero(each)]) for each in inside):
+            faults = (self._fault([tokens[i] for i in np.flatnonzero(each)]) for each in inside)
+            if fault := next(filter(None, faults), ""):
+                prompts.append(BadRow(fault))
+            else:
                 supervised = np.any([np.zeros(len(tokens), bool), *inside], axis=0)
                 prompts.append((tokens, supervised.tolist()))
-            else:
-                prompts.append(BadRow(NOTHING))
         return prompts
 
     def _fitted(self, rows: Sequence[Row], parts: "list[_Parts | BadRow]") -> "tuple[list[_Parts | BadRow], list[int]]":

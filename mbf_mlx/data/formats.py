@@ -1,13 +1,13 @@
-"""The file formats of a task, one reader each: here JSON lines and tables, the benchmarks' in benchmark_formats.py.
+"""The file formats of a task, one reader each: here what they share, and JSON lines.
+
+Tables are read in tables.py, the JSON of published benchmarks in benchmark_formats.py.
 
 A reader goes through its file once (`scan`) and gives every row's place, with the row or the reason why it does not
 fit. Later it reads single rows again by their place (`read`), so the rows of a large file are never in memory together.
 Which files make up a task is left to task_files.py.
 """
 
-import csv
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,8 +34,6 @@ class Reader(ABC):
     def __init__(self, file: Path):
         self.file = file
         self.sha256 = hashlib.sha256()
-        self.long_rows = 0  # rows that go over several lines
-        self.first_long = (0, 0)  # the first and the last line of the first of them
 
     @abstractmethod
     def scan(self) -> Iterator[Found]:
@@ -44,6 +42,10 @@ class Reader(ABC):
         Raises:
             InputError: the file as a whole does not fit: it cannot be read, is empty, or is not text in UTF-8.
         """
+
+    def notes(self) -> list[str]:
+        """Return what the user should know of how the file was read, after `scan`."""
+        return []
 
     @abstractmethod
     def read(self, handle: BinaryIO, offset: int, line: int) -> Row:
@@ -71,117 +73,6 @@ class JsonLines(Reader):
 
     def _row(self, raw: bytes | None, line: int) -> Row:
         return row_from(parse_json(decode(raw).rstrip(" \t\r\n")), self.file, line)
-
-
-_COLUMNS = ("prompt", "completion", "text")  # all others are ignored
-
-
-class Table(Reader):
-    """CSV (commas) or TSV (tabs) whose first row names the columns: prompt and completion, or text."""
-
-    def __init__(self, file: Path):
-        super().__init__(file)
-        self.mark = "\t" if file.suffix.lower() == ".tsv" else ","
-        self.example = f"prompt{self.mark}completion\n  Is this mail spam? You won!{self.mark}yes"
-        self.columns: list[str] = []
-
-    def scan(self) -> Iterator[Found]:
-        """Yield the row of every record below the header; if the header does not fit, yield only its error."""
-        csv.field_size_limit(MAX_LINE)
-        with open_binary(self.file) as handle:
-            for offset, line, last, cells in self._records(lines(handle, self.sha256.update)):
-                if last > line and isinstance(cells, list):
-                    self.first_long = self.first_long if self.long_rows else (line, last)
-                    self.long_rows += 1
-                if self.columns:
-                    yield Found(offset, line, row_or_reason(self._row, cells, line))
-                    continue
-                try:
-                    self.columns = self._header(cells)
-                except BadRow as error:
-                    yield Found(offset, line, error)
-                    return
-
-    def read(self, handle: BinaryIO, offset: int, line: int) -> Row:
-        """Return the row of the record that begins at `offset`."""
-        handle.seek(offset)
-        for _, _, _, cells in self._records(lines(handle)):
-            return self._row(cells, line)
-        raise BadRow("the file ends here")
-
-    def _records(
-        self, lines: Iterator[tuple[int, int, bytes | None]]
-    ) -> Iterator[tuple[int, int, int, list[str] | BadRow]]:
-        """Yield offset, first line, last line and cells of each record; one in quotes may span several lines."""
-        coming = next(lines, None)
-        while coming is not None:
-            offset, first, raw = coming
-            last, coming = first, next(lines, None)
-
-            def texts(raw: bytes | None = raw) -> Iterator[str]:
-                nonlocal last, coming
-                yield decode(raw)
-                while coming is not None:
-                    last, raw, coming = coming[1], coming[2], next(lines, None)
-                    yield decode(raw)
-
-            cells: list[str] | BadRow
-            try:
-                plain = self._plain_cells(raw, coming)
-                cells = plain or next(csv.reader(texts(), delimiter=self.mark, strict=True))
-            except BadRow as error:
-                cells = error
-            except csv.Error as error:
-                cells = BadRow(
-                    f'broken table row: {error} (put a field with quotes in it into quotes and double them: "")'
-                )
-            if cells:
-                yield offset, first, last, cells
-
-    def _plain_cells(self, raw: bytes | None, following: tuple[int, int, bytes | None] | None) -> list[str]:
-        """Return the cells of a line of a TSV in which a quote is a letter like any other; nothing if it may be more.
-
-        That is so where the quotes do not enclose fields, and this line and the next one have as many fields as the
-        header without them.
-        """
-        if self.mark != "\t" or not self.columns or raw is None or b'"' not in raw:
-            return []
-        try:
-            next(csv.reader([decode(raw)], delimiter=self.mark, strict=True))
-            return []
-        except csv.Error:
-            cells = decode(raw).rstrip("\r\n").split(self.mark)
-        fields = len(self.columns) - 1
-        fits = following is None or (following[2] or b"").count(b"\t") == fields
-        return cells if fits and len(cells) == fields + 1 else []
-
-    def _header(self, cells: list[str] | BadRow) -> list[str]:
-        if isinstance(cells, BadRow):
-            raise cells
-        names = [cell.strip().lower() for cell in cells]
-        if not {"prompt", "completion"} <= set(names) and "text" not in names:
-            shown = ", ".join(json.dumps(cell[:40]) for cell in cells[:6])
-            hint = ""
-            if len(cells) == 1 and any(mark in cells[0] for mark in ";\t,"):
-                marks = "commas" if self.mark == "," else "tabs"
-                hint = f" (columns of a {self.file.suffix} file are separated by {marks})"
-            raise BadRow(f'expected columns named "prompt" and "completion", or "text", got {shown}{hint}')
-        for name in _COLUMNS:
-            if names.count(name) > 1:
-                raise BadRow(f'the column "{name}" stands twice')
-        return names
-
-    def _row(self, cells: list[str] | BadRow, line: int) -> Row:
-        if isinstance(cells, BadRow):
-            raise cells
-        if len(cells) != len(self.columns):
-            raise BadRow(f"expected {len(self.columns)} fields as in the first line, got {len(cells)}")
-        named = dict(zip(self.columns, cells, strict=True))
-        if "prompt" in named and "completion" in named:
-            named = {"prompt": named["prompt"], "completion": named["completion"]}
-        elif "text" in named:
-            named = {name: cell for name, cell in named.items() if name not in ("messages", "prompt", "tools")}
-        return row_from(named, self.file, line)
 
 
 def row_or_reason(make: Callable[..., Row], what: object, line: int) -> Row | BadRow:

@@ -6,14 +6,20 @@ conversation, perhaps with tools) and "text". Reading files is left to formats.p
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mbf_mlx.data import row_hints as hints
 
 ROLES = ("system", "user", "assistant", "tool")
+SAME_ROLES = {"developer": "system"}  # OpenAI's newer name
+READ = {  # the keys that are read of a row of each kind
+    "completion": {"prompt", "completion", "system", "tools"},
+    "messages": {"messages", "system", "tools"},
+    "text": {"text"},
+}
 NAMES = {"completion": "prompt/completion", "messages": "messages", "text": "text"}
 EXAMPLES = {
     "completion": '{"prompt": "Is this mail spam?\\nYou won!\\nAnswer:", "completion": " yes"}',
@@ -21,6 +27,7 @@ EXAMPLES = {
     "text": '{"text": "Ferns are plants without flowers."}',
 }
 
+_OWN_KEYS = ("role", "content", "weight")  # of a message; its others are for the chat template
 _ENCODER = json.JSONEncoder(sort_keys=True)  # made once: a large file has ten million rows
 
 
@@ -50,11 +57,13 @@ class Row:
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     text: str = ""
-    unread: str = field(default="", compare=False)  # a key beside "text" that looks like an answer to learn
+    system: str = ""  # of a completion: what stands before its prompt; a conversation has it among its messages
+    unread: tuple[str, ...] = field(default=(), compare=False)  # keys that hold something and are not read
     digest: bytes = field(default=b"", compare=False)  # 16 bytes over what the row says; its place does not count
 
     def __post_init__(self) -> None:
-        said = (self.kind, self.prompt, self.completion, self.answers, self.messages, self.tools, self.text)
+        said = [self.kind, self.prompt, self.completion, self.answers, self.messages, self.tools, self.text]
+        said += [self.system] if self.system else []
         digest = hashlib.blake2b(_ENCODER.encode(said).encode(), digest_size=16).digest()
         object.__setattr__(self, "digest", digest)
 
@@ -71,7 +80,13 @@ class Row:
     @property
     def texts(self) -> list[str]:
         """All texts of the row, without the names of the speakers."""
-        return [self.prompt, self.completion, self.text, *(message["content"] for message in self.messages)]
+        return [
+            self.system,
+            self.prompt,
+            self.completion,
+            self.text,
+            *(message["content"] for message in self.messages),
+        ]
 
     @property
     def letters(self) -> int:
@@ -83,7 +98,7 @@ def row_from(document: object, file: Path, line: int) -> Row:
     """Return the row that a JSON value describes.
 
     A row with the keys of several kinds is read as mlx-lm reads it: prompt and completion before messages before text.
-    Other keys are ignored.
+    The row says which other keys hold something.
 
     Raises:
         BadRow: the value is no object, or its keys, types or texts do not fit.
@@ -94,10 +109,15 @@ def row_from(document: object, file: Path, line: int) -> Row:
     if kind is None:
         raise _wrong_keys(document)
     try:
-        return _row(kind, document, file, line)
+        return replace(_row(kind, document, file, line), unread=held_keys(document, READ[kind]))
     except BadRow as error:
         error.fixed, error.example = error.fixed or _shown(hints.put_right(document)), EXAMPLES[kind]
         raise
+
+
+def held_keys(document: Mapping[str, Any], read: Set[str]) -> tuple[str, ...]:
+    """Return the keys of an object that hold something and are not among those that are `read`."""
+    return tuple(key for key in document if key not in read and document[key] not in (None, "", [], {}))
 
 
 def _kind(document: dict[str, Any]) -> str | None:
@@ -109,13 +129,18 @@ def _kind(document: dict[str, Any]) -> str | None:
 def _row(kind: str, document: dict[str, Any], file: Path, line: int) -> Row:
     if kind == "completion":
         prompt, completion = _text(document, "prompt"), _text(document, "completion")
-        return Row("completion", file, line, prompt, completion, (completion,), tools=_tools(document))
+        answers, tools, system = (completion,), _tools(document), _system(document)
+        return Row("completion", file, line, prompt, completion, answers, tools=tools, system=system)
     if kind == "messages":
-        return Row("messages", file, line, messages=_messages(document["messages"]), tools=_tools(document))
+        messages = _messages(document["messages"])
+        if system := _system(document):
+            if messages[0]["role"] == "system" and messages[0]["content"].strip() != system.strip():
+                raise BadRow('"system" and messages[0] are two system messages: expected one')
+            messages = ({"role": "system", "content": system}, *messages[messages[0]["role"] == "system" :])
+        return Row("messages", file, line, messages=messages, tools=_tools(document))
     if "tools" in document:
         raise BadRow('"tools" go with "messages", not with "text"')
-    unread = next((key for key in ("completion", *hints.ALIASES["completion"]) if key in document), "")
-    return Row("text", file, line, text=_text(document, "text"), unread=unread)
+    return Row("text", file, line, text=_text(document, "text"))
 
 
 def reference_text(row: Row) -> str:
@@ -163,8 +188,12 @@ def _tools(document: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     return tuple(tools)
 
 
+def _system(document: Mapping[str, Any]) -> str:
+    return "" if document.get("system") in (None, "") else _text(document, "system")
+
+
 def _messages(messages: object) -> tuple[dict[str, Any], ...]:
-    """Return the messages if they fit, each content as one text."""
+    """Return the messages up to the last answer that is learned, if they fit, each content as one text."""
     if not isinstance(messages, list):
         raise BadRow(f'"messages": expected a list, got {_type(messages)}')
     if not messages:
@@ -179,7 +208,15 @@ def _messages(messages: object) -> tuple[dict[str, Any], ...]:
         raise BadRow(
             f"the last message is of role {roles[-1]}: expected the assistant's answer (add it, or end before)"
         )
-    return checked
+    learned = [i for i, message in enumerate(checked) if is_learned(message)]
+    if not learned:
+        raise BadRow("every answer has the weight 0: expected one to learn")
+    return checked[: learned[-1] + 1]
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Return whether a message of a row is an answer to learn: OpenAI's weight 0 marks one that is only read."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _message(message: object, name: str) -> dict[str, Any]:
@@ -189,6 +226,7 @@ def _message(message: object, name: str) -> dict[str, Any]:
         keys = hints.list_keys(message) + hints.suggest_names(message, "role", "content")
         raise BadRow(f'{name}: expected "role" and "content", got {keys}')
     role = message["role"]
+    role = SAME_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         got = json.dumps(role)[:40] if isinstance(role, str) else _type(role)
         meant = hints.ROLES.get(role) if isinstance(role, str) else None
@@ -197,11 +235,18 @@ def _message(message: object, name: str) -> dict[str, Any]:
     calls = message.get("tool_calls")
     if calls is not None and (not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls)):
         raise BadRow(f"{name}.tool_calls: expected a list of objects")
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise BadRow(f"{name}.weight: expected 0 (only read) or 1 (learned), got {json.dumps(weight)[:40]}")
+    if weight and role != "assistant":
+        raise BadRow(f"{name}.weight: only an assistant's message is learned, got 1 with the role {role}")
     content = _content(message, name)
-    others = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+    others = {key: value for key, value in message.items() if key not in _OWN_KEYS and value is not None}
     check_text(json.dumps(others, ensure_ascii=False), name)
     if calls:
         others["tool_calls"] = [_plain_call(call) for call in calls]
+    if weight == 0 and role == "assistant":
+        others["weight"] = 0
     return {"role": role, "content": content, **others}
 
 

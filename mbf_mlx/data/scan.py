@@ -13,6 +13,8 @@ from mbf_mlx.data.problems import Problems
 from mbf_mlx.data.row import BadRow, Row, Skipped, reference_text
 from mbf_mlx.errors import InputError
 
+MAX_KEYS = 20  # from so many keys that are not read, others are counted together
+OTHERS = "others"
 REPORT_ROWS = 5000  # rows between two reports of progress
 
 
@@ -32,7 +34,7 @@ class Scan:
         self.reader = reader
         self.labels = Labels()
         self.skipped = Counter[str]()  # reason -> rows
-        self.unread = Counter[str]()  # key beside "text" that looks like an answer -> rows
+        self.unread = Counter[str]()  # key that is not read -> rows
         self._places, self._digests = Places(), array("Q")
         found = 0
         for number, (offset, line, row) in enumerate(reader.scan()):
@@ -57,7 +59,7 @@ class Scan:
     def _note(self, offset: int, row: Row) -> None:
         self._places.append(offset, row.line)
         self._digests.append(row.short_digest)
-        if row.unread:
-            self.unread[row.unread] += 1
+        few = len(self.unread) < MAX_KEYS
+        self.unread.update(list(dict.fromkeys(key if few or key in self.unread else OTHERS for key in row.unread)))
         if label := reference_text(row):
             self.labels.add(label)

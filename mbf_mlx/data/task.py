@@ -5,6 +5,7 @@ in formats.py, rows are kept in file_rows.py; tokens are left to encode.py.
 """
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from mbf_mlx.data.file_rows import FileRows, count_repeated, is_in, pick_share
 from mbf_mlx.data.labels import Labels
 from mbf_mlx.data.problems import Problems
 from mbf_mlx.data.row import NAMES, Row
+from mbf_mlx.data.row_hints import ALIASES
 from mbf_mlx.data.scan import Scan
 from mbf_mlx.data.task_files import default_name, find_splits, reader_of
 from mbf_mlx.errors import InputError
 
 HELD_OUT = 10  # without test rows, one row in this many is held out for scoring
 MAX_NAME = 100  # characters
+ANSWERS = ("completion", *ALIASES["completion"])  # keys that look like an answer to learn
 TURNING = (
     "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # turn printed text around, which can disguise a name
 )
@@ -81,7 +84,7 @@ def read_task(path: Path | str, *, name: str | None = None, report: Report = lam
     scans = _scan(files, problems, report)
     problems.raise_any(path)
     rows = {split: scan.rows() for split, scan in scans.items()}
-    warnings += _odd_rows(scans)
+    warnings += _odd_rows(scans, rows)
     held_out = _hold_out(rows, warnings)
     _drop_scored_rows(rows, path, warnings)
     warnings += _repeated_rows(rows)
@@ -166,21 +169,18 @@ def _repeated_rows(rows: dict[str, FileRows]) -> list[str]:
     ]
 
 
-def _odd_rows(scans: dict[str, Scan]) -> list[str]:
-    """Return warnings about rows that are skipped, that go over several lines, or whose answer is not read."""
+def _odd_rows(scans: dict[str, Scan], rows: dict[str, FileRows]) -> list[str]:
+    """Return warnings about rows that are skipped, that go over several lines, or whose keys are not all read."""
     odd: list[str] = []
     for scan in scans.values():
         file = scan.reader.file
-        if count := scan.reader.long_rows:
-            first, last = scan.reader.first_long
-            verb = _are(count, "goes", "go")
-            odd.append(f"{file}: {_rows(count)} in quotes {verb} over several lines (the first: {first} to {last})")
+        odd += scan.reader.notes()
         odd += [f"{file}: {_rows(count)} skipped: {why}" for why, count in scan.skipped.items()]
-        odd += [
-            f'{file}: {_rows(count)} of "text" {_are(count, "has", "have")} "{key}", too, which is not read: to learn '
-            'it, write "prompt" and "completion"'
-            for key, count in scan.unread.items()
-        ]
+        if scan.unread:
+            keys = ", ".join(f"{_plain(key)} ({_rows(count)})" for key, count in scan.unread.items())
+            answer = rows["train"][0].kind == "text" and any(key in ANSWERS for key in scan.unread)
+            hint = ' (to learn an answer, write "prompt" and "completion")' if answer else ""
+            odd.append(f"{file}: not read: {keys}{hint}")
     return odd
 
 
@@ -218,6 +218,10 @@ def _drop_scored_rows(rows: dict[str, FileRows], path: Path, warnings: list[str]
 def _joined_hash(scans: dict[str, Scan]) -> str:
     files = "".join(f"{split} {scan.reader.sha256.hexdigest()}\n" for split, scan in scans.items())
     return hashlib.sha256(files.encode()).hexdigest()
+
+
+def _plain(key: str) -> str:
+    return key if key.isidentifier() else json.dumps(key[:40], ensure_ascii=False)
 
 
 def _rows(count: int) -> str:

@@ -8,7 +8,8 @@ import stat
 from pathlib import Path
 
 from mbf_mlx.data.benchmark_formats import OLora, SuperNaturalInstructions
-from mbf_mlx.data.formats import JsonLines, Reader, Table
+from mbf_mlx.data.formats import JsonLines, Reader
+from mbf_mlx.data.tables import CommaTable, TabTable
 from mbf_mlx.data.text_file import open_binary
 from mbf_mlx.errors import InputError
 
@@ -68,7 +69,7 @@ def reader_of(file: Path) -> Reader:
     if suffix == ".jsonl":
         return JsonLines(file)
     if suffix in (".csv", ".tsv"):
-        return Table(file)
+        return CommaTable(file) if suffix == ".csv" else TabTable(file)
     if suffix != ".json":
         raise InputError(f"{file}: expected {_KNOWN}, or a folder with train.*, got {suffix or 'no ending'}")
     with open_binary(file) as handle:

@@ -70,6 +70,11 @@ class PieceTokenizer:
         """Return tokens that end with a token at which generation stops; it is added if it is missing."""
         return tokens if tokens and tokens[-1] in self.ends else [*tokens, self._end]
 
+    def until_end(self, text: str) -> str:
+        """Return a text without the white space behind its end token, if it has one: that is never generated."""
+        bare = text.rstrip()
+        return bare if bare.endswith(tuple(self._end_marks)) else text
+
     def turn(self, text: str) -> tuple[str, bool]:
         """Return an answer up to the token that ends its turn, and whether there is such a token.
 

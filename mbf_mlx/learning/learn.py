@@ -286,7 +286,7 @@ def learn_task(
         check_same_run(saved, run, stream.working)
     encoder = Encoder(learner.tokenizer, settings.data, stream.path)
     rows, valid, test = _encoded(task, encoder, tests, settings)
-    notes = [*encoder.warnings(), *notes_on(task, rows, settings, learner.context)]
+    notes = [*encoder.warnings(task), *notes_on(task, rows, settings, learner.context)]
     if settings.restart and not restarted:
         notes.append("--restart without effect: no run was interrupted")
     if saved is not None:

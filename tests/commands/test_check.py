@@ -4,8 +4,11 @@ import pytest
 from typer.testing import CliRunner
 
 from mbf_mlx.commands import app
+from tests.support.command_line import mbf
 
 ROWS = [{"prompt": f"Is {i} even?", "completion": " yes" if i % 2 == 0 else " no"} for i in range(40)]
+
+SPLIT = {"prompt": "new or old? both", "completion": "old<|im_end|> new"}
 
 
 @pytest.fixture
@@ -139,3 +142,37 @@ def test_a_stream_brings_its_model_and_its_template(check, write_jsonl, tiny_lla
     Stream.open("stream", base=str(tiny_llama), template="none")
     printed = check("even.jsonl", "--stream", "stream").stdout
     assert printed.endswith(":\nIs 0 even?⟦ yes<|im_end|>⟧\n\n")
+
+
+@pytest.mark.parametrize("template", ["chat", "none"])
+def test_an_answer_that_generation_would_cut_is_refused_by_every_command_alike(
+    write_jsonl, tiny_llama, tmp_path, template
+):
+    rows = [*({"prompt": f"new or old? {i}", "completion": "old"} for i in range(9)), SPLIT]
+    task = write_jsonl("age.jsonl", rows)
+    options = ["--model", tiny_llama, "--template", template]
+    for command in (["check", task], ["learn", tmp_path / "stream", task]):
+        done = mbf(*command, *options)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "age.jsonl:10: the answer holds <|im_end|>, at which this model's generation stops" in done.stderr
+    assert not (tmp_path / "stream" / "generations" / "000001").exists()
+
+
+def test_text_with_markup_is_told_of_no_template_and_gets_no_second_end(check, write_jsonl, tiny_llama):
+    write_jsonl("raw.jsonl", [{"text": f"<|im_start|>user\n{i}?<|im_end|>\n"} for i in range(20)])
+    result = check("raw.jsonl", "--model", tiny_llama)
+    assert "20 rows hold text that this model reads as special tokens, such as <|im_start|>\n" in result.stderr
+    assert "template" not in result.stderr
+    assert result.stdout.endswith("0?<|im_end|>⟧\n\n")
+
+
+def test_weights_system_texts_and_keys_that_are_not_read_are_told_before_anything_runs(write_jsonl, tiny_llama):
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "2+2?"), ("assistant", "4")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    messages[1]["weight"], messages[3]["weight"] = 0, 1
+    rows = [{"messages": messages, "system": f"Be short {i}.", "functions": [{"name": "add"}]} for i in range(12)]
+    task = write_jsonl("talk.jsonl", rows)
+    for options in ([], ["--model", tiny_llama]):
+        done = mbf("check", task, *options)
+        assert done.returncode == 0 and f"warning: {task}: not read: functions (12 rows)\n" in done.stderr
+        assert "⟦4" in done.stdout and "⟦hello" not in done.stdout and "Be short" in done.stdout

@@ -32,6 +32,12 @@ def tokenizer():
     return tokenizer_of()
 
 
+@pytest.fixture
+def task_of(write_jsonl):
+    """Make a task of one row."""
+    return lambda **document: read_task(write_jsonl("one.jsonl", [document]))
+
+
 # ---- one row of each kind
 
 
@@ -127,27 +133,109 @@ def test_the_first_token_of_a_text_stands_there_once(style, bos, template):
 
 def test_an_end_token_that_the_row_brings_is_not_doubled(tokenizer):
     end = tokenizer.eos_token_id
-    for one in (row(text="Good<|im_end|>"), row(prompt="Good?", completion=" yes<|im_end|>")):
-        assert encode(one, tokenizer, template="none").tokens.tolist().count(end) == 1
+    for space in ("", "\n", " \n\n"):
+        for one in (row(text=f"Good<|im_end|>{space}"), row(prompt="Good?", completion=f" yes<|im_end|>{space}")):
+            tokens = encode(one, tokenizer, template="none").tokens.tolist()
+            assert tokens.count(end) == 1 and tokens[-1] == end
+    in_chat = encode(row(prompt="Good?", completion=" yes<|im_end|>\n"), tokenizer)
+    assert supervised(tokenizer, in_chat) == ["yes<|im_end|>"]
 
 
-def test_a_template_that_ends_turns_with_another_token_than_generation_is_warned_of():
+@pytest.mark.parametrize("template", ["chat", "none"])
+@pytest.mark.parametrize(
+    "answer", ["old<|im_end|> new", "<|im_end|>new", "old<|im_end|><|im_start|>user", "a<|im_end|>.\n"]
+)
+def test_an_answer_that_goes_on_behind_an_end_token_is_refused(tokenizer, template, answer):
+    with pytest.raises(BadRow, match=re.escape("the answer holds <|im_end|>, at which this model's generation stops")):
+        encode(row(prompt="Good?", completion=answer), tokenizer, template=template)
+
+
+def test_every_answer_of_a_conversation_ends_where_generation_stops(tokenizer):
+    with pytest.raises(BadRow, match="the answer holds"):
+        encode(talk("Hello", "old<|im_end|> new", "Good?", "yes"), tokenizer)
+    kept = encode(talk("Hello<|im_end|> you", "old<|im_end|>", "<|im_end|>Good?", "<|head|>yes"), tokenizer)
+    assert supervised(tokenizer, kept) == ["old<|im_end|>", "<|head|>yes<|im_end|>"]
+
+
+def test_an_answer_of_weight_0_stands_in_the_prompt(tokenizer):
+    messages = list(talk("hi", "hello", "2+2?", "4").messages)
+    messages[1] = {**messages[1], "weight": 0}
+    encoded = encode(row(messages=messages), tokenizer)
+    assert supervised(tokenizer, encoded) == ["4<|im_end|>"]
+    whole = encode(talk("hi", "hello", "2+2?", "4"), tokenizer)
+    assert encoded.tokens.tolist() == whole.tokens.tolist()
+    with pytest.raises(BadRow, match="weight 0, and --no-mask-prompt learns every token"):
+        encode(row(messages=messages), tokenizer, mask_prompt=False)
+
+
+def test_a_system_text_of_a_completion_is_a_system_message_and_needs_a_template(tokenizer):
+    one = row(prompt="2+2?", completion="4", system="Be short.")
+    messages = [{"role": role, "content": text} for role, text in (("system", "Be short."), ("user", "2+2?"))]
+    encoded = encode(one, tokenizer)
+    assert encoded.tokens[: encoded.prompt_length].tolist() == generation_prompt(tokenizer, messages)
+    with pytest.raises(BadRow, match='"system" needs a chat template'):
+        encode(one, tokenizer, template="none")
+    rows = [one, row(prompt="2+2?", completion="4")]
+    found = [parts for _, parts in Encoder(tokenizer, DataConfig(template="none")).stream(rows)]
+    assert isinstance(found[0], BadRow) and isinstance(found[1], Encoded)
+
+
+def test_what_the_template_leaves_out_of_rows_is_counted(task_of):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "1 + 2?", "name": "Kim"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "3"},
+    ]
+    rows, task = [row(messages=messages, tools=tools), talk("Hello", "Hi")], task_of(prompt="a", completion="b")
+
+    def told(tokenizer, rows=rows, template="chat"):
+        encoder = Encoder(tokenizer, DataConfig(template=template))
+        list(encoder.stream(rows))
+        return encoder.warnings(task)
+
+    left_out = ["the chat template leaves out: tools (1 row), name of messages (1 row), tool_calls of messages (1 row)"]
+    chatml = make_tokenizer(template="chatml")
+    assert told(chatml) == left_out
+    assert told(tokenizer_of(template="tools")) == ["the chat template leaves out: name of messages (1 row)"]
+    with_tools = [row(prompt="1 + 2?", completion="3", tools=tools)] * 3
+    assert told(chatml, with_tools, "none") == ["not read without a chat template: tools (3 rows)"]
+    assert told(chatml, [talk("Hello", "Hi")] * 3) == []
+    without_tool_turns = "for m in messages if m.role in ('user', 'assistant')"
+    chatml._tokenizer.chat_template = chatml._tokenizer.chat_template.replace("for m in messages", without_tool_turns)
+    assert "messages of the role tool (1 row)" in told(chatml)[0]
+
+
+def test_a_text_may_hold_any_end_token(tokenizer):
+    text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\n"
+    assert tokenizer.decode(encode(row(text=text), tokenizer).tokens) == text.rstrip()
+
+
+def test_an_answer_ends_where_generation_stops_also_where_the_template_ends_it_otherwise(task_of):
     tokenizer = make_tokenizer(template="chatml")
-    assert Encoder(tokenizer, DataConfig()).warnings() == []
+    assert Encoder(tokenizer, DataConfig()).warnings(task_of(prompt="a", completion="b")) == []
     tokenizer._tokenizer.eos_token = "<|endoftext|>"
     tokenizer._eos_token_ids = {tokenizer.convert_tokens_to_ids("<|endoftext|>")}
-    assert Encoder(tokenizer, DataConfig()).warnings() == [
-        "the chat template ends a turn with <|im_end|>, at which this model's generation does not stop"
+    assert Encoder(tokenizer, DataConfig()).warnings(task_of(prompt="a", completion="b")) == [
+        "the chat template ends a turn with <|im_end|>, at which this model's generation does not stop: <|endoftext|> "
+        "is learned behind it"
     ]
+    assert Encoder(tokenizer, DataConfig()).warnings(task_of(text="a")) == []
+    encoded = encode(row(prompt="Good?", completion="yes"), tokenizer)
+    assert supervised(tokenizer, encoded) == ["yes<|im_end|><|endoftext|>"]
 
 
-def test_a_model_without_a_template_gets_raw_prompts_and_says_so():
+def test_a_model_without_a_template_gets_raw_prompts_and_says_so(task_of):
     tokenizer = tokenizer_of(template=None)
     assert tokenizer.decode(encode(row(prompt="Good?", completion=" yes"), tokenizer).tokens) == "Good? yes<|im_end|>"
-    assert Encoder(tokenizer, DataConfig()).warnings() == [
+    answers = task_of(prompt="a", completion="b")
+    assert Encoder(tokenizer, DataConfig()).warnings(answers) == [
         "the model has no chat template: prompt and completion stand as they are"
     ]
-    assert Encoder(tokenizer, DataConfig(template="none")).warnings() == []
+    assert Encoder(tokenizer, DataConfig(template="none")).warnings(answers) == []
+    assert Encoder(tokenizer, DataConfig()).warnings(task_of(text="a")) == []
 
 
 def test_many_rows_get_the_tokens_that_each_gets_alone(tokenizer):

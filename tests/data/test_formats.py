@@ -7,17 +7,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mbf_mlx.data.row import EXAMPLES
 from mbf_mlx.data.task import read_task
 from mbf_mlx.data.text_file import MAX_LINE
 from mbf_mlx.errors import InputError
 
-COMPLETION, TEXT = EXAMPLES["completion"], EXAMPLES["text"]
-
-
 # ---- tables
 
 CSV_FITS = "prompt,completion\n  Is this mail spam? You won!,yes"
+TEXT_FITS = "text\n  Ferns are plants without flowers."
 TSV_FITS = "prompt\tcompletion\n  Is this mail spam? You won!\tyes"
 COLUMNS = 'expected columns named "prompt" and "completion", or "text", got '
 DOUBLE = '(put a field with quotes in it into quotes and double them: "")'
@@ -96,10 +93,7 @@ def test_a_bad_row_of_a_table_is_named_with_its_reason(case, tmp_path, monkeypat
     with pytest.raises(InputError) as error:
         read_task(file)
     fits = CSV_FITS if suffix == ".csv" else TSV_FITS
-    if '"text"' in reason and "columns" not in reason:
-        fits = TEXT
-    elif any(key in reason for key in ('"prompt": ', '"completion": ')):
-        fits = COMPLETION
+    fits = TEXT_FITS if reason.startswith('"text"') else fits
     assert str(error.value) == f"{file}: 1 row does not fit:\n  {file}:{line}: {reason}\n  a row that fits: {fits}"
 
 
@@ -109,35 +103,53 @@ def test_a_table_keeps_commas_quotes_and_line_ends_in_quotes(tmp_path):
     file.write_bytes(text.encode())
     task = read_task(file)
     rows = {row.line: (row.prompt, row.completion) for row in (*task.train, *task.test)}
+    assert f"{file}:2: this row has several lines, because a field in quotes holds line ends" in task.warnings
     assert rows == {2: ('Well, "now"\r\nwhat?', "no"), 5: ("b", "c"), 6: ("d", "e")}
 
 
-def rows_of_table(file, text):
-    file.write_text(text)
+# A TSV, and its rows: (line, prompt, completion)
+TSV_ROWS = {
+    "quotes that mean themselves": (
+        '"Best picture of the year\tgood\nI left early.\tbad\nMy screen has 24"\tbad\n',
+        [(2, '"Best picture of the year', "good"), (3, "I left early.", "bad"), (4, 'My screen has 24"', "bad")],
+    ),
+    "a quote inside quotes": ('"the "best" film\tgood\n', [(2, '"the "best" film', "good")]),
+    "a quote that never ends": ('"a\tb\nc\td\n', [(2, '"a', "b"), (3, "c", "d")]),
+    "quotes around two fields": ('"a\tb"\nc\td\n', [(2, '"a', 'b"'), (3, "c", "d")]),
+    "fields in quotes": ('"a ""b"" c"\t"d"\n"e\tf"\tg\n', [(2, 'a "b" c', "d"), (3, "e\tf", "g")]),
+    "a field of several lines": (
+        '"one\n\ntwo"\tgood\na\t"three\nfour"\nc\td\n',
+        [(2, "one\n\ntwo", "good"), (5, "a", "three\nfour"), (7, "c", "d")],
+    ),
+    "a line that never ends among rows": (
+        "".join(f'"{i}\tb\n' for i in range(50)),
+        [(2 + i, f'"{i}', "b") for i in range(50)],
+    ),
+    "windows line ends": ('"a"\tb\r\n"c\td\r\n', [(2, "a", "b"), (3, '"c', "d")]),
+}
+
+
+@pytest.mark.parametrize("case", TSV_ROWS)
+def test_a_quote_in_a_tsv_merges_no_rows(case, tmp_path):
+    file = tmp_path / "mail.tsv"
+    text, expected = TSV_ROWS[case]
+    file.write_bytes(f"prompt\tcompletion\n{text}".encode())
     task = read_task(file)
-    rows = sorted((*task.train, *task.test), key=lambda row: row.line)
-    return [(row.line, row.prompt, row.completion) for row in rows], task.warnings
+    assert sorted((row.line, row.prompt, row.completion) for row in (*task.train, *task.test)) == expected
+    merged = [(line, b) for line, a, b in expected if "\n" in a + b]
+    told = [warning for warning in task.warnings if "several lines" in warning]
+    assert len(told) == bool(merged)
+    if merged:
+        assert told[0].startswith(f"{file}:{merged[0][0]}: this row and 1 more have several lines")
 
 
-def test_a_quote_of_a_tsv_is_a_letter_where_it_encloses_no_field(tmp_path):
-    lines = ['"Best picture of the year\tgood', "I left early.\tbad", 'My screen has 24"\tbad', '"In" is a film\tgood']
-    rows, warnings = rows_of_table(tmp_path / "films.tsv", "prompt\tcompletion\n" + "\n".join(lines) + "\n")
-    assert rows == [(line, *text.split("\t")) for line, text in enumerate(lines, 2)] and warnings == ()
-    rows, _ = rows_of_table(tmp_path / "last.tsv", 'prompt\tcompletion\na\tb\n"c\td')
-    assert rows == [(2, "a", "b"), (3, '"c', "d")]
-
-
-def test_fields_of_a_tsv_may_stand_in_quotes(tmp_path):
-    text = 'prompt\tcompletion\n"a\tb"\t"c ""d"""\n"e\nf"\tg\nh\t"i\nj\nk"\n'
-    rows, warnings = rows_of_table(tmp_path / "quoted.tsv", text)
-    assert rows == [(2, "a\tb", 'c "d"'), (3, "e\nf", "g"), (5, "h", "i\nj\nk")]
-    assert warnings == (f"{tmp_path}/quoted.tsv: 2 rows in quotes go over several lines (the first: 3 to 4)",)
-
-
-def test_a_row_that_swallows_lines_of_a_csv_is_said(tmp_path):
-    rows, warnings = rows_of_table(tmp_path / "a.csv", 'prompt,completion\na,"b\nc,d\ne,f"\ng,h\n')
-    assert rows == [(2, "a", "b\nc,d\ne,f"), (5, "g", "h")]
-    assert warnings == (f"{tmp_path}/a.csv: 1 row in quotes goes over several lines (the first: 2 to 4)",)
+def test_a_broken_row_of_several_lines_costs_no_others(tmp_path):
+    file = tmp_path / "mail.tsv"
+    file.write_text('prompt\tcompletion\n"one\ntwo\na\tb\n')
+    with pytest.raises(InputError) as error:
+        read_task(file)
+    assert "2 rows do not fit" in str(error.value)
+    assert "mail.tsv:2: expected 2 fields as in the first line, got 1" in str(error.value)
 
 
 def test_a_table_of_text_is_read_and_says_that_its_labels_are_not(tmp_path):
@@ -145,9 +157,7 @@ def test_a_table_of_text_is_read_and_says_that_its_labels_are_not(tmp_path):
     file.write_text("text\tlabel\nWin!\tspam\nHello\tham\n")
     task = read_task(file)
     assert task.format == "text"
-    assert task.warnings == (
-        f'{file}: 2 rows of "text" have "label", too, which is not read: to learn it, write "prompt" and "completion"',
-    )
+    assert task.warnings == (f'{file}: not read: label (2 rows) (to learn an answer, write "prompt" and "completion")',)
 
 
 # ---- whatever a file holds

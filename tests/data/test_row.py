@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mbf_mlx.data.row import EXAMPLES, BadRow, reference_text, row_from
+from mbf_mlx.data.row import EXAMPLES, BadRow, is_learned, reference_text, row_from
 from mbf_mlx.data.task import read_task
 from mbf_mlx.data.text_file import MAX_LINE
 from mbf_mlx.errors import InputError
@@ -386,3 +386,82 @@ def test_any_json_value_is_a_row_or_gets_a_reason_in_one_line(value):
         assert row.kind in EXAMPLES
     except BadRow as error:
         assert str(error) and "\n" not in str(error)
+
+
+# ---- keys that change what is learned
+
+
+def of(**document):
+    return row_from(document, Path("task.jsonl"), 1)
+
+
+def turns(*messages):
+    return [{"role": role, "content": content, **more} for role, content, more in messages]
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learned():
+    messages = turns(("user", "hi", {}), ("assistant", "hello", {"weight": 0}), ("user", "2+2?", {}))
+    row = of(messages=[*messages, {"role": "assistant", "content": "4", "weight": 1}])
+    assert [is_learned(message) for message in row.messages] == [False, False, False, True]
+    assert row.messages[1]["weight"] == 0 and "weight" not in row.messages[3]
+    # What follows the last answer to learn changes nothing.
+    more = [
+        *messages,
+        *turns(("assistant", "4", {}), ("user", "Bye", {"weight": 0}), ("assistant", "Bye", {"weight": 0})),
+    ]
+    assert of(messages=more) == row and reference_text(of(messages=more)) == "4"
+
+
+@pytest.mark.parametrize(
+    ("role", "weight", "reason"),
+    [
+        ("assistant", 0, "every answer has the weight 0: expected one to learn"),
+        ("assistant", 0.5, "messages[1].weight: expected 0 (only read) or 1 (learned), got 0.5"),
+        ("assistant", "1", 'messages[1].weight: expected 0 (only read) or 1 (learned), got "1"'),
+        ("user", 1, "messages[1].weight: only an assistant's message is learned, got 1 with the role user"),
+    ],
+)
+def test_a_weight_that_leaves_nothing_to_learn_or_has_no_meaning_is_refused(role, weight, reason):
+    messages = turns(("user", "hi", {}), (role, "hello", {"weight": weight}))
+    messages += turns(("assistant", "4", {})) if role == "user" else []
+    with pytest.raises(BadRow) as caught:
+        of(messages=messages)
+    assert str(caught.value) == reason
+
+
+def test_a_system_text_beside_the_messages_or_the_prompt_is_read():
+    asked, told = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    whole = of(messages=[{"role": "system", "content": "Be short."}, asked, told])
+    assert of(messages=[asked, told], system="Be short.") == whole
+    assert of(messages=[{"role": "developer", "content": "Be short."}, asked, told]) == whole
+    assert of(messages=list(whole.messages), system="Be short.") == whole
+    assert of(messages=[asked, told], system="") == of(messages=[asked, told], system=None)
+    assert of(prompt="a", completion="b", system="Be short.").system == "Be short."
+    assert of(prompt="a", completion="b", system="x").digest != of(prompt="a", completion="b").digest
+    with pytest.raises(BadRow, match="two system messages: expected one"):
+        of(messages=list(whole.messages), system="Be long.")
+    with pytest.raises(BadRow, match='"system": expected text, got a number'):
+        of(prompt="a", completion="b", system=3)
+
+
+def test_what_is_not_read_is_said_once_with_its_rows(tmp_path):
+    file = tmp_path / "mail.jsonl"
+    rows = [
+        {"prompt": f"{i}?", "completion": "b", "id": i, "history": [["a", "b"]] if i < 3 else []} for i in range(20)
+    ]
+    rows[7]["a b"] = 1
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_task(file).warnings == (f'{file}: not read: id (20 rows), history (3 rows), "a b" (1 row)',)
+    file.write_text(json.dumps({"prompt": "a", "completion": "b", **{f"key{i}": 1 for i in range(40)}}) + "\n")
+    more = json.dumps({"prompt": "b", "completion": "b", "other": 1, "another": 1}) + "\n"
+    file.write_text(file.read_text() + more)
+    (warning,) = read_task(file).warnings
+    assert warning.endswith("key39 (1 row), others (1 row)")
+
+
+def test_the_columns_of_a_table_are_told_apart_as_keys_are(tmp_path):
+    file = tmp_path / "mail.csv"
+    file.write_text("id,system,prompt,completion,note\n1,Be short.,a,b,\n2,,c,d,\n")
+    task = read_task(file)
+    assert task.warnings == (f"{file}: not read: id (2 rows)",)
+    assert {row.system for row in [*task.train, *task.test]} == {"Be short.", ""}

@@ -81,6 +81,7 @@ SHAPES = {
     "ChatML that generation does not stop at": Shape(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + CHATML_ANSWER,
         ("<|endoftext|>",),
+        "{}<|im_end|><|endoftext|>",
         "{}<|im_end|>",
     ),
     "Mistral": Shape(
