@@ -3,6 +3,7 @@
 Only weights in safetensors, JSON and tokenizer files are downloaded: no pickle, no Python.
 """
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -121,6 +122,6 @@ def fetch_hub_model(repository: str, revision: str | None = None, *, offline: bo
         raise InputError(f"{repository}: the hub refused: {str(error).splitlines()[0]}") from error
     except (OSError, errors.HTTPError) as error:
         cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface"))
-        if isinstance(error, OSError) and isinstance(said := refusal(error, cache), InputError):
-            raise said from error
+        if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            raise refusal(error, cache) from error
         raise InputError(f"{repository}: the download broke off: {error}\nhint: run it again; it goes on") from error

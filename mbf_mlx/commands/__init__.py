@@ -3,8 +3,9 @@
 Each command is one module, `commands/NAME.py`, with one public function of the same name; typer reads its signature. A
 module is imported only when its command is called: `mbf --help` prints COMMANDS and imports no command.
 
-Exit codes: 0 done; 1 the user's input does not fit; 2 wrong usage; 130 stopped by Ctrl-C, SIGTERM or SIGHUP; 141 the
-reader of our output closed it. Every other exception is a bug of ours and keeps its traceback.
+Exit codes: 0 done; 1 the user's input does not fit, or the operating system refuses; 2 wrong usage; 128 + the signal
+that stopped us (130 Ctrl-C, 143 SIGTERM, 129 SIGHUP); 141 the reader of our output closed it. Every other exception is
+a bug of ours and keeps its traceback.
 """
 
 import gc
@@ -13,6 +14,7 @@ import importlib.util
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn, TextIO
@@ -54,12 +56,12 @@ EXIT_CODES = {
     "0": "Done.",
     "1": "The input does not fit; one message says what and where. (A traceback is a bug of ours.)",
     "2": "Wrong usage.",
-    "130": "Stopped by Ctrl-C, SIGTERM or SIGHUP; what was saved is kept.",
+    "130": "Stopped by Ctrl-C (143: by SIGTERM, 129: by SIGHUP); what was saved is kept.",
 }
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP; both end a command as Ctrl-C does."""
+    """SIGTERM or SIGHUP; both end a command as Ctrl-C does. Holds the signal."""
 
 
 class _Commands(TyperGroup):
@@ -104,20 +106,16 @@ class _Commands(TyperGroup):
             _say(f"error: {error}")
             raise SystemExit(1) from error
         except KeyboardInterrupt as error:
-            _say(f"stopped by {str(error) or 'Ctrl-C'}; what was saved is kept")
-            raise SystemExit(130) from error
-        except BrokenPipeError as error:
+            by = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
+            _say(f"stopped by {'Ctrl-C' if by == signal.SIGINT else by.name}; what was saved is kept")
+            raise SystemExit(128 + by) from error
+        except BrokenPipeError as error:  # typer would exit with 1
             _silence(sys.stdout, sys.stderr)
             raise SystemExit(141) from error
         except OSError as error:
-            from mbf_mlx.files.storage import refusal  # `mbf --help` does without
-
-            # A full disk or a path without permission is no bug, wherever it happens. A missing file may be one.
-            if not error.filename or isinstance(error, (FileNotFoundError, FileExistsError)):
-                raise
-            if not isinstance(said := refusal(error, Path(os.fsdecode(error.filename)), verb="use"), InputError):
-                raise
-            _say(f"error: {said}")
+            _refused(error)
+        except MemoryError as error:
+            _say("error: there is not enough memory\nhint: close other programs, or take less at a time")
             raise SystemExit(1) from error
 
 
@@ -166,12 +164,37 @@ def main() -> NoReturn:
     for stop in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(stop) != signal.SIG_IGN:  # nohup starts us with SIGHUP ignored: it stays ignored
             signal.signal(stop, _stop)
-    app(prog_name="mbf")
+    _open_standard_streams()
+    try:
+        app(prog_name="mbf")
+    except OSError as error:  # while it printed help
+        _refused(error)
     raise AssertionError("typer leaves by SystemExit")
 
 
+def _refused(error: OSError) -> NoReturn:
+    """Say what the operating system refuses, and leave."""
+    from mbf_mlx.files.storage import refusal  # `mbf --help` does without
+
+    place = Path(os.fsdecode(error.filename)) if error.filename else "the output"
+    _say(f"error: {refusal(error, place, verb='use' if error.filename else 'write')}")
+    if not error.filename:
+        _silence(sys.stdout)
+    raise SystemExit(1) from error
+
+
+def _open_standard_streams() -> None:
+    """Make it possible to print: to nowhere where a stream is closed, and with escapes for what an encoding lacks."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # each takes the lowest number that is free
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))
+        elif isinstance(stream, TextIOWrapper) and mode == "w":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise Stopped(signal.Signals(number).name)
+    raise Stopped(signal.Signals(number))
 
 
 def _say(message: str) -> None:

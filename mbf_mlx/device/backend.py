@@ -7,6 +7,7 @@ bytes. Importing this file does not import mlx. What the machine has, with or wi
 import importlib.util
 import os
 import platform
+import resource
 import sys
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from mbf_mlx.device import machine
 from mbf_mlx.device.blas import load_blas
 from mbf_mlx.errors import InputError, MissingPackageError
 
+OPEN_FILES = 4096  # the hard limit that mlx-lm sets
 KINDS = ("auto", "cpu", "gpu", "metal", "cuda")
 # mlx's own limit is 1.5 times what a Mac recommends, but above the recommended size machines froze or panicked. Wired
 # memory makes that worse, so its limit stays at mlx's own: nothing is wired.
@@ -85,10 +87,21 @@ def setup(device: str | None = None) -> Device:
 
 
 def require_mlx() -> None:
-    """Raise MissingPackageError if mlx or mlx-lm is missing; the message says how to install it on this machine."""
+    """Check that mlx and mlx-lm can be imported here.
+
+    Raises:
+        MissingPackageError: one of them is missing; the message says how to install it on this machine.
+        InputError: this process may not open as many files as mlx-lm sets as its limit when it is imported.
+    """
     missing = [name for name, module in (("mlx", "mlx.core"), ("mlx-lm", "mlx_lm")) if not has_module(module)]
     if missing:
         raise MissingPackageError(f"this needs {' and '.join(missing)}, which is not installed here; {install_hint()}")
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if most != resource.RLIM_INFINITY and most < OPEN_FILES:
+        raise InputError(
+            f"mlx-lm needs to be allowed {OPEN_FILES:,} open files; this process may open {most:,}"
+            f"\nhint: raise the hard limit: ulimit -n {OPEN_FILES}, or LimitNOFILE={OPEN_FILES} for a service"
+        )
 
 
 def has_module(module: str) -> bool:

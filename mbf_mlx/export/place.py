@@ -179,14 +179,16 @@ def _replace(partial: Path, out: Path, force: bool, is_ours: Callable[[Path], bo
             if old.is_symlink() or not is_ours(old):
                 raise _moved_aside(partial, out, "files that we did not export were put there")
             _FILES.rename(partial, place)
+            _FILES.sync_folder(place.parent)
         except (InputError, OSError):
-            if not os.path.lexists(place):
-                _FILES.rename(old, place)
+            if os.path.lexists(place):
+                _FILES.rename(place, partial)
+            _FILES.rename(old, place)
             raise
+        _discard(old)
     else:
         _FILES.rename(partial, place)
-    _FILES.sync_folder(place.parent)
-    _discard(old)
+        _FILES.sync_folder(place.parent)
 
 
 def _moved_aside(partial: Path, out: Path, what: str) -> InputError:

@@ -21,7 +21,9 @@ from mbf_mlx.errors import InputError
 _SPACE = "free some space and run the command again; nothing was lost"
 _RIGHTS = "change the permissions of the folder, or copy it to a place you can write to"
 _PATH = "choose another path"
-# errno -> (what it means, what to do). Every other errno is a bug of ours.
+_DISK = "copy the folder to another disk"
+_AGAIN = "run the command again; nothing was lost"
+# errno -> (what it means, what to do); of any other, the operating system's own words are told.
 _REASONS = {
     errno.ENOSPC: ("the disk is full", _SPACE),
     errno.EDQUOT: ("the disk quota is used up", _SPACE),
@@ -36,6 +38,18 @@ _REASONS = {
     errno.EISDIR: ("a folder is there", _PATH),
     errno.EEXIST: ("something else is there", _PATH),
     errno.ENOENT: ("no such file or folder", _PATH),
+    errno.EMFILE: ("too many files are open", "close other programs, or allow more open files (ulimit -n 1024)"),
+    errno.ENFILE: ("too many files are open on this machine", "close other programs"),
+    errno.ENOMEM: ("there is not enough memory", "close other programs"),
+    errno.EBUSY: ("another program is using it", "close that program and run the command again"),
+    errno.ESTALE: ("the network folder has changed under us", _AGAIN),
+    errno.ETIMEDOUT: ("the network folder does not answer", _AGAIN),
+    errno.EXDEV: ("its parts lie on different disks", _DISK),
+    errno.ENOLCK: ("the file system cannot lock files", _DISK),
+    errno.ENOSYS: ("the file system cannot do this", _DISK),
+    errno.ENOTSUP: ("the file system cannot do this", _DISK),
+    errno.EOPNOTSUPP: ("the file system cannot do this", _DISK),
+    errno.EINVAL: ("the file system cannot do this", _DISK),
 }
 
 Data = bytes | memoryview  # the bytes of a file
@@ -135,13 +149,20 @@ class Files:
         self.sync_folder(path.parent)
 
 
-def refusal(error: OSError, path: Path, needed: int = 0, verb: str = "write") -> InputError | OSError:
-    """Return an InputError that explains an OSError to the user; an OSError that means a bug comes back as it is."""
-    if error.errno not in _REASONS:
-        return error
-    reason, remedy = _REASONS[error.errno]
+def refusal(error: OSError, path: Path | str, needed: int = 0, verb: str = "write") -> InputError:
+    """Return an InputError that explains an OSError to the user.
+
+    Args:
+        error: What the operating system said.
+        path: What it was said of.
+        needed: Bytes that were to be written.
+        verb: What could not be done.
+    """
+    number = error.errno or 0
+    said, remedy = error.strerror or str(error) or type(error).__name__, "run the command again, or use another disk"
+    reason, remedy = _REASONS.get(number, (f"the operating system says {said!r}", remedy))
     what = f"{path}: cannot {verb}: {reason}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if number in (errno.ENOSPC, errno.EDQUOT) and isinstance(path, Path):
         what += f" ({needed:,} bytes needed, {free_bytes(path):,} free)"
     return InputError(f"{what}\nhint: {remedy}")
 
@@ -192,7 +213,10 @@ def free_bytes(path: Path) -> int:
     place = path.absolute()
     while not os.path.exists(place) and place != place.parent:
         place = place.parent
-    return shutil.disk_usage(place).free
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:  # a file system that cannot say; writing will tell
+        return sys.maxsize
 
 
 def require_space(path: Path, needed: int, purpose: str) -> None:

@@ -28,7 +28,9 @@ def hold_lock(path: Path, files: Files) -> Iterator[None]:
     from filelock import FileLock, Timeout  # readers need no lock, and start faster without this import
 
     try:
-        lock = FileLock(path / LOCK, blocking=False)
+        if (path / LOCK).is_symlink():
+            raise InputError(f"{path / LOCK}: expected the stream's own empty file, got a link\nhint: remove the link")
+        lock = FileLock(path / LOCK, blocking=False, fallback_to_soft=False)
         lock.acquire()
     except Timeout:
         raise InputError(f"{path}: in use by {_describe(path / HOLDER)}\nhint: wait for it to finish") from None

@@ -225,13 +225,13 @@ def test_without_a_command_the_help_is_shown():
     assert "Commands:" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_stopped_command_cleans_up_and_exits_with_130(trouble, tmp_path, name):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_stopped_command_cleans_up_and_says_by_its_exit_code_what_stopped_it(trouble, tmp_path, name, code):
     process = trouble("wait", start=True)
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(getattr(signal, name))
     _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert (tmp_path / "cleaned-up").exists()
     assert stderr == f"stopped by {'Ctrl-C' if name == 'SIGINT' else name}; what was saved is kept\n"
 
@@ -244,7 +244,7 @@ def test_nohup_is_respected(trouble, tmp_path):
         process.wait(timeout=1)
     process.terminate()
     process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == 143
 
 
 def test_a_reader_that_leaves_ends_the_command_without_a_word(trouble):

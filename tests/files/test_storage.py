@@ -50,9 +50,9 @@ def test_what_cannot_be_removed_is_discarded_in_silence(tmp_path):
     Files().discard(tmp_path / "missing")
 
 
-def test_an_error_that_the_user_cannot_mend_comes_back_as_it_is(tmp_path):
-    error = OSError(9, "bad file descriptor")
-    assert refusal(error, tmp_path) is error
+def test_an_error_without_words_of_ours_is_told_in_the_systems(tmp_path):
+    said = refusal(OSError(9, "bad file descriptor"), tmp_path)
+    assert str(said).startswith(f"{tmp_path}: cannot write: the operating system says 'bad file descriptor'\nhint: ")
 
 
 @pytest.mark.parametrize("read", [read_file, read_large])

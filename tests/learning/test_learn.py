@@ -331,7 +331,7 @@ def test_an_interrupted_run_with_other_settings_is_refused_until_restart(tiny_ll
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_with_130_and_everything_kept(tiny_llama, tasks, tmp_path, number):
+def test_a_signal_ends_the_run_with_its_code_and_everything_kept(tiny_llama, tasks, tmp_path, number):
     stream = tmp_path / "s"
     command = [
         sys.executable,
@@ -351,7 +351,7 @@ def test_a_signal_ends_the_run_with_130_and_everything_kept(tiny_llama, tasks, t
         time.sleep(0.01)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    assert process.returncode == 128 + number, error
     assert b"Traceback" not in error
     assert Stream.open(stream).status()["interrupted"]["step"] >= 1
 

@@ -315,5 +315,5 @@ def test_the_command_listens_on_loopback_warns_otherwise_and_ends_when_told(taug
         finally:
             process.send_signal(signal.SIGTERM)
         rest = process.stderr.read()
-        assert process.wait(30) == 130 and "Traceback" not in rest
+        assert process.wait(30) == 143 and "Traceback" not in rest
     assert ServeConfig().host == "127.0.0.1"
