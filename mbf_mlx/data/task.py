@@ -87,6 +87,7 @@ def read_task(path: Path | str, *, name: str | None = None, report: Report = lam
     warnings += _odd_rows(rows, scans)
     held_out = _hold_out(rows, warnings)
     _drop_scored_rows(rows, path, warnings)
+    warnings += _repeated_rows(rows)
     return Task(
         name=name,
         path=path,
@@ -160,12 +161,8 @@ def _scan(files: dict[str, Path], problems: Problems, report: Report) -> dict[st
 
 
 def _odd_rows(rows: dict[str, FileRows], scans: dict[str, Scan]) -> list[str]:
-    """Return warnings about rows that are repeated, skipped, or hold an answer that is not read."""
-    odd = [
-        f"{found.file}: {_rows(count)} of {split} {_are(count, 'repeats', 'repeat')} an earlier one"
-        for split, found in rows.items()
-        if (count := count_repeated(found))
-    ]
+    """Return warnings about rows that are skipped, have several lines, or hold what is not read."""
+    odd: list[str] = []
     for scan in scans.values():
         file = scan.reader.file
         odd += scan.reader.notes()
@@ -207,6 +204,15 @@ def _drop_scored_rows(rows: dict[str, FileRows], path: Path, warnings: list[str]
         warnings.append(f"{path}: {_rows(count)} of valid {_are(count, 'is', 'are')} also in test")
     if not len(rows["train"]):
         raise InputError(f"{path}: every row of train is also in test or valid: nothing is left to learn")
+
+
+def _repeated_rows(rows: dict[str, FileRows]) -> list[str]:
+    """Return warnings about rows that say what an earlier row of the same split says."""
+    return [
+        f"{found.file}: {_rows(count)} of {split} {_are(count, 'repeats', 'repeat')} an earlier one"
+        for split, found in rows.items()
+        if (count := count_repeated(found))
+    ]
 
 
 def _joined_hash(scans: dict[str, Scan]) -> str:

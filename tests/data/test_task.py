@@ -135,6 +135,18 @@ def test_repeated_rows_are_held_out_together(write_jsonl):
     task = read_task(write_jsonl("sums.jsonl", completions(20) * 3))
     assert (len(task.train), len(task.test)) == (54, 6)
     assert not {row.prompt for row in task.train} & {row.prompt for row in task.test}
+    # Counted among the rows that are learned, and among those that are held out: never more than there are.
+    repeated = {"train": 54 - 18, "test": 6 - 2}
+    file = task.train.file
+    assert task.warnings == tuple(f"{file}: {n} rows of {split} repeat an earlier one" for split, n in repeated.items())
+
+
+def test_rows_that_are_left_out_of_training_are_not_counted_as_repeated(write_jsonl):
+    write_jsonl("sums/test.jsonl", completions(1))
+    file = write_jsonl("sums/train.jsonl", [*completions(1) * 5, *completions(3, 1)])
+    assert read_task(file.parent).warnings == (
+        f"{file.parent}: 5 rows of train are also in test: left out of training",
+    )
 
 
 def test_rows_that_also_stand_in_test_or_valid_are_left_out_of_training(write_jsonl):
