@@ -131,7 +131,7 @@ def write_stream(path: Path, base: Path, blocks: int) -> None:
         name: Pair(a, 0.002 * generator.standard_normal(b.shape, dtype=np.float32)) for name, (a, b) in start.items()
     }
     with stream.folder.writer():
-        stream.folder.commit(method.finish(state, tuned), record(1), str(base), {})
+        stream.folder.commit(stream.folder.current(), method.finish(state, tuned), record(1), str(base), {})
 
 
 def measure(work: Path, name: str, base_bytes: int) -> dict[str, Any]:

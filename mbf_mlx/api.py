@@ -314,18 +314,12 @@ class Stream:
         Raises:
             InputError: it is not where it was, another model is there, or its chat template is another one now.
         """
+        from mbf_mlx.base.sources import recorded_base
         from mbf_mlx.learning.new_stream import own_base
 
-        try:
-            source = self._find(self.base_path)
-        except InputError as error:
-            if self._base_name is not None:
-                raise
-            raise InputError(
-                f"{self.folder.path}: its base model {self.folder.identity.base.name} is not where it was"
-                f" ({self.base_path})\nhint: say where it is now with --model"
-            ) from error
-        return own_base(self.folder, source)
+        if self._base_name is None:
+            return own_base(self.folder, recorded_base(self.base_path, self.folder.path))
+        return own_base(self.folder, self._find(self._base_name))
 
 
 def _load_with(load: "LoadLearner | None", path: Path, lora: LoRAConfig, keep_quantized: bool) -> "Learner":

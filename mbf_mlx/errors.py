@@ -1,4 +1,6 @@
-"""The exceptions for input that does not fit."""
+"""The exceptions for input that does not fit, and how their messages write a command."""
+
+import shlex
 
 
 class InputError(ValueError):
@@ -15,3 +17,8 @@ class MemoryLimitError(InputError):
 
 class MissingPackageError(InputError):
     """A command needs a package that this installation lacks; the message names the extra that brings it."""
+
+
+def quoted(word: object) -> str:
+    """Return a path or another word as a shell reads it, for a command line that a message shows."""
+    return shlex.quote(str(word))

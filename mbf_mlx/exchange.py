@@ -26,7 +26,7 @@ from mbf_mlx.data.task import Task, read_task
 from mbf_mlx.data.words import words_of
 from mbf_mlx.device.machine import freed_memory_kept
 from mbf_mlx.device.threads import one_thread_each
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.files.storage import Data
 from mbf_mlx.methods import Factors, Method, Pair, Seen, State, make, names, not_finite
 from mbf_mlx.methods.slao import Slao
@@ -131,7 +131,7 @@ def absorb(
         InputError: an adapter that does not fit, a name that is taken, or no task file where the method needs one. The
             stream is unchanged.
     """
-    history = stream.history()
+    started, history = stream.current(), stream.history()
     if not again and any(record.name == name for record in history):
         raise InputError(f"--name: {stream.path} has learned a task named {name!r}; choose another name, or --again")
     method, measures = _method(stream), wants_rows(stream)
@@ -148,15 +148,14 @@ def absorb(
     if cosine < PLAUSIBLE and not force:
         raise InputError(
             f"{folder}: expected an adapter trained from this stream's start of task {state.t + 1} (mean cosine of A's"
-            f" rows at least {PLAUSIBLE}), got {cosine:.2f}\nhint: mbf next {stream.path} OUT writes that start;"
-            " --force absorbs the adapter anyway"
+            f" rows at least {PLAUSIBLE}), got {cosine:.2f}\nhint: mbf next {quoted(stream.path)} OUT writes that"
+            " start; --force absorbs the adapter anyway"
         )
     inputs = look(method, state, tuned.factors, source) if measures and look else None
     state = method.absorb(state, tuned.factors, inputs)
     _check_finite(state, folder)
     record = _record(name, state.t, folder, tuned.sha256, source, choose_metric or metric_by_words)
-    generation = stream.current().manifest
-    stream.commit(state, record, generation.base_path, {"absorbed": str(folder)})
+    stream.commit(started, state, record, started.manifest.base_path, {"absorbed": str(folder)})
     return Absorbed(record=record, cosine=cosine, notes=tuned.notes)
 
 
@@ -206,7 +205,7 @@ def _other_architecture(base: object, expected: str) -> list[str]:
     """
     try:
         found = str(read_config(Path(str(base)))["model_type"])
-    except (InputError, OSError, KeyError):
+    except (ValueError, OSError, KeyError):  # a name with a zero byte is a ValueError
         return []  # the folder is not here, or does not name its architecture
     if SAME.get(found, found) == SAME.get(expected, expected):
         return []

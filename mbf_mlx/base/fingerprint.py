@@ -2,39 +2,42 @@
 
 The digest takes the tensors in the order of their names, whichever files hold them. For each it takes a line of JSON
 with name, dtype and shape, a newline, and the tensor's bytes.
+
+The cache lies in the user's cache folder and nowhere else, as a model folder from a stranger could bring a wrong one.
+It counts only for the very same files, unchanged: the system sets a file's ctime itself at every change.
 """
 
 import hashlib
 import json
 import os
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from mbf_mlx.base.sources import weight_files
 from mbf_mlx.files.safetensors_file import read_bytes, read_header
 
-CACHE = ".mbf_fingerprint.json"  # beside the weights, or else in the user's cache folder
-VERSION = 1  # changes when the hash takes something else
+VERSION = 2  # changes when the hash, or what the cache compares, takes something else
+SETTLED_NS = 2_000_000_000  # a change just before the hash was taken may have the ctime of one just after it
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the sha256 of a model folder's tensors, in hexadecimal; cached while the files' sizes and times stay.
+    """Return the sha256 of a model folder's tensors, in hexadecimal; cached while nothing touches the files.
 
     Raises:
         InputError: no weights, or damaged ones.
     """
     files = weight_files(folder)
-    key = _key(files)
-    places = [folder / CACHE, _user_cache(folder)]
-    for place in places:
-        if found := _read_cache(place, key):
-            return found
+    key, place = _key(files), _cache_of(folder)
+    if place and (found := _read_cache(place, key)):
+        return found
+    begin = time.time_ns()
     digest = _digest(files)
-    if _key(files) == key:  # otherwise a process is writing the files
-        for place in places:
-            if _write_cache(place, key, digest):
-                break
+    settled = max(ctime for *_, ctime in key["files"]) < begin - SETTLED_NS
+    if place and settled and _key(files) == key:  # otherwise a process is writing the files
+        _write_cache(place, key, digest)
     return digest
 
 
@@ -50,13 +53,31 @@ def _digest(files: list[Path]) -> str:
 
 def _key(files: list[Path]) -> dict[str, Any]:
     stats = [(path.name, path.stat()) for path in files]
-    return {"version": VERSION, "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]}
+    return {
+        "version": VERSION,
+        "files": [
+            [name, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats
+        ],
+    }
 
 
-def _user_cache(folder: Path) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]
-    return root / "mbf-mlx" / "fingerprints" / f"{name}.json"
+def _cache_of(folder: Path) -> Path | None:
+    """Return the file that may hold a folder's fingerprint; None for a user without a folder for caches."""
+    root = _user_caches()
+    name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
+    return root / "mbf-mlx" / "fingerprints" / f"{name}.json" if root else None
+
+
+def _user_caches() -> Path | None:
+    """Return the folder for the user's caches: $XDG_CACHE_HOME, or the system's own place at home."""
+    named = os.environ.get("XDG_CACHE_HOME")
+    if named and os.path.isabs(named):  # others are to be ignored, says the XDG specification
+        return Path(named)
+    try:
+        home = Path.home()
+    except RuntimeError:  # no $HOME, and a user that the system does not know
+        return None
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") if home.is_absolute() else None
 
 
 def _read_cache(place: Path, key: dict[str, Any]) -> str | None:
@@ -68,15 +89,13 @@ def _read_cache(place: Path, key: dict[str, Any]) -> str | None:
     return found if isinstance(found, str) and len(found) == 64 else None
 
 
-def _write_cache(place: Path, key: dict[str, Any], digest: str) -> bool:
-    """Try to cache the digest and return whether that worked; without a cache it only takes longer."""
+def _write_cache(place: Path, key: dict[str, Any], digest: str) -> None:
+    """Try to cache the digest; without a cache it only takes longer."""
     try:
-        if place.name != CACHE:
-            place.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(dir=place.parent, prefix=place.name)
         with open(handle, "w", encoding="utf-8") as file:
             json.dump({"sha256": digest, "key": key}, file)
         os.replace(partial, place)
     except OSError:
-        return False
-    return True
+        return

@@ -17,7 +17,7 @@ from mlx_lm import utils as mlx_lm
 from mbf_mlx.base import unpack
 from mbf_mlx.base.fingerprint import fingerprint
 from mbf_mlx.base.folder import describe_quantization, vocabulary_rows
-from mbf_mlx.base.sources import check_folder, read_config, weight_files
+from mbf_mlx.base.sources import check_folder, read_config, stated_config, translated_fields, weight_files
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
 
@@ -59,11 +59,7 @@ def load_base(
         raise ValueError(f"load_base: expected dtype None or 'float32', got {dtype!r}")
     check_folder(folder)
     _check_sizes(folder)
-    try:
-        model, config = mlx_lm.load_model(folder, lazy=True)
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        said = f"missing in config.json: {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{folder}: mlx-lm cannot load this model: {said}") from error
+    model, config = _load_model(folder, lazy=True)
     tokenizer = load_tokenizer(folder, config)
     prepare(model)
     settle(model, dequantize=dequantize, float32=dtype is not None)
@@ -75,6 +71,38 @@ def load_base(
         fingerprint=fingerprint(folder),
         quantization=describe_quantization(config),
     )
+
+
+def load_to_answer(folder: Path, adapter: str | None = None, *, lazy: bool = False) -> tuple[nn.Module, Any]:
+    """Return model and tokenizer for answers, as `mlx_lm.load` does. Code in the folder is never run.
+
+    Args:
+        folder: A local model folder.
+        adapter: The folder of an adapter in mlx-lm's layout.
+        lazy: Leave the weights on the disk until they are used.
+
+    Raises:
+        InputError: mlx-lm cannot load a model from this folder.
+    """
+    check_folder(folder)
+    model, config = _load_model(folder, lazy=lazy)
+    if adapter is not None:
+        model = mlx_lm.load_adapters(model, adapter)
+        model.eval()
+    return model, load_tokenizer(folder, config)
+
+
+def _load_model(folder: Path, *, lazy: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """Return mlx-lm's model of a folder, with config.json as mlx-lm has to read it, and that."""
+    try:
+        translated = translated_fields(folder, stated_config(folder))
+        model, config = mlx_lm.load_model(folder, lazy=lazy, model_config=translated)
+        return model, config
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        said = f"missing in config.json: {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{folder}: mlx-lm cannot load this model: {said}") from error
 
 
 def _check_sizes(folder: Path) -> None:

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 from mbf_mlx import units
 from mbf_mlx.base.card import CARD, front_matter
 from mbf_mlx.base.config_checks import CONFIG, check_fields, check_other_files
+from mbf_mlx.base.config_translation import translation
 from mbf_mlx.base.download import fetch_hub_model, fetch_packaged_file
+from mbf_mlx.base.own_files import check_own_files
 from mbf_mlx.base.recipe import HubSource, Recipe, TriedLoRA, models_folder, recipes
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.files import safetensors_file
 from mbf_mlx.files.documents import read_object
 from mbf_mlx.files.safetensors_file import read_header
@@ -64,7 +66,7 @@ def resolve_base(
     if kind != "file" and quantize:
         raise InputError(
             f"{name}: --quantize is for GGUF files\n"
-            f"hint: mlx_lm.convert --hf-path {name} -q --q-bits {quantize} quantizes a Hugging Face model"
+            f"hint: mlx_lm.convert --hf-path {quoted(name)} -q --q-bits {quantize} quantizes a Hugging Face model"
         )
     if kind == "folder":
         check_folder(path)
@@ -85,6 +87,24 @@ def resolve_base(
     )
 
 
+def recorded_base(path: str, stream: Path) -> BaseFolder:
+    """Return the base model's folder where a stream has written down that it is.
+
+    What a stream says is a path and nothing else. The hub is asked only for what the user named: a stream may come from
+    a stranger, and the user's token goes along with every question.
+
+    Raises:
+        InputError: there is no folder, or it holds no model.
+    """
+    folder, kind = _look(path)
+    if kind != "folder":
+        raise InputError(
+            f"{stream}: its base model is not where it was ({path!r})\nhint: say where it is now with --model"
+        )
+    check_folder(folder)
+    return BaseFolder(folder, path)
+
+
 def _look(name: str | Path) -> tuple[Path, str]:
     """Return `name` as a path, and whether a "folder", a "file" or "nothing" is there."""
     try:
@@ -98,9 +118,11 @@ def check_folder(folder: Path) -> None:
     """Check that a folder holds a model that mlx-lm can load without running code from the folder.
 
     Raises:
-        InputError: its JSON files, weights or tokenizer are missing or damaged, or it needs its own Python files.
+        InputError: its JSON files, weights or tokenizer are missing or damaged, it needs its own Python files, or one
+            of its files is a link that leads out of the folder.
     """
     config = read_config(folder)
+    check_own_files(folder)
     if config.get("model_file"):
         raise InputError(f"{folder}: config.json: model_file: this model needs its own Python code, which we never run")
     if not isinstance(config.get("model_type"), str):
@@ -139,7 +161,32 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a model folder's config.json.
+    """Return a model folder's config.json as mlx-lm has to read it (config_translation.py).
+
+    Raises:
+        InputError: it is missing, no JSON object, has impossible sizes, or describes what mlx-lm cannot compute.
+    """
+    config = stated_config(folder)
+    return config | translated_fields(folder, config)
+
+
+def translated_fields(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a folder's config.json that mlx-lm has to read in another way.
+
+    Raises:
+        InputError: it describes a model that mlx-lm would compute as another one.
+    """
+    has_head = config.get("tie_word_embeddings") is None and any(
+        name.endswith("lm_head.weight")
+        for path in sorted(folder.glob("model*.safetensors"))
+        if path.is_file()
+        for name in read_header(path)[0]
+    )
+    return translation(config, folder / "config.json", has_head)
+
+
+def stated_config(folder: Path) -> dict[str, Any]:
+    """Return a model folder's config.json as it is.
 
     Raises:
         InputError: it is missing, no JSON object, or has impossible sizes.

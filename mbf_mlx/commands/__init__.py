@@ -175,9 +175,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _say(message: str) -> None:
+    from mbf_mlx.commands.escapes import visible  # `mbf --help` does without
+
     # stderr may be the pipe that broke.
     try:
-        print(message, file=sys.stderr, flush=True)
+        print(visible(message), file=sys.stderr, flush=True)
     except OSError:
         _silence(sys.stderr)
 

@@ -36,7 +36,7 @@ def chat(
         answer = ""
         try:
             for piece in speaker.answer(messages, max_tokens=max_tokens, temp=temp, top_p=top_p):
-                print(piece, end="", flush=True)
+                console.print_piece(piece)
                 answer += piece
         except InputError as error:
             console.err.print(f"error: {error}")

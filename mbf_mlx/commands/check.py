@@ -82,18 +82,21 @@ def _encoder(model: str | None, quantize: int, stream: Path | None, data: DataCo
         return None
     from dataclasses import replace
 
-    from mbf_mlx.base.sources import resolve_base
+    from mbf_mlx.base.sources import recorded_base, resolve_base
     from mbf_mlx.data.encode import Encoder
     from mbf_mlx.device import backend
 
     if stream is not None:
+        from mbf_mlx.learning.new_stream import own_base
         from mbf_mlx.stream.folder import StreamFolder
 
         opened = StreamFolder.open(stream)
         data = replace(data, template=opened.identity.template)
-        model = opened.current().manifest.base_path
-    backend.require_mlx()
-    folder = resolve_base(str(model), quantize=quantize, report=err.print).path
+        backend.require_mlx()
+        folder = own_base(opened, recorded_base(opened.current().manifest.base_path, stream)).path
+    else:
+        backend.require_mlx()
+        folder = resolve_base(str(model), quantize=quantize, report=err.print).path
     from mbf_mlx.base.load import load_tokenizer
 
     return Encoder(load_tokenizer(folder), data)

@@ -1,7 +1,8 @@
 """All printing of the commands: results to stdout, progress and warnings to stderr.
 
-rich's markup is off, so a path or a prompt with [brackets] is printed as it is; colours come from the `style` argument.
-Lines are never wrapped, so that other programs can read them.
+Control characters are spelled out, as names may come from strangers. rich's markup is off, so a path or a prompt with
+[brackets] is printed as it is; colours come from the `style` argument. Lines are never wrapped, so that other programs
+can read them.
 """
 
 import json
@@ -12,17 +13,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from mbf_mlx import units
+from mbf_mlx.commands.escapes import visible, visible_json
 
 LINE_SECONDS = 5.0  # between two progress lines if there is no terminal
+
+
+class _Console(Console):
+    """A console on which no text moves the cursor: control characters in names and messages are spelled out."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield the pieces of what is printed; only rich's own controls stay controls."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
 
 
 def _console(stderr: bool) -> Console:
     # Without a terminal rich assumes 80 columns and would cut wide tables.
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else 200
-    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True, width=width)
+    return _Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True, width=width)
 
 
 out = _console(stderr=False)
@@ -37,7 +49,13 @@ def warn(message: str) -> None:
 def print_json(document: Any) -> None:
     """Print `document` on stdout as one JSON document; NaN and infinity, which JSON lacks, become null."""
     ascii_only = (sys.stdout.encoding or "ascii").lower().replace("-", "") != "utf8"
-    print(json.dumps(_finite(document), indent=2, ensure_ascii=ascii_only, allow_nan=False), flush=True)
+    text = json.dumps(_finite(document), indent=2, ensure_ascii=ascii_only, allow_nan=False)
+    print(visible_json(text), flush=True)
+
+
+def print_piece(text: str) -> None:
+    """Print a piece of a model's answer: to a terminal with control characters spelled out, to a file as it is."""
+    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _finite(value: Any) -> Any:

@@ -46,5 +46,5 @@ def generate(
         console.print_json({"prompt": prompt, "answer": "".join(pieces)})
         return
     for piece in pieces:
-        print(piece, end="", flush=True)
+        console.print_piece(piece)
     print()

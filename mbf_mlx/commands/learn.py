@@ -1,5 +1,7 @@
 """`mbf learn`: learn tasks, in order, into a stream."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,7 @@ from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 
 if TYPE_CHECKING:
+    from mbf_mlx.api import Stream
     from mbf_mlx.learning.team import Team
 
 # In the order of the help: what most people set, then group by group.
@@ -59,14 +62,14 @@ def learn(
     given: Given,
     keep_quantized: KeepQuantized = False,
     keep_awake: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--keep-awake/--no-keep-awake",
             help="On a Mac, prevent idle sleep while it learns. [default: on]",
             show_default=False,
             rich_help_panel=MEMORY,
         ),
-    ] = True,
+    ] = None,
     quantize: Quantize = 0,
     config: Config = None,
     json: Json = False,
@@ -81,6 +84,8 @@ def learn(
 
     if given["epochs"] is not None and given["iters"] is not None:
         raise InputError("--epochs and --iters: expected one of them, got both; --iters counts optimizer steps")
+    if quantize and model is None:
+        raise InputError("--quantize: expected --model with a GGUF file beside it, got none")
     settings = given.make(LearnConfig, train=given.make(TrainConfig), data=given.make(DataConfig))
     given.make(LoRAConfig)  # checks them before anything is read
     with joined() as team:
@@ -100,13 +105,23 @@ def learn(
             quantize=quantize,
             report=console.err.print,
         )
+        for flag, why in _without_effect(opened, keep_quantized, keep_awake):
+            console.warn(f"{flag} without effect: {why}")
         rate = given["learning_rate"] or opened.learning_rate
-        with opened.folder.kept_if_used(), kept_awake(keep_awake), show_progress() as events:
+        with opened.folder.kept_if_used(), kept_awake(keep_awake is not False), show_progress() as events:
             opened.learn(*read, config=settings, events=events, team=team, learning_rate=rate)
     if json:
         console.print_json(opened.status())
     else:
         print_status(opened.status())
+
+
+def _without_effect(stream: "Stream", keep_quantized: bool, keep_awake: bool | None) -> Iterator[tuple[str, str]]:
+    """Yield the flags that do nothing with this stream or on this machine, each with the reason."""
+    if keep_quantized and stream.folder.identity.base.quantization == "none":
+        yield "--keep-quantized", "the base's weights are not quantized"
+    if keep_awake and sys.platform != "darwin":
+        yield "--keep-awake", "it works on a Mac only"
 
 
 def _work(team: "Team", base: str | None, quantize: int) -> None:

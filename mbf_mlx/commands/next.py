@@ -10,6 +10,7 @@ from mbf_mlx.commands import console
 from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import Base, Json, NewStreamPath, Quantize
 from mbf_mlx.config import LoRAConfig, TrainConfig
+from mbf_mlx.errors import quoted
 
 
 @takes("rank", "seed", "scale", "keys", "num_layers", "template")
@@ -60,5 +61,5 @@ def next(
     console.out.print(f"{place}: the start of task {t}, {units.size(written)}, as {kind} reads it")
     rows = " --task ROWS" if wants_rows(opened.folder) else ""
     console.out.print(
-        f"train it without changing its rank and scale, then: mbf absorb {stream} TUNED --name NAME{rows}"
+        f"train it without changing its rank and scale, then: mbf absorb {quoted(stream)} TUNED --name NAME{rows}"
     )

@@ -13,6 +13,7 @@ from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import Json
 from mbf_mlx.commands.shown import show_progress
 from mbf_mlx.config import TrainConfig
+from mbf_mlx.errors import quoted
 
 if TYPE_CHECKING:
     from mbf_mlx.api import Stream
@@ -113,9 +114,11 @@ def _base_scores(stream: "Stream", folders: list[Path], cache: Path) -> dict[str
 
 def _ask(model: Path, prompt: str) -> str:
     """Return the fused model's answer; only mlx-lm is used."""
-    from mlx_lm import generate, load
+    from mlx_lm import generate
 
-    loaded, tokenizer = load(str(model))[:2]
+    from mbf_mlx.base.load import load_to_answer
+
+    loaded, tokenizer = load_to_answer(model)
     tokens = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
     return str(generate(loaded, tokenizer, tokens, max_tokens=32))
 
@@ -142,6 +145,6 @@ def _print(result: dict[str, Any], stream: Path, fused: Path) -> None:
     console.out.print(f"asked: {result['question']}")
     console.out.print(f"it answers: {result['answer']}   (right: {result['expected']})")
     console.out.print(f"\ndone in {units.duration(result['seconds'])}. Next:")
-    console.out.print(f"  mbf learn {stream} YOUR-TASK.jsonl")
-    console.out.print(f"  mbf chat {stream}")
+    console.out.print(f"  mbf learn {quoted(stream)} YOUR-TASK.jsonl")
+    console.out.print(f"  mbf chat {quoted(stream)}")
     console.out.print(f"  mlx_lm.generate --model {fused} --prompt '...'")

@@ -36,6 +36,8 @@ def status(
         console.print_json(document)
         return
     print_status(document)
+    if document["damaged"]:
+        console.warn(document["damaged"])
     if document["interrupted"]:
         run = document["interrupted"]
         console.out.print(

@@ -44,7 +44,7 @@ class Table(Reader):
         super().__init__(file)
         self.columns: list[str] = []
         self.example = self._example("completion")
-        self._merged, self._first_merged = 0, 0  # rows that have several lines, and the line of the first one
+        self._long, self._first_long = 0, (0, 0)  # rows of several lines, and the first one's first and last line
 
     def scan(self) -> Iterator[Found]:
         """Yield the row of every record below the header; if the header does not fit, yield only its error."""
@@ -53,7 +53,8 @@ class Table(Reader):
             for offset, line, cells, count in self._records(lines(handle, self.sha256.update)):
                 if self.columns:
                     if count > 1:
-                        self._merged, self._first_merged = self._merged + 1, self._first_merged or line
+                        self._first_long = self._first_long if self._long else (line, line + count - 1)
+                        self._long += 1
                     yield Found(offset, line, row_or_reason(self._row, cells, line))
                     continue
                 try:
@@ -72,11 +73,11 @@ class Table(Reader):
 
     def notes(self) -> list[str]:
         """Say how many rows have several lines: one quote too many would do it, too."""
-        if not self._merged:
+        if not self._long:
             return []
-        these = "this row has" if self._merged == 1 else f"this row and {self._merged - 1} more have"
-        place = f"{self.file}:{self._first_merged}"
-        return [f"{place}: {these} several lines, because a field in quotes holds line ends"]
+        count = f"{self._long} row in quotes goes" if self._long == 1 else f"{self._long} rows in quotes go"
+        first, last = self._first_long
+        return [f"{self.file}: {count} over several lines (the first: {first} to {last})"]
 
     @abstractmethod
     def _records(self, lines: Iterator[Line]) -> Iterator[Record]:

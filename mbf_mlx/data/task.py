@@ -160,8 +160,17 @@ def _scan(files: dict[str, Path], problems: Problems, report: Report) -> dict[st
     return scans
 
 
+def _repeated_rows(rows: dict[str, FileRows]) -> list[str]:
+    """Return warnings about rows that say what an earlier one says, among those that are used."""
+    return [
+        f"{found.file}: {count} of {_rows(len(found))} of {split} {_are(count, 'repeats', 'repeat')} an earlier one"
+        for split, found in rows.items()
+        if (count := count_repeated(found))
+    ]
+
+
 def _odd_rows(rows: dict[str, FileRows], scans: dict[str, Scan]) -> list[str]:
-    """Return warnings about rows that are skipped, have several lines, or hold what is not read."""
+    """Return warnings about rows that are skipped, that go over several lines, or that hold what is not read."""
     odd: list[str] = []
     for scan in scans.values():
         file = scan.reader.file
@@ -204,15 +213,6 @@ def _drop_scored_rows(rows: dict[str, FileRows], path: Path, warnings: list[str]
         warnings.append(f"{path}: {_rows(count)} of valid {_are(count, 'is', 'are')} also in test")
     if not len(rows["train"]):
         raise InputError(f"{path}: every row of train is also in test or valid: nothing is left to learn")
-
-
-def _repeated_rows(rows: dict[str, FileRows]) -> list[str]:
-    """Return warnings about rows that say what an earlier row of the same split says."""
-    return [
-        f"{found.file}: {_rows(count)} of {split} {_are(count, 'repeats', 'repeat')} an earlier one"
-        for split, found in rows.items()
-        if (count := count_repeated(found))
-    ]
 
 
 def _joined_hash(scans: dict[str, Scan]) -> str:

@@ -75,7 +75,7 @@ class ByHand(Engine):
         def run(part: Batch) -> mx.array:
             return evaluated(Pass(self.model, {}, part, keep=False, handovers=handovers).forward())
 
-        return mx.concatenate(cpu_ops.side_by_side([partial(run, part) for part in parts]))
+        return mx.concatenate(cpu_ops.on_own_cores([partial(run, part) for part in parts]))
 
     def _logits(self, states: mx.array) -> mx.array:
         return self._head(states)
@@ -91,7 +91,7 @@ class ByHand(Engine):
             way = Pass(self.model, factors, part, checkpoint=self.checkpoint, handovers=handovers)
             return *self._loss_and_d_hidden(way.forward(), part.targets, len(parts)), way
 
-        done = cpu_ops.side_by_side([partial(run, part) for part in parts])
+        done = cpu_ops.on_own_cores([partial(run, part) for part in parts])
         losses = np.concatenate([losses for losses, _, _ in done])
         value = mx.array(losses.sum(dtype=np.float64).astype(np.float32))
 
@@ -100,7 +100,7 @@ class ByHand(Engine):
 
         def gradients(_: Any, cotangent: mx.array, __: mx.array) -> list[mx.array]:
             backs = [partial(way.backward, without_history(cotangent * d_hidden)) for _, d_hidden, way in done]
-            first, *others = cpu_ops.side_by_side(backs)
+            first, *others = cpu_ops.on_own_cores(backs)
             found = {name: sum((other[name] for other in others), first[name]) for name in first}
             return [found[name].astype(value.dtype) for name, value in trained.items()]
 
@@ -122,7 +122,7 @@ class ByHand(Engine):
             sizes = of_rows + KNOWN_WELL if logarithm else of_rows
             way.backward(d_hidden / mx.array(sizes.astype(np.float32))[:, None])
 
-        cpu_ops.side_by_side([partial(run, place, batch) for place, batch in batches])
+        cpu_ops.on_own_cores([partial(run, place, batch) for place, batch in batches])
 
     def _parts(self, batch: Batch) -> tuple[list[Batch], list[PrefixHandover]]:
         """Return the parts of a batch that run side by side, and for each block how they share the prefix."""

@@ -166,7 +166,7 @@ def for_each(work: Callable[..., None], calls: Iterable[tuple[int, ...]]) -> Non
             each.result()
 
 
-def side_by_side(works: Sequence[Callable[[], Result]]) -> list[Result]:
+def on_own_cores(works: Sequence[Callable[[], Result]]) -> list[Result]:
     """Run at most CORES functions at the same time, each on its own core, and return their results.
 
     A thread must evaluate its mlx arrays before another thread uses them. The i-th function runs in the i-th thread in

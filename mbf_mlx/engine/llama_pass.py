@@ -120,7 +120,7 @@ class Pass:
         """Return the gradients of all factors, given the gradient of the hidden states, (N, D).
 
         Call it once: it overwrites and frees what `forward` has saved. Call it in a thread in which mlx takes no
-        gradients (`cpu_ops.side_by_side`): otherwise mlx would keep everything that is computed here.
+        gradients (`cpu_ops.on_own_cores`): otherwise mlx would keep everything that is computed here.
         """
         with failing_together(self.handovers):
             return self._backward(d_out)

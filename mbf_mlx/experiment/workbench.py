@@ -17,6 +17,7 @@ import numpy as np
 
 from mbf_mlx import __version__
 from mbf_mlx.adapters import mlx_lm as adapter
+from mbf_mlx.base.decisive_files import check_decisive_files, decisive_files
 from mbf_mlx.base.fingerprint import fingerprint
 from mbf_mlx.base.sources import resolve_base
 from mbf_mlx.config import LoRAConfig, settings_of
@@ -24,6 +25,7 @@ from mbf_mlx.data.encode import Encoded, Encoder
 from mbf_mlx.device import backend
 from mbf_mlx.experiment.hashes import digest, of_rows, of_training
 from mbf_mlx.experiment.plan_file import Cell, ExperimentPlan
+from mbf_mlx.files.documents import read_object
 from mbf_mlx.files.log import Log
 from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Data, Files
@@ -67,10 +69,22 @@ class Workbench:
         # The processor and its threads move last bits alone: every row notes them, and a run may go on elsewhere.
         same = {key: value for key, value in run_conditions().items() if key not in ("processor", "threads")}
         self.always = {"format": FORMAT, "mbf_mlx": __version__, "base": fingerprint(self.source.path)} | same
+        self._check_base(folder)
         self._log = Log(self.cache / "scores.jsonl")
         self._scores: dict[str, TaskScore] = {row["key"]: _score_of(row) for row in self._log.read() if "key" in row}
         self._learners: dict[LoRAConfig, Learner] = {}
         self._encoded: dict[tuple[str, str, int, str], Sequence[Encoded]] = {}
+
+    def _check_base(self, folder: Path) -> None:
+        """Write down the base's settings and tokenizer; refuse results that were computed with others.
+
+        A cell's hash holds the fingerprint of the weights alone, so that cells which were run before stay known.
+        """
+        place, found = self.cache / "base.json", decisive_files(self.source.path)
+        try:
+            check_decisive_files(self.source.path, read_object(place), folder)
+        except FileNotFoundError:
+            self.files.replace(place, (json.dumps(found, indent=2) + "\n").encode())
 
     def learner(self, cell: Cell) -> Learner:
         """Return the model with the cell's layers attached."""

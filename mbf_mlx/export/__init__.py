@@ -38,7 +38,7 @@ def export(
         stream: An `api.Stream`.
         target: One of TARGETS.
         out: The folder or file to make.
-        bits: Bits of the layers with factors, for the targets that quantize; None loses nothing there.
+        bits: Bits of the layers with factors, for the targets that quantize; None lets the target choose.
         kind: A GGUF type instead of bits, or "mlx" for LM Studio's MLX engine.
         force: Replace an earlier export.
         allow_loss: Write an export even where it lost too much.
@@ -67,6 +67,8 @@ def check_options(target: str, bits: int | None, kind: str | None) -> None:
         raise InputError(f"--bits: the target {target} stores float32 and takes no bits")
     if kind is not None and target not in WITH_TYPE:
         raise InputError(f"--type: expected with {', '.join(WITH_TYPE)}, got it with {target}")
+    if bits is not None and kind is not None and kind.lower() != "mlx":
+        raise InputError(f"--bits and --type: expected one of them, got --bits {bits} and --type {kind}")
 
 
 def run(job: Job, target: str) -> dict[str, Any]:

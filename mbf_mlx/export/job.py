@@ -42,7 +42,7 @@ class Job:
     about: About
     out: Path  # the folder or file to make; `place` says what is refused
     template: str = "chat"  # "chat", or "none" where the stream was taught on raw prompts
-    bits: int | None = None  # of the layers with factors; None loses nothing there
+    bits: int | None = None  # of the layers with factors; None lets the target choose
     kind: str | None = None  # a GGUF type, or "mlx" for LM Studio's MLX engine
     force: bool = False  # replace an earlier export
     allow_loss: bool = False  # write an export even where it lost too much

@@ -4,12 +4,11 @@ LM Studio loads no adapters, so the update is fused: into a GGUF file, which LM 
 folder for its MLX engine on a Mac.
 """
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.export.gguf.write import GGUFReport, write_gguf
 from mbf_mlx.export.job import Job
 from mbf_mlx.export.mlx_folder import FolderReport, write_mlx_folder
@@ -68,12 +67,12 @@ def write_lmstudio(
 def gguf_commands(out: str, base: str) -> list[str]:
     """Return the command that gives the GGUF file in `out` to LM Studio, and the one that loads it."""
     name = Path(out).name
-    model, file = shlex.quote(f"{PUBLISHER}/{name}"), shlex.quote(f"{out}/{PUBLISHER}/{name}/{name}.gguf")
+    model, file = quoted(f"{PUBLISHER}/{name}"), quoted(f"{out}/{PUBLISHER}/{name}/{name}.gguf")
     # Without --copy it would move the file away.
     return [f"lms import {file} --user-repo {model} --copy --yes", f"lms load {model}"]
 
 
 def mlx_commands(out: str, base: str) -> list[str]:
     """Return the command that puts the MLX folder in `out` where LM Studio looks, and the one that loads it."""
-    copy = f"mkdir -p {MODELS} && cp -R {shlex.quote(f'{out}/{PUBLISHER}')} {MODELS}/"
-    return [copy, f"lms load {shlex.quote(f'{PUBLISHER}/{Path(out).name}')}"]
+    copy = f"mkdir -p {MODELS} && cp -R {quoted(f'{out}/{PUBLISHER}')} {MODELS}/"
+    return [copy, f"lms load {quoted(f'{PUBLISHER}/{Path(out).name}')}"]

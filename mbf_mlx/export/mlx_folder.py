@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mbf_mlx.base.sources import stated_config
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.job import Job
 from mbf_mlx.export.place import LICENCES, fresh_folder
@@ -219,7 +220,7 @@ def _write_config(base: Checkpoint, forms: dict[str, Form], bits: int | None, fo
         for key in ("quantization", "quantization_config"):
             if config.get(key) == base.quantization:
                 config[key] = {**base.quantization, **entries}
-    if config == base.config:
+    if config == stated_config(base.folder):  # mlx-lm reads it as we do
         shutil.copyfile(base.folder / "config.json", folder / "config.json")
     else:
         text = json.dumps(config, indent=4, ensure_ascii=False)

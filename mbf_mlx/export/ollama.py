@@ -5,7 +5,6 @@ the text that it makes of a conversation, and write the Go template that makes t
 adapter from us: its converter reorders the factors of q and k wrongly and ignores the scale.
 """
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mbf_mlx.base.sources import read_config
-from mbf_mlx.errors import MissingPackageError
+from mbf_mlx.errors import MissingPackageError, quoted
 from mbf_mlx.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from mbf_mlx.export.gguf.write import GGUFReport, write_gguf
 from mbf_mlx.export.job import Job
@@ -138,8 +137,8 @@ def write_ollama(
 
 def commands(out: str, base: str) -> list[str]:
     """Return the command that gives the folder `out` to Ollama, and the one that runs it."""
-    name = shlex.quote(Path(out).name)
-    return [f"ollama create {name} -f {shlex.quote(f'{out}/Modelfile')}", f"ollama run {name}"]
+    name = quoted(Path(out).name)
+    return [f"ollama create {name} -f {quoted(f'{out}/Modelfile')}", f"ollama run {name}"]
 
 
 def make_modelfile(

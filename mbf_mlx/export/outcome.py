@@ -76,7 +76,7 @@ def check(job: Job, document: Document, planned: Callable[[Job, int], int]) -> N
     document["lost"] = lost
     if lost and not job.allow_loss:
         has = job.bits or (4 if (job.kind or "").upper().startswith("Q4") else 8)
-        costs = [f"  --bits {bits}: {planned(job, bits) / 1e6:,.1f} MB" for bits in (8, 16) if bits > has]
+        costs = [f"  --bits {bits}: {planned(job, bits) / 1e6:,.1f} MB" for bits in (8, 16, 32) if bits > has]
         raise InputError(
             f"{job.out} was not written: {'; '.join(lost)} (it would have {document['bytes'] / 1e6:,.1f} MB)\n"
             + "\n".join([*costs, "  the adapter target: nothing is lost, and the base stays as it is"])

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.files.storage import Files, read_file, refusal, require_space
 
 LISTING = "mbf_export.json"
 LICENCES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")  # files of a base that are copied into its exports
 SPARE_BYTES = 16 << 20  # disk space that an export leaves free
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave in every folder that they have shown
 _FILES = Files()
 _OLD = "-old"  # ends the name of an earlier export while the new one takes its place
 
@@ -96,7 +97,8 @@ def check_place(
         if inside == around or around in inside.parents or inside in around.parents:
             raise InputError(f"{out}: an export must be neither inside nor around {other}; choose another place")
     if not place.parent.is_dir():
-        raise InputError(f"{out}: expected its parent folder to exist, got none; make it first: mkdir -p {out.parent}")
+        make = f"mkdir -p {quoted(out.parent)}"
+        raise InputError(f"{out}: expected its parent folder to exist, got none; make it first: {make}")
     if os.path.lexists(out):
         if not force:
             raise InputError(f"{out} exists; choose another place, or replace an earlier export with --force")
@@ -112,7 +114,8 @@ def _folder_is_ours(folder: Path) -> bool:
         listed = set(json.loads(read_file(folder / LISTING))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return all(path.relative_to(folder).as_posix() in listed for path in folder.rglob("*") if not path.is_dir())
+    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name not in LITTER)
+    return all(path.relative_to(folder).as_posix() in listed for path in files)
 
 
 def _partial(out: Path) -> Path:

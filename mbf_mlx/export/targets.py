@@ -5,7 +5,6 @@ values; `mbf export --json` prints it.
 """
 
 import json
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from mbf_mlx.adapters.mlx_lm import adapter_files
 from mbf_mlx.adapters.peft import CONFIG as PEFT_CONFIG
 from mbf_mlx.adapters.peft import peft_files, read_peft
+from mbf_mlx.errors import quoted
 from mbf_mlx.export import mlx_folder
 from mbf_mlx.export.adapter_folder import read_back, write_files
 from mbf_mlx.export.job import Job
@@ -30,7 +30,10 @@ from mbf_mlx.export.outcome import (
 )
 from mbf_mlx.export.place import check_folder_place, check_place
 
+VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes; the first is its default
 MUCH_LARGER = 0.2  # an export that is larger than the base by more than this names a smaller one
+MUCH_SMALLER = 0.98  # ... which has to take less than this share of its bytes
+COARSE = 0.05  # an error in lengths of the update that a user of --bits 16 is told of
 
 
 def mlx(job: Job) -> Document:
@@ -42,7 +45,7 @@ def mlx(job: Job) -> Document:
     live, document = Live(job, mlx_folder.keeps_few_bits(job)), Document()
 
     def commands(out: str, base: str) -> list[str]:
-        return _mlx_lm(f"--model {shlex.quote(out)}")
+        return _mlx_lm(f"--model {quoted(out)}")
 
     def finish(folder: Path, report: FolderReport) -> None:
         document.update(_folder_document(job, live, folder, report))
@@ -60,7 +63,7 @@ def plain_adapter(job: Job) -> Document:
     document = small_document(files)
 
     def commands(out: str, base: str) -> list[str]:
-        return _mlx_lm(f"--model {shlex.quote(base)} --adapter-path {shlex.quote(out)}")
+        return _mlx_lm(f"--model {quoted(base)} --adapter-path {quoted(out)}")
 
     def finish(folder: Path) -> None:
         read_back(folder, job.factors, job.scale)
@@ -79,7 +82,7 @@ def peft_adapter(job: Job) -> Document:
     """Write the adapter in PEFT's layout."""
     original = job.about.original
     files = peft_files(job.factors, job.scale, base=original or job.base_name, num_blocks=job.num_blocks)
-    document = small_document(files)
+    document, rank = small_document(files), max(len(pair.a) for pair in job.factors.values())
     document["lora_alpha"] = json.loads(bytes(files[PEFT_CONFIG]))["lora_alpha"]
     if original is None:
         document["notes"] = [
@@ -87,7 +90,9 @@ def peft_adapter(job: Job) -> Document:
         ]
 
     def commands(out: str, base: str) -> list[str]:
-        return [f"vllm serve {shlex.quote(original or base)} --enable-lora --lora-modules tuned={shlex.quote(out)}"]
+        serve = f"vllm serve {quoted(original or base)} --enable-lora --lora-modules tuned={quoted(out)}"
+        most = next((each for each in VLLM_RANKS if each >= rank), None)
+        return [serve if most == VLLM_RANKS[0] else f"{serve} --max-lora-rank {most or rank}"]
 
     def finish(folder: Path) -> None:
         stored = read_peft(folder)
@@ -111,7 +116,7 @@ def gguf(job: Job) -> Document:
     live, document = _live_for_gguf(job), Document()
 
     def commands(out: str, base: str) -> list[str]:
-        return [f"llama-server -m {shlex.quote(out)}"]
+        return [f"llama-server -m {quoted(out)}"]
 
     def finish(path: Path, report: write.GGUFReport) -> None:
         document.update(_gguf_document(job, live, path, report))
@@ -129,7 +134,7 @@ def gguf_adapter(job: Job) -> Document:
     from mbf_mlx.export.gguf.adapter import write_gguf_adapter
 
     report = write_gguf_adapter(job)
-    command = f"llama-server -m BASE.gguf --lora {shlex.quote(str(job.out))}"
+    command = f"llama-server -m BASE.gguf --lora {quoted(job.out)}"
     return {"bytes": report.nbytes, "alpha": report.alpha, "next": [command], "notes": []}
 
 
@@ -176,7 +181,8 @@ def lmstudio(job: Job) -> Document:
             document.update(_folder_document(job, live, model, written))
         document["next"] = next_commands(job, commands)
         check(job, document, planned)
-        add_card(job, folder, "lmstudio", document, commands)
+        # LM Studio's MLX engine is given the model's folder alone.
+        add_card(job, model if model.is_dir() else folder, "lmstudio", document, commands)
 
     lmstudio.write_lmstudio(job, live.rounder, finish)
     return document
@@ -206,12 +212,17 @@ def _folder_document(job: Job, live: Any, folder: Path, report: FolderReport) ->
     document["quality"] = live.compare(folder)
     document["notes"] += job.rows.notes
     more = report.bytes_out / report.bytes_base - 1
-    if job.bits is None and more > MUCH_LARGER:
-        mixed = mlx_folder.planned_bytes(job, MIXED_BITS) / 1e6
+    if job.bits == 16 and document["error"] > COARSE:
+        document["notes"].append(
+            f"{document['error']:.0%} of the update is lost to the rounding of bfloat16, the base's own type; --bits 32"
+            " keeps all of it"
+        )
+    mixed = mlx_folder.planned_bytes(job, MIXED_BITS)
+    if job.bits is None and more > MUCH_LARGER and mixed < report.bytes_out * MUCH_SMALLER:
         document["notes"].append(
             f"the export is {100 * more:.0f} % larger than the base, because many layers have learned and each of them "
             f"goes to 8 bits; --bits {MIXED_BITS} stores {MIXED_BITS} bits where the update survives that, and takes "
-            f"{mixed:,.1f} MB"
+            f"{mixed / 1e6:,.1f} MB"
         )
     return document
 

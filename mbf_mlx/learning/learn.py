@@ -23,7 +23,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.learning.after_training import after_training, with_extra
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.learner import Learner, run_conditions
-from mbf_mlx.learning.progress import Progress, Tensors, Training, progress_to_json
+from mbf_mlx.learning.progress import Progress, Tensors, Training, progress_of, progress_to_json
 from mbf_mlx.learning.record import differences, notes_on, run_of, task_record, what_fell
 from mbf_mlx.learning.scores import TestRows, score_all
 from mbf_mlx.learning.team import Team
@@ -49,6 +49,16 @@ class TrainingPlace:
 
     def __init__(self, working: Working, run: dict[str, Any], saved: Saved | None = None) -> None:
         self.working, self.run, self.saved = working, run, saved
+
+    def resume(self) -> tuple[Progress, Tensors] | None:
+        """Return where the saved run stands, and its arrays; None where none is saved.
+
+        Raises:
+            InputError: the save does not hold what a run needs to go on.
+        """
+        if self.saved is None:
+            return None
+        return progress_of(self.saved.progress, self.working.folder), self.saved.tensors
 
     def finished(self) -> tuple[Training, Tensors] | None:
         """Return a training that has been done before and the arrays that it left, or None."""
@@ -165,7 +175,7 @@ def _train(
         settings.train,
         report=lambda step: events.step(rows.name, step, backend.peak_memory()),
         save=save,
-        resume=(Progress(**place.saved.progress), place.saved.tensors) if place.saved else None,
+        resume=place.resume(),
         guard=settings.guard,
         team=team,
     )
@@ -268,17 +278,17 @@ def learn_task(
     began = time.monotonic()
     stream.require_space()
     generation = stream.current()
-    working = Working(stream.working, stream.files)
+    working = stream.saves
     working.check_place()
     run = run_of(task, generation.number, settings)
-    saved = None
-    if settings.restart:
-        working.drop()
-    elif (saved := working.load()) is not None:
+    restarted = settings.restart and working.drop()
+    if (saved := working.load()) is not None:
         check_same_run(saved, run, stream.working)
     encoder = Encoder(learner.tokenizer, settings.data, stream.path)
     rows, valid, test = _encoded(task, encoder, tests, settings)
     notes = [*encoder.warnings(task), *notes_on(task, rows, settings, learner.context)]
+    if settings.restart and not restarted:
+        notes.append("--restart without effect: no run was interrupted")
     if saved is not None:
         notes.append(f"goes on after step {saved.progress['step']}")
         notes += differences(saved.machine, run_conditions(team))
@@ -306,7 +316,7 @@ def learn_task(
     )
     fell = what_fell(stream.history(), learned.scores, stream.path)
     fixed = {"train": settings_of(settings.train), "data": settings_of(settings.data)}
-    stream.commit(learned.state, record, str(learner.base.path), fixed)
+    stream.commit(generation, learned.state, record, str(learner.base.path), fixed)
     working.drop()
     events.learned(record, time.monotonic() - began)
     if fell:

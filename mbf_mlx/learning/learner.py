@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mbf_mlx.base.decisive_files import decisive_files
 from mbf_mlx.base.load import Base, load_base
 from mbf_mlx.base.sources import unpacked_bytes
 from mbf_mlx.config import LearnConfig, LoRAConfig
@@ -44,7 +45,8 @@ class Learner:
 
     def described(self) -> dict[str, Any]:
         """Return what another process needs to hold the same."""
-        base = {"path": str(self.base.path), "fingerprint": self.base.fingerprint}
+        base: dict[str, Any] = {"path": str(self.base.path), "fingerprint": self.base.fingerprint}
+        base["files"] = decisive_files(self.base.path)
         return base | {"lora": asdict(self.lora), "packed": self.packed}
 
     def apply_limits(self, settings: LearnConfig) -> None:

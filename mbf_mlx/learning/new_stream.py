@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mbf_mlx.adapters import mlx_lm as adapter
 from mbf_mlx.base import folder as base_files
+from mbf_mlx.base.decisive_files import check_decisive_files
 from mbf_mlx.base.fingerprint import fingerprint
 from mbf_mlx.base.sources import BaseFolder, read_config
 from mbf_mlx.config import DataConfig, LoRAConfig, settings_of
@@ -127,7 +128,7 @@ def own_base(stream: StreamFolder, source: BaseFolder) -> BaseFolder:
     """Return a base model's folder if it holds the stream's own base.
 
     Raises:
-        InputError: another model is there, or its chat template is another one now.
+        InputError: another model is there, or its settings, tokenizer or chat template are others now.
     """
     base, found = stream.identity.base, fingerprint(source.path)
     if found != base.fingerprint:
@@ -135,5 +136,6 @@ def own_base(stream: StreamFolder, source: BaseFolder) -> BaseFolder:
             f"{source.path} is not the base model of {stream.path}: expected {base.name} with fingerprint"
             f" {base.fingerprint[:12]}, got {found[:12]}\nhint: --model names the base that the stream was made with"
         )
+    check_decisive_files(source.path, stream.current().manifest.base_files, stream.path)
     base_files.check_template(source.path, stream.identity.template_sha256, stream.path)
     return source

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from mbf_mlx.errors import InputError
 
 CURVE_POINTS = 24
 SAVE_SHARE = 0.02  # saves that come every so many seconds take at most this share of a run's time
@@ -15,6 +19,8 @@ Tensors = dict[str, np.ndarray]
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """Where a run stands. Together with the saved tensors it continues the run exactly."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     step: int = 0  # optimizer steps taken
     first_loss: float | None = None  # loss of the first step
@@ -33,6 +39,49 @@ class Progress:
 def progress_to_json(progress: Progress) -> dict[str, Any]:
     """Return a run's progress as plain JSON values."""
     return asdict(progress)
+
+
+def progress_of(document: dict[str, Any], where: Path) -> Progress:
+    """Return what `progress_to_json` has written.
+
+    Args:
+        document: A save's progress.
+        where: The save, for the message.
+
+    Raises:
+        InputError: unknown fields, or values of another kind.
+    """
+    try:
+        return TypeAdapter(Progress).validate_python(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"{where}: the saved run cannot go on: progress: {name}: {first['msg'].lower()}"
+            "\nhint: add --restart to start the task over"
+        ) from error
+
+
+def check_shapes(tensors: Tensors, expected: dict[str, tuple[int, ...]]) -> None:
+    """Refuse saved arrays that are not those of this run.
+
+    Args:
+        tensors: The arrays; "best.X" has the shape of "factor.X", and is there only with validation.
+        expected: The shape of every other array.
+
+    Raises:
+        InputError: the first one that is missing, unknown or of another shape is named.
+    """
+    found = {name: array.shape for name, array in tensors.items()}
+    if any(name.startswith("best.") for name in found):
+        factors = {name: shape for name, shape in expected.items() if name.startswith("factor.")}
+        expected = expected | {f"best.{name.removeprefix('factor.')}": shape for name, shape in factors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise InputError(
+                f"the saved run cannot go on: {name}: expected shape {expected.get(name, 'none')}, got"
+                f" {found.get(name, 'none')}\nhint: add --restart to start the task over"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """What a stream writes down about a task: what decides its training, notes for the user, the record in the history."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from mbf_mlx.config import LearnConfig, settings_of
 from mbf_mlx.data.encode import Encoded
 from mbf_mlx.data.task import Task
 from mbf_mlx.data.token_rows import EncodedRows
+from mbf_mlx.errors import quoted
 from mbf_mlx.learning.evaluate import Score, metric_of
 from mbf_mlx.learning.progress import Training
 from mbf_mlx.stream.records import SCORE_DIGITS, TaskRecord
@@ -75,7 +75,7 @@ def what_fell(history: Sequence[TaskRecord], scores: Sequence[Score | None], str
         for record, old, new in zip(history, before, scores)
         if old is not None and new is not None and new.value is not None and old - new.value > MUCH_WORSE
     ]
-    way_back = f"mbf undo {shlex.quote(str(stream))} goes back"
+    way_back = f"mbf undo {quoted(stream)} goes back"
     return f"this task made others worse: {', '.join(fell)}; {way_back}" if fell else ""
 
 

@@ -27,7 +27,7 @@ from mbf_mlx.device.machine import freed_memory_kept
 from mbf_mlx.engine.engine import Arrays, Engine
 from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.learning.events import Step
-from mbf_mlx.learning.progress import Progress, SaveClock, Tensors, Trained
+from mbf_mlx.learning.progress import Progress, SaveClock, Tensors, Trained, check_shapes
 from mbf_mlx.learning.team import Message, Team
 from mbf_mlx.learning.tuning import Tuning
 
@@ -340,6 +340,7 @@ class _Run:
 
     def restore(self, saved: tuple[Progress, Tensors]) -> Progress:
         progress, tensors = saved
+        check_shapes(tensors, {name: array.shape for name, array in self.tensors().items()})
         factors: Tensors = {}
         for key, array in tensors.items():
             part, _, name = key.partition(".")

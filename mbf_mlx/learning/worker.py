@@ -4,9 +4,11 @@ A worker touches no stream, reads no task file and prints nothing. Rows, method,
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
+from mbf_mlx.base.decisive_files import decisive_files
 from mbf_mlx.base.fingerprint import fingerprint
-from mbf_mlx.base.sources import BaseFolder
+from mbf_mlx.base.sources import BaseFolder, recorded_base
 from mbf_mlx.config import LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.learning.learn import start_task
@@ -61,10 +63,10 @@ def _load(team: Team, message: Message, find: Callable[[str], BaseFolder], base:
     values = message.values["base"]
     here = f"process {team.rank} of {team.size}"
     try:
-        folder = find(base or values["path"]).path
+        folder = (find(base) if base else recorded_base(values["path"], Path("the run"))).path
     except InputError as error:
         raise InputError(f"{here}: {error}") from error
-    if fingerprint(folder) != values["fingerprint"]:
+    if fingerprint(folder) != values["fingerprint"] or decisive_files(folder) != values["files"]:
         raise InputError(f"{here}: {folder} is not the base model that process 0 has\nhint: copy it, or say --model")
     lora = LoRAConfig(**{**values["lora"], "keys": tuple(values["lora"]["keys"])})
     return load_learner(folder, lora, values["packed"])

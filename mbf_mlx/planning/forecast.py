@@ -107,6 +107,7 @@ class Forecaster:
             if model is None:
                 raise InputError(f"{stream}: no such stream: --model says on which base it would be made")
             return self._for_tasks(stream, tasks, model, memory, make(DEFAULT_METHOD), 0)
+        from mbf_mlx.base.sources import recorded_base
         from mbf_mlx.stream.folder import StreamFolder
 
         opened = StreamFolder.open(stream)
@@ -116,7 +117,7 @@ class Forecaster:
         return settled._for_tasks(
             stream,
             tasks,
-            model or opened.current().manifest.base_path,
+            model or str(recorded_base(opened.current().manifest.base_path, stream).path),
             memory,
             make(own.method, own.method_options),
             sum(record.test_rows for record in opened.history()),

@@ -5,14 +5,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm import load
 
+from mbf_mlx.base.load import load_to_answer
 from mbf_mlx.base.sources import BaseFolder, check_folder, read_config
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.generations import Generation
 
-NO_CODE = {"trust_remote_code": False}  # without it transformers asks whether to run a model folder's own code
 PROBE = "The stream learns"
 SIZES = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -54,7 +53,7 @@ def prove_adapter(model: Any, tokenizer: Any, stream: StreamFolder, adapter: str
         what = "changes no logits" if change == 0 else "gives logits that are not finite"
         raise InputError(
             f"{adapter}: the adapter {what} of {base}, so it would not answer as it was taught"
-            f"\nhint: mbf status {stream.path} --verify checks the stream; mbf undo removes the last task"
+            f"\nhint: mbf status {quoted(stream.path)} --verify checks the stream; mbf undo removes the last task"
         )
     return f"{base} with the adapter of {_tasks(stream)}, which changes logits by up to {change:.2g}"
 
@@ -68,19 +67,18 @@ def prove_fused(stream: StreamFolder, base: BaseFolder, fused: Path) -> str:
     adapter = adapter_of(stream.current())
     if adapter is None:
         raise InputError(f"{stream.path}: it has learned no task, so there is no export of it")
-    loaded = (load(str(base.path), tokenizer_config=NO_CODE, adapter_path=path)[:2] for path in (adapter, None))
-    live, bare = (_probe(*pair) for pair in loaded)
+    live, bare = (_probe(*load_to_answer(base.path, path)) for path in (adapter, None))
     try:
-        ours = _probe(*load(str(fused), tokenizer_config=NO_CODE)[:2])
+        ours = _probe(*load_to_answer(fused))
     except Exception as error:  # mlx and the tokenizer raise anything about files that do not fit together
         raise InputError(
             f"--fused {fused}: it cannot be loaded: {error}"
-            f"\nhint: mbf export {stream.path} mlx {fused} --force exports it again"
+            f"\nhint: mbf export {quoted(stream.path)} mlx {quoted(fused)} --force exports it again"
         ) from error
     if ours.shape != live.shape or not np.abs(ours - live).mean() < np.abs(ours - bare).mean():
         raise InputError(
             f"--fused {fused}: it answers more like the base than like the adapter of {stream.path}"
-            f"\nhint: mbf export {stream.path} mlx {fused} --force exports it again"
+            f"\nhint: mbf export {quoted(stream.path)} mlx {quoted(fused)} --force exports it again"
         )
     return f"{fused}, which answers like the adapter of {_tasks(stream)}, not like the base"
 
@@ -92,14 +90,15 @@ def check_export(fused: Path, base: BaseFolder, stream: StreamFolder) -> None:
         InputError: it is not, or its files are damaged.
     """
     if not (fused / "config.json").is_file():
-        raise InputError(f"--fused {fused}: expected a folder that mbf export {stream.path} mlx wrote")
+        raise InputError(f"--fused {fused}: expected a folder that mbf export {quoted(stream.path)} mlx wrote")
     check_folder(fused)
     config, expected = read_config(fused), read_config(base.path)
     if other := [name for name in SIZES if config.get(name) != expected.get(name)]:
         name = other[0]
         raise InputError(
             f"--fused {fused}: config.json: {name}: expected {expected.get(name)!r} as in {base.name},"
-            f" got {config.get(name)!r}\nhint: mbf export {stream.path} mlx {fused} --force exports it again"
+            f" got {config.get(name)!r}"
+            f"\nhint: mbf export {quoted(stream.path)} mlx {quoted(fused)} --force exports it again"
         )
 
 

@@ -21,7 +21,8 @@ from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from mlx_lm.server import ModelProvider
 
 from mbf_mlx.base.folder import check_template
-from mbf_mlx.base.sources import BaseFolder, read_config
+from mbf_mlx.base.load import load_to_answer
+from mbf_mlx.base.sources import BaseFolder, read_config, stated_config, translated_fields
 from mbf_mlx.config import ServeConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.serving.callers import is_loopback
@@ -257,7 +258,10 @@ class StreamProvider(ModelProvider):
         return pair
 
     def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
-        super()._load(model_path, None if adapter_path is None else adapter_of(self._wanted))
+        adapter, folder = None if adapter_path is None else adapter_of(self._wanted), Path(model_path)
+        super()._load(model_path, adapter)
+        if translated_fields(folder, stated_config(folder)):  # mlx-lm's server reads config.json as it is
+            self.model = load_to_answer(folder, adapter)[0]
         self.model_key = (model_path, adapter_path, draft_model_path)  # also the key of remembered prompts
 
     def _is_there(self, generation: Generation) -> bool:

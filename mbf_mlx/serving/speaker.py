@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm import load, stream_generate
+from mlx_lm import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
-from mbf_mlx.base.load import settle
+from mbf_mlx.base.load import load_to_answer, settle
 from mbf_mlx.base.sources import BaseFolder, read_config, unpacked_bytes
 from mbf_mlx.device import backend
 from mbf_mlx.errors import InputError
-from mbf_mlx.serving.proof import NO_CODE, adapter_of, prove_adapter
+from mbf_mlx.serving.proof import adapter_of, prove_adapter
 from mbf_mlx.stream.folder import StreamFolder
 
 Message = dict[str, str]
@@ -32,9 +32,7 @@ class Speaker:
     def __init__(self, stream: StreamFolder, base: BaseFolder) -> None:
         generation = stream.current()
         stream.verify(generation)  # before mlx reads the adapter
-        self.model, self.tokenizer = load(
-            str(base.path), tokenizer_config=NO_CODE, adapter_path=adapter_of(generation), lazy=True
-        )[:2]
+        self.model, self.tokenizer = load_to_answer(base.path, adapter_of(generation), lazy=True)
         settle_to_speak(self.model, base.path)
         # A sentence on the model that answers.
         self.proof = prove_adapter(self.model, self.tokenizer, stream, adapter_of(generation))

@@ -19,19 +19,25 @@ from typing import TYPE_CHECKING, Any
 from mbf_mlx.adapters.layout import WEIGHTS
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
-from mbf_mlx.files.storage import Files, read_file, refusal, require_space
+from mbf_mlx.files.storage import Files, refusal, require_space
 from mbf_mlx.stream.generations import Generation, Generations
 from mbf_mlx.stream.lock import HOLDER, LOCK, hold_lock
-from mbf_mlx.stream.records import HISTORY, IDENTITY, MANIFEST, STATE, Identity, TaskRecord, parse, read_identity
+from mbf_mlx.stream.records import (
+    HISTORY,
+    IDENTITY,
+    MANIFEST,
+    STATE,
+    Identity,
+    NewerFormatError,
+    TaskRecord,
+    parse,
+    read_identity,
+)
 from mbf_mlx.stream.saves import Working
+from mbf_mlx.stream.unfinished import HALF_MADE, is_unfinished
 
 if TYPE_CHECKING:  # importing it loads NumPy, and `mbf status` must answer at once
     from mbf_mlx.methods import State
-
-_NEW = ("current.new", "adapter.new", f"{IDENTITY}.new", f"{HOLDER}.new")  # half-made files and links
-# What `create` leaves if it is killed: these files and links, and in generations/ the empty stream.
-_BEFORE_IDENTITY = {LOCK, HOLDER, "adapter", "current", *_NEW}
-_EMPTY_STREAM = {"000000", "building-000000"}
 
 
 class StreamFolder:
@@ -61,7 +67,7 @@ class StreamFolder:
         files = files or Files()
         stream, there = cls(path, identity, files), os.path.lexists(path)
         try:
-            if there and not _is_unfinished(path):
+            if there and not is_unfinished(path):
                 if any((path / "generations").glob(f"[0-9]*/{MANIFEST}")):
                     read_identity(path)  # it is missing: this says how to restore it
                 raise InputError(f"{path}: expected a new or empty folder for a stream, got something else")
@@ -196,7 +202,10 @@ class StreamFolder:
 
     def interrupted(self) -> dict[str, Any] | None:
         """Return the task and step of an interrupted run that can go on, or None."""
-        saved = self.saves.load()
+        try:
+            saved = self.saves.load()
+        except NewerFormatError:
+            return None
         if saved is None or self._is_committed(saved.run):
             return None
         return {"task": saved.run.get("task"), "step": saved.progress.get("step")}
@@ -236,11 +245,14 @@ class StreamFolder:
     def clean(self) -> None:
         """Remove old generations, half-made files and the save of a run that cannot go on. Needs the lock."""
         if self.working.is_dir():
-            saved = self.saves.load()
-            if saved is None or self._is_committed(saved.run):
-                self.saves.drop()
+            try:
+                saved = self.saves.load()
+                if saved is None or self._is_committed(saved.run):
+                    self.saves.drop()
+            except NewerFormatError:
+                pass  # the newer mbf-mlx goes on with it
         self.generations.remove_old(self.current().number)
-        for name in _NEW:
+        for name in HALF_MADE:
             self.files.discard(self.path / name)
 
     def _clean_after_commit(self) -> None:
@@ -250,23 +262,28 @@ class StreamFolder:
         except (InputError, OSError):
             pass
 
-    def commit(self, state: "State", record: TaskRecord, base_path: str, settings: dict[str, Any]) -> Generation:
+    def commit(
+        self, started: Generation, state: "State", record: TaskRecord, base_path: str, settings: dict[str, Any]
+    ) -> Generation:
         """Make the state after a task the current one. Needs the lock.
 
         Args:
+            started: The generation that the task was learned on.
             state: What the method returned after the task.
             record: The task's line of history.
             base_path: Where the base model lies.
             settings: What the task was learned with.
 
         Raises:
-            InputError: it cannot be written; the stream is as it was.
+            InputError: it cannot be written, or another process has changed the stream meanwhile; the stream is as it
+                was.
         """
-        current = self.current()
-        number = current.number + 1
-        history = (current.folder / HISTORY).read_bytes() + record.to_json()
+        self._check_unchanged(started)
+        number = started.number + 1
+        history = (started.folder / HISTORY).read_bytes() + record.to_json()
         try:
             self.generations.write(number, state, history, base_path, settings)
+            self._check_unchanged(started)
             self.generations.make_current(number)
         except BaseException:
             new = self.generations.folder(number)
@@ -275,6 +292,20 @@ class StreamFolder:
             raise
         self._clean_after_commit()
         return self.current()
+
+    def _check_unchanged(self, started: Generation) -> None:
+        """Refuse to commit on anything but the generation that a task was learned on: a lock can be removed by hand.
+
+        Raises:
+            InputError: another generation counts now.
+        """
+        now = self.current()
+        if now.manifest.checksum != started.manifest.checksum:
+            raise InputError(
+                f"{self.path}: expected to go on from generation {started.number}, but another process has changed the"
+                f" stream meanwhile (it has learned {now.manifest.t} tasks now); nothing was committed"
+                "\nhint: run the same command again, and remove no lock of a running command"
+            )
 
     def undo(self) -> TaskRecord:
         """Go back to the generation before the last task and return that task's record. Needs the lock.
@@ -314,28 +345,3 @@ def _kept_bytes(generation: Generation) -> int:
     names = [name for name in (f"adapter/{WEIGHTS}", STATE) if name in generation.manifest.files]
     headers = [read_header(generation.folder / name)[0] for name in names]
     return sum(entry.nbytes for header in headers for entry in header.values())
-
-
-def _is_unfinished(path: Path) -> bool:
-    """Return whether a folder holds nothing but what a killed `StreamFolder.create` leaves."""
-    for entry in path.iterdir():
-        if entry.name == "generations":
-            if not entry.is_dir() or {generation.name for generation in entry.iterdir()} - _EMPTY_STREAM:
-                return False
-        elif entry.name not in _BEFORE_IDENTITY or not _is_ours(entry):
-            return False
-    return True
-
-
-def _is_ours(entry: Path) -> bool:
-    """Return whether a file or link that has a name of ours also has our content; a user's own is left alone."""
-    name, leads_to = entry.name.removesuffix(".new"), {"current": "generations", "adapter": "current"}
-    if name in leads_to:
-        return entry.is_symlink() and entry.readlink().parts[0] == leads_to[name]
-    if entry.is_symlink() or not entry.is_file():
-        return False
-    data = read_file(entry)
-    if name == LOCK:
-        return not data
-    ours = b'{"process": ' if name == HOLDER else b'{"base": '  # how our JSON begins; a killed write may end anywhere
-    return data.startswith(ours) or ours.startswith(data)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mbf_mlx import __version__
 from mbf_mlx.adapters.layout import CONFIG, WEIGHTS
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.files.storage import Data, Files, read_file, read_large, refusal, require_space, sha256, sha256_file
 from mbf_mlx.stream.records import (
     CHANGED,
@@ -226,7 +226,7 @@ class Generations:
         return data
 
     def _damage(self, path: Path, what: str) -> InputError:
-        hint = f"mbf status {self.path} --repair goes back to the previous generation, if that one is undamaged"
+        hint = f"mbf status {quoted(self.path)} --repair goes back to the previous generation, if that one is undamaged"
         before = self.folder((self._linked_number() or 0) - 1)
         if path.is_relative_to(before):
             hint = f"mbf undo cannot go back to generation {before.name}; the current one is not affected"
@@ -275,6 +275,7 @@ class Generations:
                 settings=settings,
                 seed=state.seed,
                 files=dict(zip(contents, records)),
+                base_files=self._base_files(base_path),
             ).sealed()
             self.files.write(building / MANIFEST, manifest.to_json())
             self.files.sync_folder(building / "adapter")
@@ -284,6 +285,25 @@ class Generations:
         except BaseException:
             self.files.discard(building)
             raise
+
+    def _base_files(self, base_path: str) -> dict[str, str]:
+        """Return the hashes of the base's settings and tokenizer: those written down before, or else of its files now.
+
+        A base that is not there, as when a task tuned elsewhere is absorbed, has none; a later generation takes them.
+        """
+        from mbf_mlx.base.decisive_files import decisive_files
+
+        number = self._linked_number()
+        try:
+            known = {} if number is None else self.open(self.folder(number)).manifest.base_files
+        except InputError:  # a killed creation has left its link
+            known = {}
+        if known:
+            return known
+        try:
+            return decisive_files(Path(base_path)) if base_path and Path(base_path).is_dir() else {}
+        except (InputError, OSError):
+            return {}
 
     def make_current(self, number: int) -> None:
         """Let a generation count from now on: the commit itself."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mbf_mlx.config import DataConfig
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.files.storage import read_file
 
 FORMAT_VERSION = 1
@@ -36,7 +36,11 @@ class Record(BaseModel):
 
     def to_json(self) -> bytes:
         """Return one line of JSON with sorted keys. The same record always gives the same bytes."""
-        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False) + "\n").encode()
+        return _line(self.model_dump(mode="json"))
+
+
+def _line(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 class BaseRecord(Record):
@@ -89,7 +93,12 @@ class Manifest(Record):
     settings: dict[str, Any]
     seed: int
     files: dict[str, FileRecord]
+    base_files: dict[str, str] = {}  # hashes of the base's settings and tokenizer; streams made before had none
     checksum: str = ""
+
+    def to_json(self) -> bytes:
+        """Return the manifest in one line of JSON, as `Record.to_json` does; without `base_files` if there are none."""
+        return _line(self.model_dump(mode="json", exclude=None if self.base_files else {"base_files"}))
 
     def sealed(self) -> "Manifest":
         """Return this manifest with a checksum over all its other fields."""
@@ -188,10 +197,12 @@ def read_identity(path: Path) -> Identity:
         data = read_file(where)
     except FileNotFoundError:
         if not os.path.lexists(path):
-            raise InputError(f"{path}: no such stream\nhint: mbf learn {path} TASK --model BASE makes one") from None
+            raise InputError(
+                f"{path}: no such stream\nhint: mbf learn {quoted(path)} TASK --model BASE makes one"
+            ) from None
         hint = ""
         if (path / "generations").is_dir():
-            hint = f"\nhint: mbf status {path} --repair restores it from an undamaged generation"
+            hint = f"\nhint: mbf status {quoted(path)} --repair restores it from an undamaged generation"
         raise InputError(f"{path}: not a stream: {IDENTITY} is missing{hint}") from None
     try:
         identity = parse(Identity, data, where)
@@ -200,7 +211,7 @@ def read_identity(path: Path) -> Identity:
             raise
         raise InputError(
             f"{error}\nhint: this mbf-mlx reads the stream's generations, so the file may be damaged instead:"
-            f" mbf status {path} --repair restores it"
+            f" mbf status {quoted(path)} --repair restores it"
         ) from error
     except InputError as error:
         raise identity_damage(where, str(error).partition("damaged: ")[2]) from error
@@ -225,5 +236,6 @@ def _is_in_our_format(generation: Path) -> bool:
 def identity_damage(path: Path, what: str = CHANGED) -> InputError:
     """Return the error for a damaged stream.json, which every generation has a copy of."""
     return InputError(
-        f"{path}: damaged: {what}\nhint: mbf status {path.parent} --repair restores it from an undamaged generation"
+        f"{path}: damaged: {what}"
+        f"\nhint: mbf status {quoted(path.parent)} --repair restores it from an undamaged generation"
     )

@@ -91,7 +91,13 @@ def _repair(stream: StreamFolder) -> str:
         generations.make_current(int(found.name))
         done.append(f"went back from generation {before.name}, which is damaged, to {found.name}")
     stream.clean()
+    try:
+        if (previous := stream.previous()) is not None:
+            stream.verify(previous)
+        undo = ""
+    except InputError:
+        undo = "; the one before is damaged and cannot be restored, so the last task cannot be undone"
     if not done:
-        return f"{stream.path}: nothing to repair: its current generation is undamaged"
+        return f"{stream.path}: nothing to repair: its current generation is undamaged{undo}"
     count = stream.current().manifest.t
-    return f"{stream.path}: {', and '.join(done)}; it has learned {count} task{'' if count == 1 else 's'}"
+    return f"{stream.path}: {', and '.join(done)}; it has learned {count} task{'' if count == 1 else 's'}{undo}"

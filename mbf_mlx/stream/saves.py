@@ -15,8 +15,10 @@ from typing import Any
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Files, read_file, read_large, sha256
+from mbf_mlx.stream.records import NewerFormatError
 
 PROGRESS, TENSORS = "progress.json", "tensors.safetensors"
+SAVE_VERSION = 1  # of what a save holds; a save without a number has version 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ class Working:
         """
         data = safetensors_bytes(tensors)
         document = {
+            "format_version": SAVE_VERSION,
             "run": run,
             "machine": machine,
             "progress": progress,
@@ -89,10 +92,16 @@ class Working:
                 self._remove(old)
 
     def load(self) -> Saved | None:
-        """Return the newest undamaged save, or None."""
+        """Return the newest undamaged save, or None.
+
+        Raises:
+            NewerFormatError: a newer mbf-mlx has written it.
+        """
         for folder in reversed(self._saves()):
             try:
                 return _read(folder)
+            except NewerFormatError:
+                raise
             except InputError:
                 continue
         return None
@@ -107,11 +116,13 @@ class Working:
                 found.append(f"{error}\nhint: run the same mbf learn again; it starts this task from the beginning")
         return found
 
-    def drop(self) -> None:
-        """Remove all saves, and the folder."""
-        for save in self._saves():
+    def drop(self) -> bool:
+        """Remove all saves, and the folder; return whether there was a save."""
+        saves = self._saves()
+        for save in saves:
             self._remove(save)
         self.files.remove(self.folder)
+        return bool(saves)
 
     def _remove(self, save: Path) -> None:
         """Remove a save. It is renamed first, so that a folder with a save's name is always complete."""
@@ -139,6 +150,11 @@ def _read(folder: Path) -> Saved:
         canonical = json.dumps(document).encode() == text
         if document.pop("checksum") != _checksum(document) or not canonical:
             raise InputError(f"{folder / PROGRESS}: damaged: its content is not what was saved")
+        if document.get("format_version", SAVE_VERSION) > SAVE_VERSION:
+            raise NewerFormatError(
+                f"{folder}: a newer mbf-mlx has saved this run (format {document['format_version']}, this one reads"
+                f" {SAVE_VERSION})\nhint: update mbf-mlx, or add --restart to start the task over"
+            )
         if sha256(data) != document["tensors_sha256"]:
             raise InputError(f"{folder / TENSORS}: damaged: its content is not what was saved")
         return Saved(
@@ -174,7 +190,7 @@ def check_same_run(saved: Saved, run: dict[str, Any], working: Path) -> None:
         return
     differ = sorted(key for key in saved.run.keys() | run.keys() if saved.run.get(key) != run.get(key))
     plain = {
-        "sha256": "the task's files have changed since then, or are other files",
+        "sha256": "the task's files have changed since then",
         "generation": "the stream has learned or undone a task since then",
     }
     lines = "\n".join(

@@ -4,6 +4,7 @@ from typing import Any
 
 from mbf_mlx import metrics
 from mbf_mlx.adapters.layout import WEIGHTS
+from mbf_mlx.errors import InputError
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.records import STATE, TaskRecord
 
@@ -20,6 +21,7 @@ def status_document(folder: StreamFolder) -> dict[str, Any]:
     square = [row + [None] * (len(history) - len(row)) for row in scores]
     kinds = {record.metric for record in history if record.metric != "loss"}
     files = manifest.files
+    can_undo, damage = _way_back(folder)
     weights = files.get(f"adapter/{WEIGHTS}")
     return {
         "stream": str(folder.path),
@@ -53,7 +55,8 @@ def status_document(folder: StreamFolder) -> dict[str, Any]:
             **manifest.settings,
         },
         "generation": generation.number,
-        "can_undo": generation.number > 0 and folder.previous() is not None,
+        "can_undo": can_undo,
+        "damaged": damage,
         "interrupted": folder.interrupted(),
         "id": identity.id,
     }
@@ -61,3 +64,11 @@ def status_document(folder: StreamFolder) -> dict[str, Any]:
 
 def _task_of(record: TaskRecord) -> dict[str, Any]:
     return record.model_dump(mode="json", exclude={"scores", "losses"})
+
+
+def _way_back(folder: StreamFolder) -> tuple[bool, str | None]:
+    """Return whether the last task can be undone, and what is damaged in the generation that undo would go back to."""
+    try:
+        return folder.current().number > 0 and folder.previous() is not None, None
+    except InputError as error:
+        return False, str(error)

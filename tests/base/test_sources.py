@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mbf_mlx.base import sources
-from mbf_mlx.base.fingerprint import CACHE, fingerprint
+from mbf_mlx.base.fingerprint import fingerprint
 from mbf_mlx.base.recipe import HubSource, PackageSource, read_recipe, recipes
 from mbf_mlx.base.sources import check_folder, resolve_base
 from mbf_mlx.errors import InputError
@@ -221,7 +221,9 @@ def test_templates_as_models_have_them_are_taken(copy):
 def test_a_pipe_in_the_place_of_weights_is_refused_and_not_waited_for(copy):
     (copy / "model.safetensors").unlink()
     os.mkfifo(copy / "model.safetensors")
-    with pytest.raises(InputError, match="model.safetensors: cannot read: expected a file"):
+    with pytest.raises(
+        InputError, match="model.safetensors: .* expected a file of its own, got a pipe, socket or device"
+    ):
         check_folder(copy)
 
 
@@ -297,42 +299,69 @@ def test_one_bit_makes_another_fingerprint(copy):
     assert fingerprint(copy) != before
 
 
-def test_the_cache_is_used_while_size_and_time_agree_and_only_then(copy):
-    expected = fingerprint(copy)
-    cached = json.loads((copy / CACHE).read_text())
-    (copy / CACHE).write_text(json.dumps(cached | {"sha256": "0" * 64}))
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """The user's folder for caches; files count as settled at once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setattr("mbf_mlx.base.fingerprint.SETTLED_NS", 0)
+    return tmp_path / "caches" / "mbf-mlx" / "fingerprints"
+
+
+def test_the_cache_is_used_while_nothing_touches_the_files_and_only_then(copy, caches):
+    expected, path = fingerprint(copy), copy / "model.safetensors"
+    (cache,) = caches.iterdir()
+    cached = json.loads(cache.read_text())
+    cache.write_text(json.dumps(cached | {"sha256": "0" * 64}))
     assert fingerprint(copy) == "0" * 64
-    os.utime(copy / "model.safetensors", ns=(1, 1))
+    kept = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)  # other weights of the same size, in the same file
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))  # ... with the time kept
+    assert fingerprint(copy) not in (expected, "0" * 64)
+    content[-1] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
     assert fingerprint(copy) == expected
     for nonsense in ("", "[]", "{}", '{"sha256": 3, "key": null}', "[" * 100000):
-        (copy / CACHE).write_text(nonsense)
+        cache.write_text(nonsense)
         assert fingerprint(copy) == expected
 
 
-READ_ONLY = """
-import sys
-from pathlib import Path
-from mbf_mlx.base.fingerprint import fingerprint
-from tests.support.unprivileged import give_up_root
-give_up_root()
-print(fingerprint(Path(sys.argv[1])))
-"""
+def test_files_that_were_just_written_are_not_cached(copy, caches, monkeypatch):
+    monkeypatch.setattr("mbf_mlx.base.fingerprint.SETTLED_NS", 3_600_000_000_000)
+    fingerprint(copy)
+    assert not caches.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_cached_in_the_users_folder(tiny_llama, tmp_path):
-    folder = Path(shutil.copytree(tiny_llama, tmp_path / "read-only"))
-    (folder / CACHE).unlink(missing_ok=True)
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    folder.chmod(0o555)
-    done = subprocess.run(
-        [sys.executable, "-c", READ_ONLY, str(folder)],
-        env={**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    )  # fmt: skip
-    folder.chmod(0o755)
-    assert done.stdout.strip() == fingerprint(tiny_llama), done.stderr
-    assert not (folder / CACHE).exists()
-    assert len(list((cache / "mbf-mlx" / "fingerprints").glob("*.json"))) == 1
+def test_a_model_folder_cannot_bring_a_fingerprint_along(copy, caches):
+    from mbf_mlx.base.fingerprint import _key
+
+    expected = fingerprint(copy)
+    shutil.rmtree(caches)
+    forged = json.dumps({"sha256": "0" * 64, "key": _key([copy / "model.safetensors"])})
+    (copy / ".mbf_fingerprint.json").write_text(forged)
+    before = sorted(copy.iterdir())
+    assert fingerprint(copy) == expected
+    assert sorted(copy.iterdir()) == before
+
+
+@pytest.mark.parametrize("home", [None, "", "relative", "/dev/null"])
+def test_without_a_folder_for_caches_there_is_no_cache(copy, tmp_path, monkeypatch, home):
+    import pwd
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("mbf_mlx.base.fingerprint.SETTLED_NS", 0)
+    if home is None:
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a user without an entry, as in a container
+    else:
+        monkeypatch.setenv("HOME", home)
+    before = sorted(tmp_path.iterdir())
+    assert len(fingerprint(copy)) == 64
+    assert sorted(tmp_path.iterdir()) == before
 
 
 # --- recipes ---
@@ -483,7 +512,7 @@ def test_a_hub_model_is_downloaded_without_pickles_and_code_and_then_works_offli
     endpoint, asked = hub
     folder = Path(ask("tiny/llama", endpoint))
     assert fingerprint(folder) == fingerprint(tiny_llama)
-    names = {path.name for path in folder.iterdir()} - {CACHE}
+    names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
     assert not [path for path in asked if path.endswith((".bin", ".py", "consolidated.safetensors"))]
     asked.clear()

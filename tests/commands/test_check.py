@@ -94,7 +94,7 @@ def test_every_row_that_is_too_long_is_named(check, write_jsonl, tiny_llama):
 def test_warnings_go_to_stderr_and_commands_to_the_terminal_are_not_passed_on(check, write_jsonl):
     write_jsonl("even.jsonl", [{"prompt": "\x1b[31mred", "completion": "a\x07b"}, *ROWS, ROWS[0]])
     result = check("even.jsonl")
-    assert result.stderr == "warning: even.jsonl: 1 row of train repeats an earlier one\n"
+    assert result.stderr == "warning: even.jsonl: 1 of 38 rows of train repeats an earlier one\n"
     assert "�[31mred" in result.stdout and "\x1b[31mred" not in result.stdout and "\x07" not in result.stdout
 
 

@@ -123,22 +123,31 @@ def test_labels_are_the_different_completions_or_a_hash_of_too_many(write_jsonl)
     assert read_task(write_jsonl("texts.jsonl", [{"text": "a"}, {"text": "b"}])).labels == ()
 
 
+def test_rows_that_are_left_out_of_training_do_not_count_as_repeated(write_jsonl):
+    write_jsonl("sums/test.jsonl", completions(2))
+    file = write_jsonl("sums/train.jsonl", [*completions(5), *completions(2), *completions(4)[2:]])
+    task = read_task(file.parent)
+    assert len(task.train) == 5
+    assert task.warnings == (
+        f"{file.parent}: 4 rows of train are also in test: left out of training",
+        f"{file}: 2 of 5 rows of train repeat an earlier one",
+    )
+
+
 def test_repeated_rows_are_counted_and_stay(write_jsonl):
     write_jsonl("sums/test.jsonl", completions(2, 100))
     file = write_jsonl("sums/train.jsonl", [*completions(4), *completions(2), *completions(1)])
     task = read_task(file.parent)
     assert len(task.train) == 7
-    assert task.warnings == (f"{file}: 3 rows of train repeat an earlier one",)
+    assert task.warnings == (f"{file}: 3 of 7 rows of train repeat an earlier one",)
 
 
 def test_repeated_rows_are_held_out_together(write_jsonl):
     task = read_task(write_jsonl("sums.jsonl", completions(20) * 3))
     assert (len(task.train), len(task.test)) == (54, 6)
     assert not {row.prompt for row in task.train} & {row.prompt for row in task.test}
-    # Counted among the rows that are learned, and among those that are held out: never more than there are.
-    repeated = {"train": 54 - 18, "test": 6 - 2}
-    file = task.train.file
-    assert task.warnings == tuple(f"{file}: {n} rows of {split} repeat an earlier one" for split, n in repeated.items())
+    told = [f"{task.path}: {n} of {of} rows of {split} repeat" for split, n, of in (("train", 36, 54), ("test", 4, 6))]
+    assert [warning.removesuffix(" an earlier one") for warning in task.warnings] == told
 
 
 def test_rows_that_are_left_out_of_training_are_not_counted_as_repeated(write_jsonl):

@@ -13,7 +13,7 @@ pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-m
 
 LLAMA3 = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
-LONG = {"original_max_position_embeddings": 128, "short_factor": [1.0] * 8, "long_factor": [1.5] * 8}
+LONG = {"original_max_position_embeddings": 128, "short_factor": [1.5] * 8, "long_factor": [1.5] * 8}
 ROPES = {
     "default": {"rope_type": "default"},
     "linear": {"type": "linear", "factor": 2.0},

@@ -1,6 +1,7 @@
 """One way through all targets: written, opened again, measured, refused where too much was lost; and the card."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from mbf_mlx.export.outcome import check, fused_document, least_agreement
 from mbf_mlx.export.targets import WRITERS
 from tests.support.factors import ALL_KEYS, SCALE, make_factors
 from tests.support.jobs import job_of
+from tests.support.tiny_llama import write_tiny_llama
 from tests.support.token_rows import token_rows
 
 STATUS = {
@@ -114,7 +116,8 @@ def test_what_other_servers_get_is_asked_the_same_rows(job, target, options, kep
     assert document["quality"]["rows"] == 8 and document["quality"]["kl"] < 0.02
     assert document["retention"] > kept and document["lost"] == []
     sentence = "made-up rows: the live adapter's token at"
-    assert sentence in (job.out / "README.md").read_text()
+    (card,) = job.out.rglob("README.md")
+    assert sentence in card.read_text()
 
 
 def test_an_export_that_many_layers_make_much_larger_says_what_6_bits_would_take(job, tmp_path):
@@ -205,6 +208,53 @@ def test_the_peft_folder_names_the_unquantized_base_and_reads_back(job):
     read = read_peft(job.out)
     assert read.base == "org/tiny" and read.scale == SCALE
     assert document["lora_alpha"] == 8
+
+
+@pytest.mark.parametrize(
+    ("rank", "flag"), [(4, ""), (16, ""), (17, " --max-lora-rank 32"), (48, " --max-lora-rank 64")]
+)
+def test_vllm_is_told_of_a_rank_that_it_does_not_take_by_itself(job, rank, flag):
+    document = run(replace(job, factors=make_factors(job.base, rank=rank)), "peft")
+    assert document["next"] == [f"vllm serve org/tiny --enable-lora --lora-modules tuned={job.out}{flag}"]
+
+
+def test_words_of_commands_with_spaces_are_quoted(job, tmp_path):
+    (tmp_path / "my models").mkdir()
+    out = tmp_path / "my models" / "a b"
+    for target, kind in (("mlx", None), ("adapter", None), ("peft", None), ("gguf", "F16"), ("ollama", None)):
+        place = out.with_name(f"a b {target}")
+        for line in run(replace(job, out=place, kind=kind, read_rows=ExportRows), target)["next"]:
+            assert any(place.name in word for word in shlex.split(line)), line
+
+
+def test_16_bits_of_a_bfloat16_base_say_what_they_lose(tmp_path, mx):
+    base = write_tiny_llama(tmp_path / "base", bits=None)
+    weights = {name: value.astype(mx.bfloat16) for name, value in mx.load(str(base / "model.safetensors")).items()}
+    mx.save_safetensors(str(base / "model.safetensors"), weights, {"format": "mlx"})
+    job = job_of(base, make_factors(base, size=1e-2), tmp_path / "out", bits=16)
+    document = run(job, "mlx")
+    assert document["error"] > 0.05
+    assert document["notes"] == [
+        f"{document['error']:.0%} of the update is lost to the rounding of bfloat16, the base's own type; --bits 32"
+        " keeps all of it"
+    ]
+    assert run(replace(job, bits=32, out=tmp_path / "whole"), "mlx")["notes"] == []
+
+
+def test_what_file_managers_leave_in_an_export_does_not_keep_it_from_being_replaced(job):
+    run(replace(job, read_rows=ExportRows), "adapter")
+    (job.out / ".DS_Store").write_bytes(b"icons")
+    run(replace(job, read_rows=ExportRows, force=True), "adapter")
+    assert not (job.out / ".DS_Store").exists()
+
+
+def test_licence_and_card_lie_in_the_folder_that_lm_studio_is_given(job, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(job.base, base)
+    (base / "LICENSE").write_text("do as you like")
+    run(replace(job, base=base, kind="mlx", read_rows=ExportRows), "lmstudio")
+    model = job.out / "mbf" / job.out.name
+    assert (model / "LICENSE").read_text() == "do as you like" and (model / "README.md").is_file()
 
 
 def test_a_peft_folder_without_a_known_original_says_so(job):
@@ -303,6 +353,7 @@ def test_bits_that_no_layer_can_have_are_refused_before_anything_is_measured(job
     [
         (("onnx", None, None), "target: expected one of mlx, adapter, peft.*got 'onnx'"),
         (("peft", 8, None), "--bits: the target peft stores float32"),
+        (("gguf", 8, "q4_0"), "--bits and --type: expected one of them, got --bits 8 and --type q4_0"),
         (("mlx", None, "Q4_0"), "--type: expected with gguf, ollama, lmstudio"),
     ],
 )

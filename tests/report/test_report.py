@@ -55,7 +55,9 @@ def stream(tmp_path_factory):
         with made.writer():
             state = made.state()
             tuned = tune(state, method.start(state))
-            made.commit(method.finish(state, tuned), record(t, name), "models/tiny", {"train": {"epochs": 3}})
+            made.commit(
+                made.current(), method.finish(state, tuned), record(t, name), "models/tiny", {"train": {"epochs": 3}}
+            )
     return made
 
 

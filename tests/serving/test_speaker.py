@@ -128,7 +128,9 @@ def test_an_adapter_that_changes_nothing_is_noticed_before_the_first_answer(tiny
     method = make("slao")
     with stream.folder.writer():
         state = stream.folder.state()
-        stream.folder.commit(method.finish(state, method.start(state)), record(1), str(tiny_llama), {})
+        stream.folder.commit(
+            stream.folder.current(), method.finish(state, method.start(state)), record(1), str(tiny_llama), {}
+        )
     with pytest.raises(InputError, match="the adapter changes no logits of .*, so it would not answer"):
         stream.speaker()
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from mbf_mlx.errors import InputError
+from mbf_mlx.files.storage import Files
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.saves import Working
 from tests.support.failing import WAYS, Crash, failing
-from tests.support.streams import contents, learn, new_stream
+from tests.support.streams import contents, learn, new_stream, record
 
 
 def test_an_empty_stream_opens_as_generation_0(quick_path):
@@ -161,3 +162,36 @@ def test_a_removal_that_fails_anywhere_leaves_a_stream_or_room_for_one(quick_pat
         if (quick_path / "s/stream.json").exists():
             assert StreamFolder.open(quick_path / "s").state().t == 0
             shutil.rmtree(quick_path / "s")
+
+
+def test_nothing_is_committed_on_a_generation_that_does_not_count_any_more(quick_path):
+    """As when somebody has removed the lock of a running command."""
+    stream = learn(new_stream(quick_path / "s"), 2)
+    started, state = stream.current(), stream.state()
+    StreamFolder.open(quick_path / "s").undo()
+    before = contents(quick_path / "s")
+    message = (
+        r"expected to go on from generation 2, but another process has .* \(it has learned 1 tasks now\); nothing was"
+    )
+    with pytest.raises(InputError, match=message):
+        stream.commit(started, state, record(3), "models/tiny", {})
+    assert contents(quick_path / "s") == before
+    again = StreamFolder.open(quick_path / "s")  # the number of the undone generation is used again, by another one
+    again.commit(again.current(), state, record(2, "another"), "models/tiny", {})
+    with pytest.raises(InputError, match="expected to go on from generation 2"):
+        stream.commit(started, state, record(3), "models/tiny", {})
+
+
+def test_a_commit_that_is_overtaken_while_it_is_written_does_not_count(quick_path):
+    class Overtaken(Files):
+        def rename(self, source, target):
+            super().rename(source, target)
+            if target.name == "000003":
+                StreamFolder.open(quick_path / "s").undo()
+
+    learn(new_stream(quick_path / "s"), 2)
+    stream = StreamFolder.open(quick_path / "s", Overtaken())
+    with pytest.raises(InputError, match="nothing was committed"):
+        stream.commit(stream.current(), stream.state(), record(3), "models/tiny", {})
+    again = StreamFolder.open(quick_path / "s")
+    assert again.current().number == 1 and not again.generations.folder(3).exists()

@@ -1,8 +1,11 @@
+import json
+
 import pytest
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.repair import repair
+from tests.support.command_line import mbf
 from tests.support.streams import contents, learn, new_stream
 
 FILES = ["manifest.json", "history.jsonl", "state.safetensors", "adapter/adapters.safetensors"]
@@ -51,3 +54,20 @@ def test_a_stream_that_lost_its_identity_is_never_made_anew(quick_path):
     assert contents(stream.path) == before
     repair(stream.path)
     assert StreamFolder.open(stream.path).state().t == 2
+
+
+def test_damage_in_the_generation_before_is_told_and_stops_nothing_but_undo(quick_path):
+    stream = learn(new_stream(quick_path / "s"), 2)
+    (stream.path / "generations/000001/history.jsonl").write_bytes(b"")
+    done = mbf("status", stream.path)
+    assert done.returncode == 0 and "000001/history.jsonl: damaged" in done.stderr, done.stderr
+    assert "the current one is not affected" in done.stderr
+    document = json.loads(mbf("status", stream.path, "--json").stdout)
+    assert document["can_undo"] is False and "000001/history.jsonl: damaged" in document["damaged"]
+    said = repair(stream.path)
+    assert said.endswith(
+        "nothing to repair: its current generation is undamaged; the one before is damaged and cannot be restored, so"
+        " the last task cannot be undone"
+    )
+    assert learn(StreamFolder.open(stream.path)).state().t == 3
+    assert json.loads(mbf("status", stream.path, "--json").stdout)["damaged"] is None

@@ -80,7 +80,9 @@ def learn(stream, count=1):
         with stream.writer():
             state = stream.state()
             tuned = tune(state, method.start(state))
-            stream.commit(method.finish(state, tuned), record(state.t + 1), "models/tiny", {"train": {}})
+            stream.commit(
+                stream.current(), method.finish(state, tuned), record(state.t + 1), "models/tiny", {"train": {}}
+            )
     return stream
 
 

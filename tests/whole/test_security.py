@@ -1,9 +1,13 @@
 """A stranger's model, adapter or name cannot run code, write outside its folder, or use the network."""
 
+import http.server
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -102,3 +106,141 @@ def test_a_pip_in_the_working_folder_is_not_the_one_that_downloads(tmp_path, mon
     with pytest.raises(InputError, match="pip could not download it"):
         download._download_wheel("no-such-package==1.0", tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def _linked(place, target):
+    place.unlink(missing_ok=True)
+    place.symlink_to(target)
+
+
+FOREIGN_FILES = {
+    "a licence": lambda base, secret: _linked(base / "LICENSE", secret),
+    "a tokenizer's settings": lambda base, secret: _linked(base / "special_tokens_map.json", secret),
+    "weights": lambda base, secret: _linked(base / "model.safetensors", secret),
+    "a chain of links": lambda base, secret: (_linked(base / "NOTICE", "a"), _linked(base / "a", secret)),
+    "a way up": lambda base, secret: _linked(base / "NOTICE", "../secret"),
+    "a link to nothing": lambda base, secret: _linked(base / "NOTICE", "nothing"),
+    "a pipe": lambda base, secret: os.mkfifo(base / "generation_config.json"),
+    "templates elsewhere": lambda base, secret: _linked(base / "additional_chat_templates", secret.parent),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_FILES)
+def test_a_model_folder_with_files_of_others_is_refused_by_name(tiny_llama, tmp_path, case):
+    from tests.support.command_line import mbf
+
+    base, secret = tmp_path / "base", tmp_path / "secret"
+    shutil.copytree(tiny_llama, base)
+    secret.write_text("private")
+    FOREIGN_FILES[case](base, secret)
+    (tmp_path / "task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    done = mbf("learn", tmp_path / "s", tmp_path / "task.jsonl", "--model", base, timeout=120)
+    assert done.returncode == 1 and "cannot use this model folder: expected a file of its own, got " in done.stderr
+    assert "Traceback" not in done.stderr and "private" not in done.stdout + done.stderr
+
+
+def test_links_inside_a_model_folder_and_into_the_hubs_cache_are_its_own(tiny_llama, tmp_path):
+    from mbf_mlx.base.sources import check_folder
+
+    repository = tmp_path / "models--org--name"
+    snapshot, blobs = repository / "snapshots" / "0123", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(tiny_llama, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    check_folder(snapshot)
+    inside = tmp_path / "inside"
+    shutil.copytree(tiny_llama, inside)
+    (inside / "LICENSE.txt").write_text("MIT")
+    (inside / "LICENSE").symlink_to("LICENSE.txt")
+    check_folder(inside)
+    (tmp_path / "linked").symlink_to(inside)
+    check_folder(tmp_path / "linked")
+
+
+@pytest.fixture
+def asked():
+    """The address of a hub that has nothing, and the list of what it was asked for."""
+    seen = []
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers.get("Authorization")))
+            self.send_error(404)
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *words):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", seen
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("recorded", ["evil/model", "smollm2-135m-instruct", "evil\x00/model"])
+def test_a_strangers_stream_reaches_no_hub(tiny_llama, tmp_path, asked, recorded):
+    from mbf_mlx import Stream
+    from mbf_mlx.stream.records import Manifest, parse
+    from tests.support.command_line import mbf
+
+    stream, task = tmp_path / "s", tmp_path / "task.jsonl"
+    task.write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    Stream.open(stream, base=str(tiny_llama)).learn(task, iters=1)
+    manifest = stream / "generations" / "000001" / "manifest.json"
+    forged = parse(Manifest, manifest.read_bytes(), manifest).model_copy(update={"base_path": recorded}).sealed()
+    manifest.write_bytes(forged.to_json())
+    endpoint, seen = asked
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_secret",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    settings["MBF_MODELS"] = str(tmp_path / "models")
+    for words in (
+        ("generate", stream, "a"), ("eval", stream), ("learn", stream, task, "--again"), ("plan", stream, task),
+        ("export", stream, "mlx", tmp_path / "out"), ("check", task, "--stream", stream),
+    ):  # fmt: skip
+        done = mbf(*words, env={**os.environ, **settings}, timeout=120)
+        assert done.returncode == 1 and "its base model is not where it was" in done.stderr, (words, done.stderr)
+        assert "Traceback" not in done.stderr
+    assert seen == []
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\x9b31m\r\u2066\x7f"
+
+
+def test_nothing_in_a_strangers_stream_moves_the_terminals_cursor(tmp_path):
+    """Through a real terminal: a name in every kind of output, tables and JSON and errors."""
+    from tests.support.command_line import on_a_terminal
+
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    history = stream.path / "generations/000001/history.jsonl"
+    name = json.loads(history.read_text())["name"]
+    forge(stream.path / "generations/000001", name, EVIL)
+    for words in (
+        ("status", stream.path),
+        ("status", stream.path, "--json"),
+        ("undo", stream.path),
+        ("status", EVIL[:-1]),
+    ):
+        shown = on_a_terminal(*words)
+        assert "owned" in shown, shown
+        ours = re.sub("\x1b\\[[0-9;]*m|\r\n", "", shown)  # colours and line ends
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", ours), ours
+
+
+def forge(generation, name, other):
+    """Give a task of a generation another name, with checksums that fit."""
+    from mbf_mlx.files.storage import sha256
+    from mbf_mlx.stream.records import FileRecord, Manifest, parse
+
+    history, path = generation / "history.jsonl", generation / "manifest.json"
+    history.write_text(history.read_text().replace(json.dumps(name), json.dumps(other), 1))
+    manifest = parse(Manifest, path.read_bytes(), path)
+    data = history.read_bytes()
+    files = {**manifest.files, "history.jsonl": FileRecord(bytes=len(data), sha256=sha256(data))}
+    path.write_bytes(manifest.model_copy(update={"files": files}).sealed().to_json())

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 
 from mbf_mlx.base.gguf.names import Names, read_names
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.export.gguf import tensor_types as types
 from mbf_mlx.export.gguf.adapter import MAKER, OURS, is_ours, pad, write_head
 from mbf_mlx.export.gguf.read_back import check
@@ -119,7 +119,7 @@ def has_float_type(job: Job) -> bool:
 
 def quantize_line(path: Path, kind: str = "Q4_K_M") -> str:
     """Return the command that turns a file, best one of 16 or 32 bits, into one of llama.cpp's own types."""
-    return f"llama-quantize {path} {path.with_name(f'{path.stem}-{kind}.gguf')} {kind}"
+    return f"llama-quantize {quoted(path)} {quoted(path.with_name(f'{path.stem}-{kind}.gguf'))} {kind}"
 
 
 def _type(job: Job) -> gguf.GGMLQuantizationType | None:

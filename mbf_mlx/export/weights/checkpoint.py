@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mbf_mlx.base.sources import read_config
-from mbf_mlx.errors import InputError
+from mbf_mlx.errors import InputError, quoted
 from mbf_mlx.export.weights.affine import BITS, GROUP_SIZES, decode, unpack
 from mbf_mlx.export.weights.tensors import Stored, read_headers
 from mbf_mlx.files.dtypes import FLOATS
@@ -111,7 +111,7 @@ class Checkpoint:
         if foreign or (not self.quantization and any(name.endswith(".scales") for name in self.tensors)):
             raise InputError(
                 f"{folder}: another tool packed its weights; convert it first: "
-                f"mlx_lm.convert --model {folder} --mlx-path NEW"
+                f"mlx_lm.convert --model {quoted(folder)} --mlx-path NEW"
             )
 
     @property
