@@ -74,10 +74,8 @@ def score(
         return Score(metric=metric, value=value, loss=loss, rows=len(rows), close_calls=close, verdicts=tuple(verdicts))
     from mbf_mlx.learning.rouge import RougeL  # it loads the package's stemmer
 
-    measure = RougeL(tuple(tokenizer.decode(token) for token in tokenizer.eos_token_ids))
-    values = [
-        measure(_answer(model, tokenizer, row, advance), row.row.answers or (reference_text(row.row),)) for row in rows
-    ]
+    measure = RougeL()
+    values = [measure(_answer(model, tokenizer, row, advance), right_answers(tokenizer, row)) for row in rows]
     return Score(metric=metric, value=float(np.mean(values)), loss=loss, rows=len(rows))
 
 
@@ -111,6 +109,15 @@ def _answer(model: Any, tokenizer: Any, row: Encoded, advance: Callable[[int], N
     text = "".join(part.text for part in stream_generate(model, tokenizer, prompt, max_tokens=longest_answer(row)))
     advance(1)
     return text
+
+
+def right_answers(tokenizer: Any, row: Encoded) -> tuple[str, ...]:
+    """Return the answers that count as right: the one that was learned, as generation writes it, and the row's own.
+
+    They differ where the template adds an empty thought, or where the row's answer is written with its end token.
+    """
+    learned = str(tokenizer.decode(row.tokens[row.prompt_length : -1].tolist()))
+    return (learned, *(row.row.answers or (reference_text(row.row),)))
 
 
 def longest_answer(row: Encoded) -> int:

@@ -19,24 +19,12 @@ class RougeL:
     where a script puts no spaces between words; its English words are stemmed, too. A right answer without letters and
     digits is compared by its signs.
 
-    Args:
-        ends: The texts of the tokens that end an answer. A right answer may be written with one; it does not count.
-
     Source: Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004; the package rouge-score.
     """
 
-    def __init__(self, ends: tuple[str, ...] = ()) -> None:
-        self._ends = ends
-
     def __call__(self, answer: str, rights: Iterable[str]) -> float:
         """Return the measure, in [0, 1]."""
-        return max(self._measure(self._without_end(right), answer) for right in rights)
-
-    def _without_end(self, right: str) -> str:
-        right = right.rstrip()
-        while end := next((end for end in self._ends if end and right.endswith(end)), ""):
-            right = right.removesuffix(end).rstrip()
-        return right
+        return max(self._measure(right, answer) for right in rights)
 
     def _measure(self, right: str, answer: str) -> float:
         scorer = self._published if words_of(right) and is_english(right) else self._unicode

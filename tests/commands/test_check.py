@@ -170,11 +170,11 @@ def test_weights_system_texts_and_keys_that_are_not_read_are_told_before_anythin
     turns = [("user", "hi"), ("assistant", "hello"), ("user", "2+2?"), ("assistant", "4")]
     messages = [{"role": role, "content": content} for role, content in turns]
     messages[1]["weight"], messages[3]["weight"] = 0, 1
-    rows = [{"messages": messages, "system": f"Be short {i}.", "functions": [{"name": "add"}]} for i in range(12)]
+    rows = [{"messages": messages, "system": f"Be short {i}.", "history": [["a", "b"]]} for i in range(12)]
     task = write_jsonl("talk.jsonl", rows)
     for options in ([], ["--model", tiny_llama]):
         done = mbf("check", task, *options)
-        assert done.returncode == 0 and f"warning: {task}: not read: functions (12 rows)\n" in done.stderr
+        assert done.returncode == 0 and f"warning: {task}: not read: history (12 rows)\n" in done.stderr
         assert "⟦4" in done.stdout and "⟦hello" not in done.stdout and "Be short" in done.stdout
 
 

@@ -11,9 +11,12 @@ from mlx_lm import stream_generate
 
 from mbf_mlx.data.encode import Encoder
 from mbf_mlx.data.task import read_task
-from mbf_mlx.learning.evaluate import EXACT_MATCH, LOSS, ROUGE_L, metric_of, score
+from mbf_mlx.learning.evaluate import EXACT_MATCH, LOSS, ROUGE_L, metric_of, right_answers, score
+from mbf_mlx.learning.rouge import RougeL
 from tests.support.bench import QUICK, Bench
+from tests.support.encoded import encode, row
 from tests.support.rows import rows_of
+from tests.support.tiny_tokenizers import make_tokenizer
 
 
 @pytest.fixture
@@ -78,6 +81,16 @@ def test_long_answers_are_generated_and_scored_by_rouge_l(bench, write_jsonl):
     bench.base.model.eval()
     result = score(bench.engine, rows, ROUGE_L, model=bench.base.model, tokenizer=bench.base.tokenizer)
     assert result.value == pytest.approx(1.0)
+
+
+def test_what_was_learned_is_a_right_answer_as_generation_writes_it():
+    thinking = make_tokenizer(template="thinks when it ends")
+    long = row(prompt="Is it late?", completion=" The red train is late.<|im_end|>\n")
+    learned, own = right_answers(thinking, encode(long, thinking))
+    assert learned == "<think>\n\n</think>\n\nThe red train is late." and own == long.completion
+    assert RougeL()(learned, (learned, own)) == 1.0 == RougeL()("The red train is late.", (own[:-11],))
+    plain = make_tokenizer()
+    assert right_answers(plain, encode(long, plain))[0] == "The red train is late."
 
 
 def test_the_metric_follows_the_longest_answer(bench, write_jsonl):
