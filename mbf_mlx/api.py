@@ -209,8 +209,11 @@ class Stream:
         backend.setup()
         from mbf_mlx.learning.measure import inputs_of_task
 
-        template = self.folder.identity.template
-        return inputs_of_task(self._load(), method, state, tuned, Path(source), template, self.folder.path)
+        return inputs_of_task(self._load(), method, state, tuned, Path(source), self._data(), self.folder.path)
+
+    def _data(self) -> DataConfig:
+        """Return how rows and prompts of this stream become tokens, by default."""
+        return DataConfig(template=self.folder.identity.template, date=self.folder.date())
 
     def status(self) -> dict[str, Any]:
         """Return the document that `mbf status --json` prints: tasks, scores, sizes, settings."""
@@ -232,7 +235,8 @@ class Stream:
         backend.setup()
         from mbf_mlx.learning.scores import evaluate_stream
 
-        data = replace(data or DataConfig(), template=self.folder.identity.template)
+        own = self._data()
+        data = replace(data or own, template=own.template, date=own.date)
         settings = LearnConfig(data=data, score_rows=score_rows)
         given = [task if isinstance(task, Task) else read_task(Path(task)) for task in tasks]
         return evaluate_stream(self.folder, self._load, given, settings, events or Events())

@@ -1,5 +1,6 @@
 """Settings: frozen, checked when made, and the only place where defaults are written."""
 
+import datetime
 import math
 import re
 from collections.abc import Mapping
@@ -18,6 +19,13 @@ def _check(config: object, name: str, fits: bool, expected: str) -> None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_date(value: object) -> bool:
+    try:
+        return isinstance(value, str) and datetime.date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False
 
 
 def _is_count(value: object, least: int) -> bool:
@@ -62,11 +70,13 @@ class DataConfig:
     template: str = "chat"  # "chat": the model's own template, if it has one; "none": raw prompt and completion
     mask_prompt: bool = True  # supervise completions only, not prompts
     max_seq_length: int = 2048  # tokens of a row: prompt and completion together
+    date: str = ""  # the day, as 2026-12-01, that a chat template writes into prompts; "" is today
 
     def __post_init__(self) -> None:
         _check(self, "template", self.template in TEMPLATES, " or ".join(TEMPLATES))
         _check(self, "mask_prompt", isinstance(self.mask_prompt, bool), "true or false")
         _check(self, "max_seq_length", _is_count(self.max_seq_length, 8), "a whole number of at least 8 tokens")
+        _check(self, "date", not self.date or _is_date(self.date), "a day as in 2026-12-01")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,4 +196,6 @@ class ServeConfig:
 def settings_of(config: LoRAConfig | DataConfig | TrainConfig) -> dict[str, object]:
     """Return settings by name, as values that JSON can hold."""
     values = {each.name: getattr(config, each.name) for each in fields(config)}
+    if not values.get("date"):  # most templates write none
+        values.pop("date", None)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

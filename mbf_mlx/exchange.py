@@ -155,7 +155,8 @@ def absorb(
     state = method.absorb(state, tuned.factors, inputs)
     _check_finite(state, folder)
     record = _record(name, state.t, folder, tuned.sha256, source, choose_metric or metric_by_words)
-    stream.commit(started, state, record, started.manifest.base_path, {"absorbed": str(folder)})
+    settings = {"absorbed": str(folder)} | ({"data": {"date": stream.date()}} if stream.date() else {})
+    stream.commit(started, state, record, started.manifest.base_path, settings)
     return Absorbed(record=record, cosine=cosine, notes=tuned.notes)
 
 

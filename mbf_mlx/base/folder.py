@@ -87,8 +87,8 @@ def check_template(folder: Path, sha256: str, stream: Path) -> None:
         InputError: the folder has another template, or none.
     """
     text = template_text(folder)
-    found = _sha256(text or "")
-    if sha256 in ("", _sha256(""), found) or (text is None and _has_several_templates(folder)):
+    found = template_sha256(text or "")
+    if sha256 in ("", template_sha256(""), found) or (text is None and _has_several_templates(folder)):
         return
     raise InputError(
         f"{folder}: its chat template is not the one that {stream} was taught with: expected sha256 {sha256[:12]},"
@@ -97,7 +97,8 @@ def check_template(folder: Path, sha256: str, stream: Path) -> None:
     )
 
 
-def _sha256(text: str) -> str:
+def template_sha256(text: str) -> str:
+    """Return the digest by which a stream knows its chat template."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -91,7 +91,7 @@ def _encoder(model: str | None, quantize: int, stream: Path | None, data: DataCo
         from mbf_mlx.stream.folder import StreamFolder
 
         opened = StreamFolder.open(stream)
-        data = replace(data, template=opened.identity.template)
+        data = replace(data, template=opened.identity.template, date=opened.date())
         backend.require_mlx()
         folder = own_base(opened, recorded_base(opened.current().manifest.base_path, stream)).path
     else:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from mbf_mlx.commands.help import AGAIN, LOAD, MEMORY, NEW, SAMPLING, SAVING, TRAINING
+from mbf_mlx.commands.help import AGAIN, LOAD, MEMORY, NEW, OTHER, SAMPLING, SAVING, TRAINING
 from mbf_mlx.commands.options import words_of
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, TrainConfig
 from mbf_mlx.units import bytes_of
@@ -46,6 +46,12 @@ FLAGS = {
     "num_layers": Flag("Blocks that get LoRA factors, counted from the last; -1: all.", group=NEW),
     "dropout": Flag("Dropout on the LoRA inputs.", "X", NEW),
     "template": Flag("How a row becomes text: chat (the model's own template) or none (raw text).", "NAME", NEW),
+    "date": Flag(
+        "Day that the chat template writes into prompts, if it writes any; it stays with the stream.",
+        "DAY",
+        OTHER,
+        default="the stream's, or today",
+    ),
     # A task's training
     "epochs": Flag("Passes over the training rows."),
     "learning_rate": Flag("Peak learning rate.", "X", recipe=True),

@@ -25,7 +25,7 @@ _FLAGS = (
     *("scale", "keys", "num_layers", "dropout", "template"),
     *("iters", "grad_accumulation_steps", "warmup", "weight_decay", "max_grad_norm", "mask_prompt"),
     *("val_every", "patience", "guard", "grad_checkpoint", "memory_limit"),
-    *("save_every", "score_tasks", "score_rows", "again", "restart"),
+    *("save_every", "score_tasks", "score_rows", "again", "restart", "date"),
 )
 
 

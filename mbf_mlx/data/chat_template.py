@@ -7,6 +7,7 @@ characters of the text are the assistant's answers is found in answer_places.py.
 from collections.abc import Sequence
 from typing import Any
 
+from mbf_mlx.base.chat_templates import dated
 from mbf_mlx.data.row import BadRow
 
 Messages = Sequence[dict[str, Any]]
@@ -14,10 +15,15 @@ Tools = Sequence[dict[str, Any]]
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, mlx-lm's TokenizerWrapper."""
+    """The chat template of a tokenizer.
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    Args:
+        tokenizer: mlx-lm's TokenizerWrapper.
+        date: The day that the template writes, as "2026-12-01"; "" is today.
+    """
+
+    def __init__(self, tokenizer: Any, date: str):
+        self._tokenizer, self._dated = tokenizer, dated(tokenizer, date)
 
     def text(self, messages: Messages, tools: Tools, *, ask: bool) -> str | BadRow:
         """Return messages as text; with `ask`, the text ends with the beginning of an answer to be generated."""
@@ -40,5 +46,5 @@ class ChatTemplate:
 
     def _apply(self, messages: Any, tools: Tools, ask: bool) -> Any:
         return self._tokenizer.apply_chat_template(
-            messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=ask
+            messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=ask, **self._dated
         )

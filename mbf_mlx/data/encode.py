@@ -50,7 +50,7 @@ class Encoder:
         self._spill = spill
         self._pieces = PieceTokenizer(tokenizer)
         chat = data.template == "chat" and tokenizer.has_chat_template
-        self._template = ChatTemplate(tokenizer) if chat else None
+        self._template = ChatTemplate(tokenizer, data.date) if chat else None
         self._left_out = LeftOut(self._template)
 
     def all(self, rows: Sequence[Row], path: Path) -> EncodedRows:

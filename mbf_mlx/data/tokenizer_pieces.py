@@ -37,6 +37,11 @@ class PieceTokenizer:
         self._begin = self._find_begin()
         self._anchors = self._find_anchors()
 
+    @property
+    def begin(self) -> str:
+        """The text of the tokens that the tokenizer puts before every text; "" if there are none."""
+        return self.text(self._begin) if self._begin else ""
+
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts that already hold every special token they need."""
         tokens: list[list[int]] = self._call(texts)["input_ids"] if texts else []

@@ -6,8 +6,10 @@ A cell commits nothing. It takes trainings and scores that other cells have comp
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 
+from mbf_mlx.base.chat_templates import writes_date
 from mbf_mlx.config import LearnConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.experiment.hashes import of_cell, settings_of_cell
@@ -42,6 +44,12 @@ class RunningCell:
         self.bench, self.number, self.cell, self.watch = bench, number, cell, watch
         self.method: Method = make(cell.method, cell.options)
         self.learner: Learner = bench.learner(cell)
+        undated = cell.data.template == "chat" and not cell.data.date
+        if undated and writes_date(self.learner.tokenizer.chat_template):
+            raise InputError(
+                "[data] date: the base's chat template writes a date; expected one that every cell sees, such as"
+                f' date = "{date.today().isoformat()}"'
+            )
         # A rival whose loss explodes is a result, so nothing guards against it.
         limit = bench.plan.memory_limit
         self.settings = LearnConfig(train=cell.train, data=cell.data, guard=False, memory_limit=limit)

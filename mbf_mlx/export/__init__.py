@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mbf_mlx.config import DataConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.job import ExportRows, Job, Show, show_nothing
 
@@ -88,7 +89,7 @@ def make_job(stream: Any, out: Path, *, calibration: Path | None = None, **optio
     if not state.t:
         raise InputError(f"{stream.folder.path}: nothing to export: it has learned no task")
     base = stream.base_folder()
-    card = read_card(base.path)
+    card, data = read_card(base.path), DataConfig(template=identity.template, date=stream.folder.date())
 
     def read_rows() -> ExportRows:
         from mbf_mlx.base.load import load_tokenizer
@@ -96,8 +97,8 @@ def make_job(stream: Any, out: Path, *, calibration: Path | None = None, **optio
 
         tokenizer = load_tokenizer(base.path)
         if calibration is not None:
-            return rows_of_file(calibration, tokenizer, identity.template)
-        return rows_of_tasks(stream.folder.history(), tokenizer, identity.template, stream.folder.path)
+            return rows_of_file(calibration, tokenizer, data)
+        return rows_of_tasks(stream.folder.history(), tokenizer, data, stream.folder.path)
 
     return Job(
         base=base.path,
@@ -109,8 +110,25 @@ def make_job(stream: Any, out: Path, *, calibration: Path | None = None, **optio
         about=About(public_name(base.path), stream.status(), card.licence, card.original),
         notes=card.notes,
         template=identity.template,
+        chat_template=_carried_template(base.path, data),
         out=out,
         forbidden=(stream.folder.path,),
         read_rows=read_rows,
         **options,
     )
+
+
+def _carried_template(base: Path, data: DataConfig) -> str | None:
+    """Return the chat template that an export carries; None where it is the base's own."""
+    from mbf_mlx.base.chat_templates import raw_template, with_date, writes_date
+    from mbf_mlx.base.folder import template_text
+
+    own = template_text(base)
+    if data.template == "none":
+        from mbf_mlx.base.load import load_tokenizer
+        from mbf_mlx.data.tokenizer_pieces import PieceTokenizer
+
+        return raw_template(PieceTokenizer(load_tokenizer(base)).begin)
+    if not own or not data.date or not writes_date(own):
+        return None
+    return with_date(own, data.date)

@@ -42,6 +42,7 @@ class Job:
     about: About
     out: Path  # the folder or file to make; `place` says what is refused
     template: str = "chat"  # "chat", or "none" where the stream was taught on raw prompts
+    chat_template: str | None = None  # the one that the export carries; None is the base's own
     bits: int | None = None  # of the layers with factors; None lets the target choose
     kind: str | None = None  # a GGUF type, or "mlx" for LM Studio's MLX engine
     force: bool = False  # replace an earlier export

@@ -41,6 +41,7 @@ MIXED_BITS = 6  # for layers whose update survives 6 bits; the others get 8
 PARTS = ("weight", "scales", "biases")  # tensors of a layer that change; a linear layer's own bias stays as it is
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", *LICENCES)
 INDEX = "model.safetensors.index.json"
+TEMPLATE = "chat_template.jinja"  # where transformers looks for it first
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def write_mlx_folder(
         report = FolderReport(base.nbytes, bytes_out, layers)
         _write_config(base, forms, job.bits, folder)
         _write_index(base, plans, folder)
-        _copy_companions(job.base, folder)
+        _copy_companions(job.base, folder, job.chat_template)
         if finish:
             finish(folder, report)
     return report
@@ -238,10 +239,23 @@ def _write_index(base: Checkpoint, plans: dict[Path, dict[str, Tensor]], folder:
     (folder / INDEX).write_text(json.dumps(index, indent=4) + "\n", encoding="utf-8")
 
 
-def _copy_companions(base_folder: Path, folder: Path) -> None:
-    """Copy the base's tokenizer files, chat template, generation settings and licence, byte for byte."""
+def _copy_companions(base_folder: Path, folder: Path, chat_template: str | None) -> None:
+    """Copy the base's tokenizer files, chat template, generation settings and licence, byte for byte.
+
+    Args:
+        base_folder, folder: From where to where.
+        chat_template: The template to write in place of the base's own; None keeps that.
+    """
     for pattern in COPIED:
         for path in sorted(base_folder.glob(pattern)):
             ours = path.name in ("config.json", INDEX) or path.name.startswith("mbf")
+            ours |= chat_template is not None and path.name.startswith("chat_template")
             if path.is_file() and not ours and not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
+    if chat_template is None:
+        return
+    (folder / TEMPLATE).write_text(chat_template, encoding="utf-8")
+    place = folder / "tokenizer_config.json"
+    settings = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    if settings.pop("chat_template", None) is not None:
+        place.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

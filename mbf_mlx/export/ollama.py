@@ -7,10 +7,11 @@ adapter from us: its converter reorders the factors of q and k wrongly and ignor
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+from mbf_mlx.base.chat_templates import with_date, writes_date
 from mbf_mlx.base.sources import read_config
 from mbf_mlx.errors import MissingPackageError, quoted
 from mbf_mlx.export.gguf.vocabulary import Vocabulary, read_vocabulary
@@ -125,7 +126,8 @@ def write_ollama(
         InputError: what `write_gguf` refuses.
     """
     file, config = f"{job.out.name}.gguf", read_config(job.base)
-    modelfile, template, notes = make_modelfile(file, config, read_vocabulary(job.base, config), job.template)
+    vocabulary = read_vocabulary(job.base, config, job.chat_template, job.template == "none")
+    modelfile, template, notes = make_modelfile(file, config, vocabulary, job.template)
     with fresh_folder(job.out, force=job.force, forbidden=job.off_limits) as folder:
         written = write_gguf(replace(job, out=folder / file), rounders)
         (folder / "Modelfile").write_text(modelfile, encoding="utf-8")
@@ -162,7 +164,7 @@ def make_modelfile(
         lines.append(f"TEMPLATE {_quoted(found.go)}")
         lines += [f"SYSTEM {_quoted(found.system)}"] if found.system else []
         stops += found.family.stop
-        if "strftime_now" in str(vocabulary.chat_template):
+        if writes_date(vocabulary.chat_template):
             notes.append(
                 "the model's chat template writes today's date; the Modelfile always writes the date of the export"
             )
@@ -243,9 +245,9 @@ def _jinja(vocabulary: Vocabulary) -> Callable[[list[dict[str, str]]], str | Non
         # Chat templates are written for these settings of transformers.
         settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
         environment = ImmutableSandboxedEnvironment(**settings)
-        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.globals["raise_exception"] = refuse
         try:
-            text: str = environment.from_string(template).render(
+            text: str = environment.from_string(with_date(str(template), date.today().isoformat())).render(
                 messages=messages, add_generation_prompt=True, **special
             )
         except (TemplateError, TypeError, ValueError, KeyError):

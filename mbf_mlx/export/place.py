@@ -5,6 +5,7 @@ An export is written beside its place, flushed to the disk and renamed when it i
 """
 
 import glob
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ def fresh_folder(out: Path, *, force: bool = False, needs: int = 0, forbidden: t
         for path in sorted(partial.rglob("*")):
             _FILES.sync_folder(path) if path.is_dir() else _FILES.sync_file(path)
         _FILES.sync_folder(partial)
-        _replace(partial, out)
+        _replace(partial, out, force, _folder_is_ours)
     except OSError as error:
         raise refusal(error, out, needs) from error
     finally:
@@ -73,7 +74,7 @@ def fresh_file(
     try:
         yield partial
         _FILES.sync_file(partial)
-        _replace(partial, out)
+        _replace(partial, out, force, is_ours)
     except OSError as error:
         raise refusal(error, out, needs) from error
     finally:
@@ -162,23 +163,38 @@ def read_listing(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
-def _replace(partial: Path, out: Path) -> None:
-    place = out.absolute()
-    if place.is_dir():  # a folder cannot be renamed over one that holds files
-        old = partial.with_name(f"{partial.name}{_OLD}")
-        _FILES.rename(place, old)
+def _replace(partial: Path, out: Path, force: bool, is_ours: Callable[[Path], bool]) -> None:
+    """Let a finished export have its place. What is there by now is looked at once more: minutes have passed.
+
+    Raises:
+        InputError: something is there that was not there before, or an earlier export holds other files now; the export
+            has another name then.
+    """
+    place, old = out.absolute(), partial.with_name(f"{partial.name}{_OLD}")
+    if os.path.lexists(place):
+        if not force:
+            raise _moved_aside(partial, out, "something was put there")
+        _FILES.rename(place, old)  # nobody adds to it by its name from here on
         try:
+            if old.is_symlink() or not is_ours(old):
+                raise _moved_aside(partial, out, "files that we did not export were put there")
             _FILES.rename(partial, place)
-            _FILES.sync_folder(place.parent)
         except (InputError, OSError):
-            if place.exists():
-                _FILES.rename(place, partial)
-            _FILES.rename(old, place)
+            if not os.path.lexists(place):
+                _FILES.rename(old, place)
             raise
-        _discard(old)
     else:
         _FILES.rename(partial, place)
-        _FILES.sync_folder(place.parent)
+    _FILES.sync_folder(place.parent)
+    _discard(old)
+
+
+def _moved_aside(partial: Path, out: Path, what: str) -> InputError:
+    """Give an export that cannot have its place another name, and return the error that says so."""
+    names = (out.with_name(f"{out.stem}-{number}{out.suffix}") for number in itertools.count(2))
+    spare = next(name for name in names if not os.path.lexists(name))
+    _FILES.rename(partial, spare)
+    return InputError(f"{out}: {what} while the export was written, and stays as it is; the export is {spare}")
 
 
 def _discard(path: Path) -> None:

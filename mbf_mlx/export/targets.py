@@ -18,7 +18,7 @@ from mbf_mlx.errors import quoted
 from mbf_mlx.export import mlx_folder
 from mbf_mlx.export.adapter_folder import read_back, write_files
 from mbf_mlx.export.job import Job
-from mbf_mlx.export.mlx_folder import MIXED_BITS, FolderReport, check_bits, write_mlx_folder
+from mbf_mlx.export.mlx_folder import MIXED_BITS, TEMPLATE, FolderReport, check_bits, write_mlx_folder
 from mbf_mlx.export.outcome import (
     Commands,
     Document,
@@ -29,6 +29,7 @@ from mbf_mlx.export.outcome import (
     small_document,
 )
 from mbf_mlx.export.place import check_folder_place, check_place
+from mbf_mlx.files.storage import Data
 
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes; the first is its default
 MUCH_LARGER = 0.2  # an export that is larger than the base by more than this names a smaller one
@@ -60,10 +61,16 @@ def mlx(job: Job) -> Document:
 def plain_adapter(job: Job) -> Document:
     """Write the adapter in mlx-lm's layout."""
     files = adapter_files(job.factors, scale=job.scale, num_layers=job.num_layers, base=job.base_name)
+    files |= _template_file(job)
     document = small_document(files)
 
     def commands(out: str, base: str) -> list[str]:
-        return _mlx_lm(f"--model {quoted(base)} --adapter-path {quoted(out)}")
+        generate, serve = _mlx_lm(f"--model {quoted(base)} --adapter-path {quoted(out)}")
+        if job.template == "none":
+            generate += " --ignore-chat-template"
+        if job.chat_template is not None:
+            serve += f' --chat-template "$(cat {quoted(f"{out}/{TEMPLATE}")})"'
+        return [generate, serve]
 
     def finish(folder: Path) -> None:
         read_back(folder, job.factors, job.scale)
@@ -74,6 +81,11 @@ def plain_adapter(job: Job) -> Document:
     return document
 
 
+def _template_file(job: Job) -> dict[str, Data]:
+    """Return the chat template that goes beside an adapter, where it is not the base's own."""
+    return {} if job.chat_template is None else {TEMPLATE: job.chat_template.encode()}
+
+
 def _mlx_lm(model: str) -> list[str]:
     return [f'mlx_lm.generate {model} --prompt "..."', f"mlx_lm.server {model}"]
 
@@ -82,6 +94,7 @@ def peft_adapter(job: Job) -> Document:
     """Write the adapter in PEFT's layout."""
     original = job.about.original
     files = peft_files(job.factors, job.scale, base=original or job.base_name, num_blocks=job.num_blocks)
+    files |= _template_file(job)
     document, rank = small_document(files), max(len(pair.a) for pair in job.factors.values())
     document["lora_alpha"] = json.loads(bytes(files[PEFT_CONFIG]))["lora_alpha"]
     if original is None:
@@ -91,6 +104,8 @@ def peft_adapter(job: Job) -> Document:
 
     def commands(out: str, base: str) -> list[str]:
         serve = f"vllm serve {quoted(original or base)} --enable-lora --lora-modules tuned={quoted(out)}"
+        if job.chat_template is not None:
+            serve += f" --chat-template {quoted(f'{out}/{TEMPLATE}')}"
         most = next((each for each in VLLM_RANKS if each >= rank), None)
         return [serve if most == VLLM_RANKS[0] else f"{serve} --max-lora-rank {most or rank}"]
 
@@ -135,6 +150,8 @@ def gguf_adapter(job: Job) -> Document:
 
     report = write_gguf_adapter(job)
     command = f"llama-server -m BASE.gguf --lora {quoted(job.out)}"
+    if job.chat_template is not None:
+        command += f" --jinja --chat-template {quoted(job.chat_template)}"
     return {"bytes": report.nbytes, "alpha": report.alpha, "next": [command], "notes": []}
 
 

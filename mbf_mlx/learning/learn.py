@@ -7,6 +7,7 @@ of a team (worker.py, its start alone) all go it, with the same settings. They d
 A stream stays as it was until the commit. What training has done so far is saved in the stream's `working/`.
 """
 
+import datetime
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
+from mbf_mlx.base.chat_templates import writes_date
 from mbf_mlx.config import LearnConfig, settings_of
 from mbf_mlx.data.encode import Encoded, Encoder
 from mbf_mlx.data.task import Task
@@ -226,13 +228,32 @@ def learn_all(
     with stream.writer():
         learner = load()
         method = make(stream.identity.method, stream.identity.method_options)
-        tests = TestRows(learner.tokenizer, settings.data.template, stream.path, stream.path)
+        settings, note = _dated(stream, learner, settings)
+        if note:
+            events.note(note)
+        tests = TestRows(learner.tokenizer, settings.data.template, stream.path, stream.path, date=settings.data.date)
         for number, task in enumerate(todo):
             if _skip(stream, task, settings, events):
                 continue  # another process has learned it meanwhile, or it is named twice
             chosen = replace(settings, restart=settings.restart and number == 0)
             records.append(learn_task(stream, learner, method, task, chosen, events, tests, team))
     return records
+
+
+def _dated(stream: StreamFolder, learner: Learner, settings: LearnConfig) -> tuple[LearnConfig, str]:
+    """Return the settings with the day that the chat template writes, and what the user should know about it.
+
+    It is the day that the user gave, else the stream's or that of the run to go on with, else today; none where the
+    template writes none.
+    """
+    given, kept = settings.data.date, stream.date()
+    if settings.data.template == "none" or not writes_date(learner.tokenizer.chat_template):
+        note = "--date without effect: prompts say no date with this base's chat template" if given else ""
+        return replace(settings, data=replace(settings.data, date="")), note
+    saved = None if settings.restart else stream.saves.load()
+    date = given or kept or (saved.run.get("date", "") if saved else "") or datetime.date.today().isoformat()
+    note = "" if date == kept else f"the chat template writes a date: prompts of this stream say {date} (--date)"
+    return replace(settings, data=replace(settings.data, date=date)), note
 
 
 def _skip(stream: StreamFolder, task: Task, settings: LearnConfig, events: Events) -> bool:

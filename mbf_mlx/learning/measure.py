@@ -79,7 +79,7 @@ def measured_inputs(
 
 
 def inputs_of_task(
-    learner: Learner, method: Method, state: State, tuned: Factors, source: Path, template: str, stream: Path
+    learner: Learner, method: Method, state: State, tuned: Factors, source: Path, data: DataConfig, stream: Path
 ) -> dict[str, Seen]:
     """Return what the method asks for of a task that was trained elsewhere.
 
@@ -88,14 +88,14 @@ def inputs_of_task(
         method, state: The stream's method, and its state before the task.
         tuned: What was trained elsewhere.
         source: The task file or folder with the rows that it was trained on.
-        template: The stream's chat template, "chat" or "none".
+        data: How its rows become tokens.
         stream: The stream's folder; tokens that are too many for memory go there.
 
     Raises:
         InputError: the task cannot be read, or its rows do not fit the model.
     """
     task = read_task(source)
-    rows = Encoder(learner.tokenizer, DataConfig(template=template), stream).all(task.train, task.path)
+    rows = Encoder(learner.tokenizer, data, stream).all(task.train, task.path)
     tuning = Tuning(learner.base.model, method, state)
     tuning.take(tuned)
     learner.base.model.eval()

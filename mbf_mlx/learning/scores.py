@@ -35,15 +35,23 @@ class TestRows:
         spill: A folder for tokens that do not fit in memory; None is the system's own.
         near: The stream's folder, around which a task is looked for that is not where it was.
         limit: Score a learned task on at most this many rows; 0 is all that it was scored on.
+        date: The day that the chat template writes for tasks whose record names none.
     """
 
     __test__ = False  # no test class of pytest's
 
     def __init__(
-        self, tokenizer: Any, template: str, spill: Path | None = None, near: Path | None = None, limit: int = 0
+        self,
+        tokenizer: Any,
+        template: str,
+        spill: Path | None = None,
+        near: Path | None = None,
+        limit: int = 0,
+        date: str = "",
     ) -> None:
-        self._tokenizer, self._template, self._spill, self._near, self._limit = tokenizer, template, spill, near, limit
-        self._rows: dict[tuple[str, int, int], EncodedRows] = {}
+        self._tokenizer, self._template, self._spill, self._near = tokenizer, template, spill, near
+        self._limit, self._date = limit, date
+        self._rows: dict[tuple[str, int, int, str], EncodedRows] = {}
 
     def of_task(self, task: Task, data: DataConfig, limit: int = 0) -> EncodedRows:
         """Return the encoded test rows of a task that has been read.
@@ -56,7 +64,7 @@ class TestRows:
         Raises:
             InputError: names every row that does not fit.
         """
-        place = (task.sha256, data.max_seq_length, min(limit or len(task.test), len(task.test)))
+        place = (task.sha256, data.max_seq_length, min(limit or len(task.test), len(task.test)), data.date)
         if place not in self._rows:
             encoder = Encoder(self._tokenizer, answers_alone(replace(data, template=self._template)), self._spill)
             self._rows[place] = encoder.all(task.test[: place[2]], task.path)
@@ -64,9 +72,9 @@ class TestRows:
 
     def of_record(self, record: TaskRecord) -> EncodedRows | str:
         """Return the encoded test rows that a learned task was scored on, or a sentence on why they are gone."""
-        data = record.data
+        data = replace(record.data, date=record.data.date or self._date)
         count = min(self._limit or record.test_rows, record.test_rows)
-        if (place := (record.sha256, data.max_seq_length, count)) in self._rows:
+        if (place := (record.sha256, data.max_seq_length, count, data.date)) in self._rows:
             return self._rows[place]
         found = find_again(record.name, Path(record.path), record.sha256, self._near)
         if isinstance(found, str):
@@ -177,7 +185,9 @@ def evaluate_stream(
         raise InputError(f"{stream.path}: nothing to score: it has learned no task")
     learner = load()
     learner.deploy(state.deployed)
-    tests = TestRows(learner.tokenizer, settings.data.template, near=stream.path, limit=settings.score_rows)
+    tests = TestRows(
+        learner.tokenizer, settings.data.template, near=stream.path, limit=settings.score_rows, date=settings.data.date
+    )
     learned = {record.sha256: record for record in history}
     rows: list[dict[str, Any]] = []
     for each in given or history:

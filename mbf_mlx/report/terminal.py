@@ -86,6 +86,8 @@ def summary(document: Document) -> list[str]:
         lines.append(
             "this method keeps rows of its tasks in the stream, to train on them again; no export contains them"
         )
+    if date := document["settings"].get("data", {}).get("date"):
+        lines.append(f"prompts say the date {date} (mbf learn --date changes it)")
     lora = document["settings"]["lora"]
     keys = ", ".join(key.rpartition(".")[2] for key in lora["keys"])
     lines.append(

@@ -17,6 +17,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.server import CompletionRequest, GenerationArguments, GenerationContext, ModelProvider, ResponseGenerator
 
+from mbf_mlx.data.tokenizer_pieces import PieceTokenizer
+
 STALLED = 60.0  # seconds without a sign of life after which /health says that nobody answers
 LOOK = 0.25  # seconds between two looks at whether the client is still there
 
@@ -148,5 +150,8 @@ class Generator(ResponseGenerator):
 
     def prepare(self, tokenizer: Any, request: CompletionRequest, args: GenerationArguments) -> tuple[Any, ...]:
         """Return a prompt as mlx-lm's loop wants it: tokens, segments and their kinds, the first state, no images."""
+        if request.request_type == "text":  # as training tokenizes it
+            tokens = PieceTokenizer(tokenizer).begun([request.prompt])[0]
+            return tokens, [tokens], ["assistant"], "normal", None
         parts: tuple[Any, ...] = super()._tokenize(tokenizer, request, args)
         return parts

@@ -39,7 +39,7 @@ def prepare(generator: Generator, asked: Asked, args: GenerationArguments) -> tu
         text = plain_text(asked.messages) if chat else asked.prompt
         request = CompletionRequest("text", text or "", [], None, None)
     else:
-        _check_template(tokenizer, asked)
+        _check_template(tokenizer, asked, provider.cli_args.chat_template_args)
         request = CompletionRequest("chat", "", asked.messages, asked.tools or None, None)
     try:
         parts = generator.prepare(tokenizer, request, args)
@@ -59,7 +59,7 @@ def prepare(generator: Generator, asked: Asked, args: GenerationArguments) -> tu
     return made, min(asked.max_tokens, room)
 
 
-def _check_template(tokenizer: Any, asked: Asked) -> None:
+def _check_template(tokenizer: Any, asked: Asked, own_values: dict[str, Any]) -> None:
     template = str(tokenizer.chat_template)
     for name in asked.template_values:
         if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", template):
@@ -71,7 +71,7 @@ def _check_template(tokenizer: Any, asked: Asked) -> None:
     marks = {f"mbf{number}mark": message for number, message in enumerate(asked.messages)}
     marked = [message | {"content": mark} for mark, message in marks.items()]
     try:
-        text = tokenizer.apply_chat_template(marked, tokenize=False, **asked.template_values)
+        text = tokenizer.apply_chat_template(marked, tokenize=False, **asked.template_values, **own_values)
     except Exception:
         return  # with these words it may be the words' fault; the real ones are rendered next
     for mark, message in marks.items():

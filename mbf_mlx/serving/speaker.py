@@ -16,8 +16,10 @@ from mlx_lm import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 
+from mbf_mlx.base.chat_templates import dated
 from mbf_mlx.base.load import load_to_answer, settle
 from mbf_mlx.base.sources import BaseFolder, read_config, unpacked_bytes
+from mbf_mlx.data.tokenizer_pieces import PieceTokenizer
 from mbf_mlx.device import backend
 from mbf_mlx.errors import InputError
 from mbf_mlx.serving.proof import adapter_of, prove_adapter
@@ -36,7 +38,8 @@ class Speaker:
         settle_to_speak(self.model, base.path)
         # A sentence on the model that answers.
         self.proof = prove_adapter(self.model, self.tokenizer, stream, adapter_of(generation))
-        self.template = stream.identity.template
+        self.template, self._dated = stream.identity.template, dated(self.tokenizer, stream.date())
+        self._raw = PieceTokenizer(self.tokenizer)
         self.base, self.context = stream.identity.base.name, read_config(base.path).get("max_position_embeddings")
         self._cache: Any = make_prompt_cache(self.model)
         self._read: list[int] = []
@@ -61,10 +64,10 @@ class Speaker:
         for text in [messages] if isinstance(messages, str) else [str(each.get("content")) for each in messages]:
             if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
                 raise InputError("prompt: expected text in UTF-8, got bytes or half a surrogate pair that are no text")
-        if self.template == "none":
-            return list(self.tokenizer.encode(messages if isinstance(messages, str) else plain_text(messages)))
+        if self.template == "none" or not self.tokenizer.has_chat_template:
+            return self._raw.begun([messages if isinstance(messages, str) else plain_text(messages)])[0]
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True))
+        return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **self._dated))
 
     def answer(
         self,

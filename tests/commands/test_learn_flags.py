@@ -78,6 +78,7 @@ TRIES = {
     "score_tasks": Try(("--score-tasks", "1"), "record", after=ALWAYS),
     "score_rows": Try(("--score-rows", "2"), "record"),
     "again": Try(("{folder}/first", "--again"), "record", after=ALWAYS, beside=("{folder}/first", *ALWAYS)),
+    "date": Try(("--date", "2031-03-04"), "output", "--date without effect: prompts say no date"),
     "restart": Try(("--restart",), "output", "--restart without effect: no run was interrupted"),
 }
 

@@ -115,3 +115,43 @@ def test_a_file_is_replaced_with_force_only_if_it_is_ours(tmp_path):
     with fresh_file(out, force=True, is_ours=lambda path: path.read_text() == "one") as path:
         path.write_text("two")
     assert out.read_text() == "two" and names(tmp_path) == ["model.gguf"]
+
+
+def test_what_was_put_into_the_place_meanwhile_stays(tmp_path):
+    out = tmp_path / "out"
+    with (
+        pytest.raises(InputError, match="out: something was put there .*; the export is .*/out-2"),
+        fresh_folder(out) as new,
+    ):
+        (new / "model.txt").write_text("one")
+        out.mkdir()
+        (out / "thesis.tex").write_text("mine")
+    assert (out / "thesis.tex").read_text() == "mine" and names(tmp_path) == ["out", "out-2"]
+    assert (tmp_path / "out-2/model.txt").read_text() == "one"
+    file = tmp_path / "model.gguf"
+    with pytest.raises(InputError, match="the export is .*/model-2.gguf"), fresh_file(file) as new:
+        new.write_text("one")
+        file.write_text("mine")
+    assert file.read_text() == "mine" and (tmp_path / "model-2.gguf").read_text() == "one"
+
+
+def test_what_was_added_to_an_earlier_export_meanwhile_stays(tmp_path):
+    out = tmp_path / "out"
+    write(out)
+    (tmp_path / "out-2").mkdir()
+    message = "files that we did not export were put there .*; the export is .*/out-3"
+    with pytest.raises(InputError, match=message), fresh_folder(out, force=True) as new:
+        (new / "model.txt").write_text("two")
+        (out / "deep").mkdir()
+        (out / "deep/notes.txt").write_text("mine")
+    assert (out / "deep/notes.txt").read_text() == "mine" and (out / "model.txt").read_text() == "one"
+    assert names(tmp_path) == ["out", "out-2", "out-3"] and (tmp_path / "out-3/model.txt").read_text() == "two"
+
+
+def test_a_link_that_was_put_into_the_place_meanwhile_stays(tmp_path):
+    out, real = tmp_path / "out", tmp_path / "real"
+    write(real)
+    with pytest.raises(InputError, match="something was put there"), fresh_folder(out) as new:
+        (new / "model.txt").write_text("two")
+        out.symlink_to("real")
+    assert out.is_symlink() and (real / "model.txt").read_text() == "one"

@@ -85,13 +85,15 @@ class Vocabulary:
             writer.add_chat_template(self.chat_template)
 
 
-def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
+def read_vocabulary(folder: Path, config: dict[str, Any], carried: str | None = None, raw: bool = False) -> Vocabulary:
     """Return the vocabulary of a model folder.
 
     Args:
         folder: With tokenizer.json, or the tokenizer.model of a SentencePiece vocabulary.
         config: The folder's config.json. Its vocab_size is the number of tokens; its ids and those of
             generation_config.json replace missing ones.
+        carried: The chat template that the export carries in place of the folder's own.
+        raw: Whether prompts are raw text, to which the carried template adds nothing.
 
     Raises:
         InputError: no tokenizer, or one with which llama.cpp would split text in other ways than in training.
@@ -110,12 +112,11 @@ def read_vocabulary(folder: Path, config: dict[str, Any]) -> Vocabulary:
     _fit(vocabulary, size)
     _find_special(vocabulary, settings or {}, {**config, **(read_json(folder / "generation_config.json") or {})})
     _find_added_ends(vocabulary, document, settings or {}, folder)
-    vocabulary.chat_template = read_chat_template(folder, settings)
+    own = read_chat_template(folder, settings)
+    vocabulary.chat_template = own if carried is None else carried
     # llama.cpp also puts the space after special tokens. Text from a chat template starts with a special token and had
     # no space in training under the "first" scheme; raw text had one at its beginning.
-    vocabulary.add_space_prefix = scheme in ("prepend", "always") or (
-        scheme == "first" and not vocabulary.chat_template
-    )
+    vocabulary.add_space_prefix = scheme in ("prepend", "always") or (scheme == "first" and (raw or not own))
     if vocabulary.add_space_prefix and scheme != "prepend":
         vocabulary.notes.append("if a text begins with a space, llama.cpp adds another one and this tokenizer does not")
     bos = vocabulary.tokens[vocabulary.special["bos"]] if vocabulary.add_bos else ""

@@ -66,7 +66,7 @@ def write_gguf(
     """
     chosen, base = _type(job), Checkpoint(job.base)
     names, rope, tensors = _plan(base, job, chosen)
-    vocabulary = read_vocabulary(job.base, base.config)
+    vocabulary = read_vocabulary(job.base, base.config, job.chat_template, job.template == "none")
     needs = sum(tensor.nbytes for tensor in tensors)
     with fresh_file(job.out, force=job.force, needs=needs, forbidden=job.off_limits, is_ours=is_ours) as path:
         writer = gguf.GGUFWriter(path, names.architecture)

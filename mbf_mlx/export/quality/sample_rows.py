@@ -22,7 +22,7 @@ COMPARE_ROWS = 64  # of all tasks together
 MAX_LENGTH = 512  # tokens of a row
 
 
-def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, template: str, stream: Path) -> ExportRows:
+def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, data: DataConfig, stream: Path) -> ExportRows:
     """Return rows of the tasks that a stream has learned, the same number of each."""
     found, notes = [], []
     newest = {record.name: record for record in records}
@@ -36,7 +36,8 @@ def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, template: str, 
         return ExportRows(notes=tuple(notes))
     fit, compare = [], []
     for record, task in found:
-        learned_with = replace(record.data, template=template, mask_prompt=True)
+        own = record.data
+        learned_with = replace(own, template=data.template, mask_prompt=True, date=own.date or data.date)
         encoder = Encoder(tokenizer, learned_with)
         fit += _encoded(encoder, task.train, FIT_ROWS // len(found) + 1)
         compare += _encoded(encoder, task.test, COMPARE_ROWS // len(found) + 1)
@@ -44,7 +45,7 @@ def rows_of_tasks(records: Sequence[TaskRecord], tokenizer: Any, template: str, 
     return ExportRows(fit, compare, source, tuple(notes))
 
 
-def rows_of_file(path: Path, tokenizer: Any, template: str) -> ExportRows:
+def rows_of_file(path: Path, tokenizer: Any, data: DataConfig) -> ExportRows:
     """Return rows of a task file or folder, or the paragraphs of a text file; every other one is for fitting.
 
     Raises:
@@ -59,7 +60,7 @@ def rows_of_file(path: Path, tokenizer: Any, template: str) -> ExportRows:
     else:
         task = read_task(path)
         rows = [*task.train, *task.valid, *task.test]
-    encoder = Encoder(tokenizer, DataConfig(template=template, max_seq_length=MAX_LENGTH))
+    encoder = Encoder(tokenizer, replace(data, max_seq_length=MAX_LENGTH))
     encoded = _encoded(encoder, rows, FIT_ROWS + COMPARE_ROWS)
     if len(encoded) < 2:
         raise InputError(f"{path}: expected at least 2 rows or paragraphs that fit, got {len(encoded)}")
