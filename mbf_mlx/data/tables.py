@@ -178,7 +178,7 @@ class TabTable(Table):
                 continue
             cells, count = self._cells(text), 1
             if self.columns and _is_open(text):
-                merged, looked_at = self._merge(text, len(cells), chain(waiting, lines))
+                merged, looked_at = self._merge(text, cells, chain(waiting, lines))
                 for _ in range(min(len(looked_at), len(waiting))):
                     waiting.popleft()
                 if merged:
@@ -198,14 +198,20 @@ class TabTable(Table):
             return quoted
         return [(_parse([cell]) or [cell])[0] if cell else cell for cell in literal]
 
-    def _merge(self, text: str, fields: int, following: Iterator[Line]) -> tuple[list[str] | None, list[Line]]:
+    def _is_row(self, cells: list[str]) -> bool:
+        """Return whether a line may be a row as it stands: it has every field, and a text where one is needed."""
+        needed = zip(self.columns, cells, strict=False)
+        texts = all(cell.strip() for name, cell in needed if name in READ[self._kind()] - {"system"})
+        return texts and len(cells) == len(self.columns) > 1
+
+    def _merge(self, text: str, cells: list[str], following: Iterator[Line]) -> tuple[list[str] | None, list[Line]]:
         """Put a line whose last quote is open together with those behind it, up to the quote's end.
 
         Returns:
             The fields, None where the line is a row of its own; and the lines behind it that were looked at.
         """
         looked_at: list[Line] = []
-        rows = fields == len(self.columns) > 1  # whether all lines so far are rows as they stand
+        rows = self._is_row(cells)  # whether all lines so far are rows as they stand
 
         def texts() -> Iterator[str]:
             nonlocal rows
@@ -217,12 +223,12 @@ class TabTable(Table):
                 if line[2] is None or size > MAX_LINE:
                     return
                 more = decode(line[2])
-                rows = rows and len(self._cells(more)) == len(self.columns)
+                rows = rows and self._is_row(self._cells(more))
                 yield more
 
-        cells = _parse(texts())
-        good = cells is not None and len(cells) == len(self.columns) and not rows
-        return cells if good else None, looked_at
+        merged = _parse(texts())
+        good = merged is not None and len(merged) == len(self.columns) and not rows
+        return merged if good else None, looked_at
 
 
 def _parse(texts: Iterable[str]) -> list[str] | None:

@@ -124,6 +124,10 @@ TSV_ROWS = {
         "".join(f'"{i}\tb\n' for i in range(50)),
         [(2 + i, f'"{i}', "b") for i in range(50)],
     ),
+    "a line without a text among the lines of a field": (
+        '1.\t"a\n\tb c"\n"2\n3"\td\n',
+        [(2, "1.", "a\n\tb c"), (4, "2\n3", "d")],
+    ),
     "windows line ends": ('"a"\tb\r\n"c\td\r\n', [(2, "a", "b"), (3, '"c', "d")]),
 }
 
@@ -135,8 +139,8 @@ def test_a_quote_in_a_tsv_merges_no_rows(case, tmp_path):
     file.write_bytes(f"prompt\tcompletion\n{text}".encode())
     task = read_task(file)
     assert sorted((row.line, row.prompt, row.completion) for row in (*task.train, *task.test)) == expected
-    merged = any("\n" in a + b for _, a, b in expected)
-    told = [f"{file}: 2 rows in quotes go over several lines (the first: 2 to 4)"] if merged else []
+    long = [(line, line + (a + b).count("\n")) for line, a, b in expected if "\n" in a + b]
+    told = [f"{file}: 2 rows in quotes go over several lines (the first: {long[0][0]} to {long[0][1]})"] if long else []
     assert [warning for warning in task.warnings if "several lines" in warning] == told
 
 
