@@ -42,6 +42,7 @@ SHORT_ANSWER_WORDS = 8  # words and marks of the longest answer that is scored b
 _MARK = re.compile(r"[^\w\s]")
 FORMATS = ("peft", "mlx")
 PLAUSIBLE = 0.3  # an adapter with a smaller mean cosine between the start's A and the tuned A did not start from ours
+START_BITS = 1e-6  # relative; a start that was handed out in another scale has other last bits
 SAME = {"mistral": "llama"}  # architectures that mlx-lm runs with the same code
 
 
@@ -122,7 +123,8 @@ def absorb(
         folder: The adapter, in PEFT's or mlx-lm's layout.
         name: The task's name.
         source: The task's file or folder, for later scoring. A method that measures inputs needs it.
-        force: Absorb the adapter even if it did not start from our start, or was trained on another architecture.
+        force: Absorb the adapter even if it did not start from our start, was trained on another architecture, or has
+            learned nothing.
         again: Absorb it even if the stream has a task of this name.
         look: Runs the model for a method that measures inputs.
         choose_metric: Says by which metric the task is scored later. Without it words are counted, not tokens.
@@ -145,6 +147,8 @@ def absorb(
         state = stream.state()
         tuned = reading.result()
     cosine = _cosine(method, state, tuned.factors)
+    if not force:
+        _check_trained(method, state, tuned.factors, folder, cosine)
     if cosine < PLAUSIBLE and not force:
         raise InputError(
             f"{folder}: expected an adapter trained from this stream's start of task {state.t + 1} (mean cosine of A's"
@@ -219,6 +223,28 @@ def _method(stream: StreamFolder) -> Method:
     method = make(stream.identity.method, stream.identity.method_options)
     check_method(method)
     return method
+
+
+def _check_trained(method: Method, state: State, tuned: Factors, folder: Path, cosine: float) -> None:
+    """Refuse an adapter that changes nothing: the start that was handed out, or an update of zeros.
+
+    Raises:
+        InputError: it has learned nothing.
+    """
+    if not any(np.any(pair.a) and np.any(pair.b) for pair in tuned.values()):
+        raise InputError(f"{folder}: its update is zero in every layer (a scale of 0?), so it has learned nothing")
+    if cosine < 1 - START_BITS:
+        return
+    start = method.start(state)
+    if all(_same(start[layer].a, a) and _same(start[layer].b, b) for layer, (a, b) in tuned.items()):
+        raise InputError(
+            f"{folder}: it is the start of task {state.t + 1} as `mbf next` wrote it, so it has learned nothing"
+            "\nhint: train it first; --force absorbs it anyway"
+        )
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool(np.abs(one - other).max() <= START_BITS * np.abs(one).max())
 
 
 def _cosine(method: Method, state: State, tuned: Factors) -> float:

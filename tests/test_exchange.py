@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.methods import Pair, make
 from mbf_mlx.reference import orthogonal_init
 from mbf_mlx.stream.folder import StreamFolder
+from mbf_mlx.stream.repair import verify_all
 from tests.support.elsewhere import trained, write
-from tests.support.streams import contents, learn, new_stream, tune
+from tests.support.streams import contents, learn, new_stream, record, tune
 
 
 def rows_cosines(one, other):
@@ -342,3 +344,56 @@ def test_an_absorbed_task_has_the_metric_of_a_learned_one(tiny_llama, tmp_path, 
     assert absorbing.absorb(folder, "mail", task=task).record.metric == metric
     assert learned.learn(task, iters=1)[0].metric == metric
     assert [each["metric"] for each in absorbing.evaluate()["tasks"]] == [metric]
+
+
+@pytest.mark.parametrize("kind", exchange.FORMATS)
+@pytest.mark.parametrize(("tasks", "scale"), [(0, 2.0), (2, 2.0), (2, 0.3)])
+def test_the_start_that_was_handed_out_is_no_task(tmp_path, kind, tasks, scale):
+    stream = learn(new_stream(tmp_path / "s", scale=scale), tasks)
+    start = write(exchange.next_start(stream, kind), tmp_path / "start")
+    before = contents(stream.path)
+    message = "it is the start of task|its update is zero in every layer"
+    with stream.writer(), pytest.raises(InputError, match=message):
+        exchange.absorb(stream, start, "mail")
+    assert contents(stream.path) == before
+    with stream.writer():
+        assert exchange.absorb(stream, start, "mail", force=True).record.t == tasks + 1
+
+
+@pytest.mark.parametrize("kind", exchange.FORMATS)
+def test_a_scale_of_0_is_no_task(tmp_path, kind):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    folder, _ = trained(stream, tmp_path / "tuned", kind)
+    place = folder / ("adapter_config.json")
+    config = json.loads(place.read_text())
+    if kind == "peft":
+        config["lora_alpha"] = 0
+    else:
+        config["lora_parameters"]["scale"] = 0.0
+    place.write_text(json.dumps(config))
+    with stream.writer(), pytest.raises(InputError, match="its update is zero in every layer .a scale of 0"):
+        exchange.absorb(stream, folder, "mail")
+    assert stream.state().t == 1
+
+
+@pytest.mark.parametrize("kind", exchange.FORMATS)
+def test_numbers_that_float32_cannot_hold_are_refused_by_name(tmp_path, kind):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    folder, _ = trained(stream, tmp_path / "tuned", kind)
+    place = folder / (peft.WEIGHTS if kind == "peft" else adapter.WEIGHTS)
+    tensors = {name: value.astype(np.float64) for name, value in safetensors.numpy.load_file(place).items()}
+    next(iter(tensors.values()))[0, 0] = 1e39
+    safetensors.numpy.save_file(tensors, place)
+    with stream.writer(), pytest.raises(InputError, match="expected numbers that float32 can hold, got 1e.39"):
+        exchange.absorb(stream, folder, "mail")
+    assert stream.state().t == 1
+
+
+def test_verify_finds_numbers_that_are_not_finite(tmp_path):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    state = stream.state()
+    next(iter(state.kept["tuned_b"].values()))[0, 0] = np.inf
+    with stream.writer():
+        stream.commit(stream.current(), replace(state, t=2), record(2), "models/tiny", {})
+    with pytest.raises(InputError, match="000002: holds numbers that are not finite, first in model.layers"):
+        verify_all(stream)

@@ -178,14 +178,14 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def read_tensors(path: Path, *, integers: bool = False) -> dict[str, np.ndarray]:
-    """Read a safetensors file of floating-point tensors; float16 and bfloat16 come back as float32.
+    """Read a safetensors file of floating-point tensors; they come back as float32.
 
     Args:
         path: The file.
         integers: Whether tensors of whole numbers may be in it, too.
 
     Raises:
-        InputError: no such file, not safetensors, or tensors of another kind.
+        InputError: no such file, not safetensors, tensors of another kind, or numbers beyond float32.
     """
     return decode_tensors(read_weights(path), path, integers=integers)
 
@@ -222,4 +222,12 @@ def _to_array(data: Data, entry: Entry, path: Path, kinds: tuple[str, ...]) -> n
         raise InputError(f"{path}: {entry.name}: expected one of {', '.join(kinds)}, got {entry.dtype}")
     array = np.ndarray(entry.shape, dtypes.NUMPY[entry.dtype], data, entry.begin)
     array = np.require(array, requirements="A")  # others' headers may have any length
-    return dtypes.to_float32(array, entry.dtype) if entry.dtype in ("F16", "BF16") else array
+    if entry.dtype not in dtypes.FLOATS or entry.dtype == "F32":
+        return array
+    if entry.dtype != "F64":
+        return dtypes.to_float32(array, entry.dtype)
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32)
+    if (np.isinf(single) & np.isfinite(array)).any():
+        raise InputError(f"{path}: {entry.name}: expected numbers that float32 can hold, got {np.abs(array).max():.3g}")
+    return single

@@ -168,9 +168,14 @@ class StreamFolder:
         Raises:
             InputError: a byte of it is not what was committed.
         """
-        return self.generations.read(self._state_of)
+        return self.generations.read(self.state_of)
 
-    def _state_of(self, generation: Generation) -> "State":
+    def state_of(self, generation: Generation) -> "State":
+        """Return the state of a generation.
+
+        Raises:
+            InputError: a byte of it is not what was committed.
+        """
         from mbf_mlx.stream import state_files
 
         manifest = generation.manifest

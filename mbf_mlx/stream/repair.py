@@ -6,7 +6,7 @@ from pathlib import Path
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.storage import Files, read_file
 from mbf_mlx.stream.folder import StreamFolder
-from mbf_mlx.stream.generations import RETRIES, SURE
+from mbf_mlx.stream.generations import RETRIES, SURE, Generation
 from mbf_mlx.stream.records import IDENTITY, Identity, NewerFormatError, parse, read_identity
 
 
@@ -31,9 +31,17 @@ def _problems(stream: StreamFolder) -> list[str]:
         try:
             if (generation := read()) is not None:
                 stream.verify(generation)
+                found += _not_finite(stream, generation)
         except InputError as error:
             found.append(str(error))
     return found + stream.saves.problems()
+
+
+def _not_finite(stream: StreamFolder, generation: Generation) -> list[str]:
+    from mbf_mlx.methods import not_finite
+
+    bad = not_finite(stream.state_of(generation))
+    return [f"{generation.folder}: holds numbers that are not finite, first in {bad[0]}"] if bad else []
 
 
 def repair(path: Path, files: Files | None = None) -> str:
