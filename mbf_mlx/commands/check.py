@@ -210,14 +210,14 @@ def _print(survey: dict[str, Any]) -> None:
         out.print("  answers: more than 64 different ones")
     elif labels:
         more = f", … ({len(labels)} in all)" if len(labels) > _SHOWN_LABELS else ""
-        out.print(f"  answers: {', '.join(_printable(label) for label in labels[:_SHOWN_LABELS])}{more}")
+        out.print(f"  answers: {', '.join(_short(label) for label in labels[:_SHOWN_LABELS])}{more}")
     if survey["cut_rows"]:
         out.print(f"  cut: {survey['cut_rows']} rows are longer than --max-seq-length {survey['max_seq_length']}")
     for warning in survey["warnings"]:
         warn(warning)
     out.print(f"  the first row, {survey['example']['place']}; the text in {' '.join(_MARKS)} is trained on:")
     for piece in survey["example"]["pieces"]:
-        text = _printable(piece["text"], _SHOWN_TEXT)
+        text = _short(piece["text"], _SHOWN_TEXT)
         if piece["supervised"]:
             out.print(f"{_MARKS[0]}{text}{_MARKS[1]}", style="bold green", end="")
         else:
@@ -228,7 +228,6 @@ def _print(survey: dict[str, Any]) -> None:
 _STATISTICS = {"median": "median", "p95": "95%", "max": "longest"}
 
 
-def _printable(text: str, limit: int = 60) -> str:
-    """Return text without control characters; a long text loses its middle."""
-    text = "".join(letter if letter.isprintable() or letter in "\n\t" else "�" for letter in text)
+def _short(text: str, limit: int = 60) -> str:
+    """Return a text without the middle that makes it too long."""
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"

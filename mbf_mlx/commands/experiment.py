@@ -1,5 +1,6 @@
 """`mbf experiment`: compare methods, task orders and seeds, from one file into one table."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,6 +86,13 @@ def _run(plan: Any, folder: Path) -> "list[CellRow]":
 
         def __init__(self, update: Any, total: int) -> None:
             self.update, self.total, self.done, self.what = update, total, 0, ""
+            self.told = set[tuple[str, str]]()  # a task, and what was said of it: cells share their tasks
+
+        def task(self, name: str, t: int, rows: int, notes: Sequence[str]) -> None:
+            for note in notes:
+                if (name, note) not in self.told:
+                    console.warn(f"{name}: {note}")
+                    self.told.add((name, note))
 
         def cell(self, number: int, cell: Any, task: int) -> None:
             self.what = f"{cell.name}, {cell.order}, seed {cell.seed}, {cell.tasks[task]}"

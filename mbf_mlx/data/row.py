@@ -14,10 +14,10 @@ from typing import Any
 from mbf_mlx.data import row_hints as hints
 
 ROLES = ("system", "user", "assistant", "tool")
-SAME_ROLES = {"developer": "system"}  # OpenAI's newer name
+SAME_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's newest name, and an older one
 READ = {  # the keys that are read of a row of each kind
-    "completion": {"prompt", "completion", "system", "tools"},
-    "messages": {"messages", "system", "tools"},
+    "completion": {"prompt", "completion", "system", "tools", "functions"},
+    "messages": {"messages", "system", "tools", "functions"},
     "text": {"text"},
 }
 NAMES = {"completion": "prompt/completion", "messages": "messages", "text": "text"}
@@ -179,13 +179,15 @@ def _type(value: object) -> str:
 
 
 def _tools(document: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    tools = document.get("tools")
+    """Return the tools of a row; "functions" is OpenAI's older key for them."""
+    key = "tools" if document.get("tools") is not None else "functions"
+    tools = document.get(key)
     if tools is None:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise BadRow('"tools": expected a list of objects')
-    check_text(json.dumps(tools, ensure_ascii=False), '"tools"')
-    return tuple(tools)
+        raise BadRow(f'"{key}": expected a list of objects')
+    check_text(json.dumps(tools, ensure_ascii=False), f'"{key}"')
+    return tuple(tools) if key == "tools" else tuple({"type": "function", "function": tool} for tool in tools)
 
 
 def _system(document: Mapping[str, Any]) -> str:
@@ -225,6 +227,8 @@ def _message(message: object, name: str) -> dict[str, Any]:
     if "role" not in message:
         keys = hints.list_keys(message) + hints.suggest_names(message, "role", "content")
         raise BadRow(f'{name}: expected "role" and "content", got {keys}')
+    if isinstance(call := message.get("function_call"), dict) and not message.get("tool_calls"):  # OpenAI's older key
+        message = {**message, "function_call": None, "tool_calls": [{"type": "function", "function": call}]}
     role = message["role"]
     role = SAME_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:

@@ -17,7 +17,7 @@ ALIASES = {
     "content": ("value", "text"),
     "text": ("content", "document", "body"),
 }
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "function": "tool"}
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 CLOSE = 0.8  # how alike a misspelt key must be to the right one, as difflib measures it, in [0, 1]
 
 

@@ -44,7 +44,7 @@ class Table(Reader):
         super().__init__(file)
         self.columns: list[str] = []
         self.example = self._example("completion")
-        self._merged, self._first_merged = 0, 0  # rows that have several lines, and the line of the first one
+        self._long, self._first_long = 0, (0, 0)  # rows of several lines, and the first one's first and last line
 
     def scan(self) -> Iterator[Found]:
         """Yield the row of every record below the header; if the header does not fit, yield only its error."""
@@ -53,7 +53,8 @@ class Table(Reader):
             for offset, line, cells, count in self._records(lines(handle, self.sha256.update)):
                 if self.columns:
                     if count > 1:
-                        self._merged, self._first_merged = self._merged + 1, self._first_merged or line
+                        self._first_long = self._first_long if self._long else (line, line + count - 1)
+                        self._long += 1
                     yield Found(offset, line, row_or_reason(self._row, cells, line))
                     continue
                 try:
@@ -72,11 +73,11 @@ class Table(Reader):
 
     def notes(self) -> list[str]:
         """Say how many rows have several lines: one quote too many would do it, too."""
-        if not self._merged:
+        if not self._long:
             return []
-        these = "this row has" if self._merged == 1 else f"this row and {self._merged - 1} more have"
-        place = f"{self.file}:{self._first_merged}"
-        return [f"{place}: {these} several lines, because a field in quotes holds line ends"]
+        count = f"{self._long} row in quotes goes" if self._long == 1 else f"{self._long} rows in quotes go"
+        first, last = self._first_long
+        return [f"{self.file}: {count} over several lines (the first: {first} to {last})"]
 
     @abstractmethod
     def _records(self, lines: Iterator[Line]) -> Iterator[Record]:
@@ -177,7 +178,7 @@ class TabTable(Table):
                 continue
             cells, count = self._cells(text), 1
             if self.columns and _is_open(text):
-                merged, looked_at = self._merge(text, len(cells), chain(waiting, lines))
+                merged, looked_at = self._merge(text, cells, chain(waiting, lines))
                 for _ in range(min(len(looked_at), len(waiting))):
                     waiting.popleft()
                 if merged:
@@ -197,14 +198,20 @@ class TabTable(Table):
             return quoted
         return [(_parse([cell]) or [cell])[0] if cell else cell for cell in literal]
 
-    def _merge(self, text: str, fields: int, following: Iterator[Line]) -> tuple[list[str] | None, list[Line]]:
+    def _is_row(self, cells: list[str]) -> bool:
+        """Return whether a line may be a row as it stands: it has every field, and a text where one is needed."""
+        needed = zip(self.columns, cells, strict=False)
+        texts = all(cell.strip() for name, cell in needed if name in READ[self._kind()] - {"system"})
+        return texts and len(cells) == len(self.columns) > 1
+
+    def _merge(self, text: str, cells: list[str], following: Iterator[Line]) -> tuple[list[str] | None, list[Line]]:
         """Put a line whose last quote is open together with those behind it, up to the quote's end.
 
         Returns:
             The fields, None where the line is a row of its own; and the lines behind it that were looked at.
         """
         looked_at: list[Line] = []
-        rows = fields == len(self.columns) > 1  # whether all lines so far are rows as they stand
+        rows = self._is_row(cells)  # whether all lines so far are rows as they stand
 
         def texts() -> Iterator[str]:
             nonlocal rows
@@ -216,12 +223,12 @@ class TabTable(Table):
                 if line[2] is None or size > MAX_LINE:
                     return
                 more = decode(line[2])
-                rows = rows and len(self._cells(more)) == len(self.columns)
+                rows = rows and self._is_row(self._cells(more))
                 yield more
 
-        cells = _parse(texts())
-        good = cells is not None and len(cells) == len(self.columns) and not rows
-        return cells if good else None, looked_at
+        merged = _parse(texts())
+        good = merged is not None and len(merged) == len(self.columns) and not rows
+        return merged if good else None, looked_at
 
 
 def _parse(texts: Iterable[str]) -> list[str] | None:

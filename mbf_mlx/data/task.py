@@ -84,7 +84,7 @@ def read_task(path: Path | str, *, name: str | None = None, report: Report = lam
     scans = _scan(files, problems, report)
     problems.raise_any(path)
     rows = {split: scan.rows() for split, scan in scans.items()}
-    warnings += _odd_rows(scans, rows)
+    warnings += _odd_rows(rows, scans)
     held_out = _hold_out(rows, warnings)
     _drop_scored_rows(rows, path, warnings)
     warnings += _repeated_rows(rows)
@@ -169,8 +169,8 @@ def _repeated_rows(rows: dict[str, FileRows]) -> list[str]:
     ]
 
 
-def _odd_rows(scans: dict[str, Scan], rows: dict[str, FileRows]) -> list[str]:
-    """Return warnings about rows that are skipped, that go over several lines, or whose keys are not all read."""
+def _odd_rows(rows: dict[str, FileRows], scans: dict[str, Scan]) -> list[str]:
+    """Return warnings about rows that are skipped, that go over several lines, or that hold what is not read."""
     odd: list[str] = []
     for scan in scans.values():
         file = scan.reader.file

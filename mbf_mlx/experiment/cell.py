@@ -89,11 +89,12 @@ class RunningCell:
     def _learn(self, state: State, name: str, scored: Sequence[str]) -> Learned[list[TaskScore]]:
         """Learn a task, and score it and the other tasks in `scored`."""
         cell, bench, learner = self.cell, self.bench, self.learner
+        train, valid = bench.training_rows(cell, name), bench.valid_rows(cell, name)
         return learn_rows(
             learner,
             self.method,
             state,
-            TaskRows(name=name, train=bench.training_rows(cell, name), valid=bench.valid_rows(cell, name)),
+            TaskRows(name=name, train=train, valid=valid, notes=bench.notes[name]),
             self.settings,
             self.watch,
             find_place=partial(bench.place, cell, self.method, state),

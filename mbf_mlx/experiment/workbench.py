@@ -74,6 +74,7 @@ class Workbench:
         self._scores: dict[str, TaskScore] = {row["key"]: _score_of(row) for row in self._log.read() if "key" in row}
         self._learners: dict[LoRAConfig, Learner] = {}
         self._encoded: dict[tuple[str, str, int, str], Sequence[Encoded]] = {}
+        self.notes: dict[str, list[str]] = {}  # task -> what the model's template makes of its training rows
 
     def _check_base(self, folder: Path) -> None:
         """Write down the base's settings and tokenizer; refuse results that were computed with others.
@@ -116,7 +117,10 @@ class Workbench:
             if limit and limit < len(rows):
                 chosen = np.random.default_rng(DRAW).permutation(len(rows))[:limit]
                 rows = [rows[int(i)] for i in sorted(chosen)]
-            self._encoded[place] = Encoder(self.learner(cell).tokenizer, cell.data).all(rows, task.path)
+            encoder = Encoder(self.learner(cell).tokenizer, cell.data)
+            self._encoded[place] = encoder.all(rows, task.path)
+            if split == "train":
+                self.notes[name] = encoder.warnings(task)
         return self._encoded[place]
 
     def score(self, cell: Cell, learner: Learner, deployed: Factors, name: str, events: Events) -> TaskScore:

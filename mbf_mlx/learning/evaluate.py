@@ -14,7 +14,6 @@ import numpy as np
 from mbf_mlx.data.batches import lengths_of, make_batch, plan_batches
 from mbf_mlx.data.encode import Encoded
 from mbf_mlx.data.row import reference_text
-from mbf_mlx.data.words import is_english, words_of
 from mbf_mlx.device.machine import freed_memory_kept
 from mbf_mlx.engine.engine import Engine
 from mbf_mlx.errors import InputError
@@ -73,8 +72,10 @@ def score(
     if metric == EXACT_MATCH:
         value = sum(verdicts) / len(rows)
         return Score(metric=metric, value=value, loss=loss, rows=len(rows), close_calls=close, verdicts=tuple(verdicts))
-    measure = RougeL(tuple(tokenizer.decode(token) for token in tokenizer.eos_token_ids))
-    values = [measure(_answer(model, tokenizer, row, advance), row) for row in rows]
+    from mbf_mlx.learning.rouge import RougeL  # it loads the package's stemmer
+
+    measure = RougeL()
+    values = [measure(_answer(model, tokenizer, row, advance), right_answers(tokenizer, row)) for row in rows]
     return Score(metric=metric, value=float(np.mean(values)), loss=loss, rows=len(rows))
 
 
@@ -110,56 +111,15 @@ def _answer(model: Any, tokenizer: Any, row: Encoded, advance: Callable[[int], N
     return text
 
 
+def right_answers(tokenizer: Any, row: Encoded) -> tuple[str, ...]:
+    """Return the answers that count as right: the one that was learned, as generation writes it, and the row's own.
+
+    They differ where the template adds an empty thought, or where the row's answer is written with its end token.
+    """
+    learned = str(tokenizer.decode(row.tokens[row.prompt_length : -1].tolist()))
+    return (learned, *(row.row.answers or (reference_text(row.row),)))
+
+
 def longest_answer(row: Encoded) -> int:
     """Return how many tokens may be generated as a row's answer."""
     return 2 * int(row.supervised.sum()) + 16
-
-
-class RougeL:
-    """The ROUGE-L F-measure of an answer against the best right answer.
-
-    English is scored exactly as published suites do, which keep a to z and digits alone, and stem. A right answer in
-    another language is compared word by word, or character by character where its script has no spaces.
-
-    Args:
-        ends: The texts of the tokens that end an answer. A right answer may be written with one; it is not counted.
-    """
-
-    def __init__(self, ends: tuple[str, ...] = ()) -> None:
-        from rouge_score.rouge_scorer import RougeScorer
-
-        self._published = RougeScorer(["rougeL"], use_stemmer=True)
-        self._any_script = RougeScorer(["rougeL"], tokenizer=_AnyScript())
-        self._ends = ends
-
-    def __call__(self, answer: str, row: Encoded) -> float:
-        """Return the measure, in [0, 1]."""
-        read = row.row
-        rights = read.answers or (reference_text(read),)
-        return max(self._measure(self._bare(right), answer.strip()) for right in rights)
-
-    def _measure(self, right: str, answer: str) -> float:
-        if right == answer:  # also where neither has a word
-            return 1.0
-        scorer = self._published if is_english(right) else self._any_script
-        return float(scorer.score(right, answer)["rougeL"].fmeasure)
-
-    def _bare(self, right: str) -> str:
-        right = right.strip()
-        while end := next((end for end in self._ends if end and right.endswith(end)), ""):
-            right = right.removesuffix(end).rstrip()
-        return right
-
-
-class _AnyScript:
-    """A tokenizer for rouge_score that knows the words of every script; English ones are stemmed as published."""
-
-    def __init__(self) -> None:
-        from rouge_score.tokenizers import DefaultTokenizer
-
-        self._published = DefaultTokenizer(use_stemmer=True)
-
-    def tokenize(self, text: str) -> list[str]:
-        """Return the words of a text."""
-        words = (self._published.tokenize(word) if word.isascii() else [word] for word in words_of(text))
-        return [token for tokens in words for token in tokens]

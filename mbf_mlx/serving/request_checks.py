@@ -11,6 +11,7 @@ from typing import Any
 from mlx_lm.server import process_message_content
 
 from mbf_mlx.config import ServeConfig
+from mbf_mlx.data.row import SAME_ROLES
 
 DEEPEST = 64  # lists and objects inside each other
 MOST_STOPS = 16
@@ -234,7 +235,8 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
         raise Refused(400, f"messages: {error}") from None
     if not all(isinstance(message["content"], str) for message in messages):
         raise Refused(400, "messages: content must be text")
-    return list(messages)
+    # The names that rows of a task may use mean the same here.
+    return [{**message, "role": SAME_ROLES.get(message["role"], message["role"])} for message in messages]
 
 
 def _tools(fields: _Fields) -> list[dict[str, Any]]:

@@ -189,13 +189,15 @@ def check_same_run(saved: Saved, run: dict[str, Any], working: Path) -> None:
     if saved.run == run:
         return
     differ = sorted(key for key in saved.run.keys() | run.keys() if saved.run.get(key) != run.get(key))
+    plain = {
+        "sha256": "the task's files have changed since then",
+        "generation": "the stream has learned or undone a task since then",
+    }
     lines = "\n".join(
-        "  the task's files have changed since"
-        if key == "sha256"
-        else f"  {key}: {saved.run.get(key)!r} was saved, {run.get(key)!r} is asked for now"
+        f"  {plain.get(key) or f'{key}: {saved.run.get(key)!r} was saved, {run.get(key)!r} is asked for now'}"
         for key in differ
     )
     raise InputError(
         f"{working}: a run of task {saved.run.get('task')!r} was interrupted, and this run differs from it:\n{lines}\n"
-        "hint: repeat the earlier command to finish that run, or add --restart to discard it"
+        "hint: repeat the earlier command, with the same files, to finish that run, or add --restart to discard it"
     )

@@ -95,7 +95,7 @@ def test_warnings_go_to_stderr_and_commands_to_the_terminal_are_not_passed_on(ch
     write_jsonl("even.jsonl", [{"prompt": "\x1b[31mred", "completion": "a\x07b"}, *ROWS, ROWS[0]])
     result = check("even.jsonl")
     assert result.stderr == "warning: even.jsonl: 1 of 38 rows of train repeats an earlier one\n"
-    assert "�[31mred" in result.stdout and "\x1b[31mred" not in result.stdout and "\x07" not in result.stdout
+    assert r"\x1b[31mred" in result.stdout and "\x1b[31mred" not in result.stdout and "\x07" not in result.stdout
 
 
 def test_rows_that_hold_special_tokens_are_counted(check, write_jsonl, tiny_llama):
@@ -170,9 +170,16 @@ def test_weights_system_texts_and_keys_that_are_not_read_are_told_before_anythin
     turns = [("user", "hi"), ("assistant", "hello"), ("user", "2+2?"), ("assistant", "4")]
     messages = [{"role": role, "content": content} for role, content in turns]
     messages[1]["weight"], messages[3]["weight"] = 0, 1
-    rows = [{"messages": messages, "system": f"Be short {i}.", "functions": [{"name": "add"}]} for i in range(12)]
+    rows = [{"messages": messages, "system": f"Be short {i}.", "history": [["a", "b"]]} for i in range(12)]
     task = write_jsonl("talk.jsonl", rows)
     for options in ([], ["--model", tiny_llama]):
         done = mbf("check", task, *options)
-        assert done.returncode == 0 and f"warning: {task}: not read: functions (12 rows)\n" in done.stderr
+        assert done.returncode == 0 and f"warning: {task}: not read: history (12 rows)\n" in done.stderr
         assert "⟦4" in done.stdout and "⟦hello" not in done.stdout and "Be short" in done.stdout
+
+
+def test_letters_that_stand_between_others_are_shown_as_they_are(check, write_jsonl):
+    written = "10\u00a0km by \U0001f468\u200d\U0001f469\u200d\U0001f467, co\u00adop, \u0645\u06cc\u200c\u062e\u0648"
+    write_jsonl("even.jsonl", [{"prompt": written, "completion": f"{written} {i}"} for i in range(20)])
+    result = check("even.jsonl")
+    assert f"{written}⟦{written}" in result.stdout and "�" not in result.stdout

@@ -103,7 +103,6 @@ def test_a_table_keeps_commas_quotes_and_line_ends_in_quotes(tmp_path):
     file.write_bytes(text.encode())
     task = read_task(file)
     rows = {row.line: (row.prompt, row.completion) for row in (*task.train, *task.test)}
-    assert f"{file}:2: this row has several lines, because a field in quotes holds line ends" in task.warnings
     assert rows == {2: ('Well, "now"\r\nwhat?', "no"), 5: ("b", "c"), 6: ("d", "e")}
 
 
@@ -125,6 +124,10 @@ TSV_ROWS = {
         "".join(f'"{i}\tb\n' for i in range(50)),
         [(2 + i, f'"{i}', "b") for i in range(50)],
     ),
+    "a line without a text among the lines of a field": (
+        '1.\t"a\n\tb c"\n"2\n3"\td\n',
+        [(2, "1.", "a\n\tb c"), (4, "2\n3", "d")],
+    ),
     "windows line ends": ('"a"\tb\r\n"c\td\r\n', [(2, "a", "b"), (3, '"c', "d")]),
 }
 
@@ -136,11 +139,9 @@ def test_a_quote_in_a_tsv_merges_no_rows(case, tmp_path):
     file.write_bytes(f"prompt\tcompletion\n{text}".encode())
     task = read_task(file)
     assert sorted((row.line, row.prompt, row.completion) for row in (*task.train, *task.test)) == expected
-    merged = [(line, b) for line, a, b in expected if "\n" in a + b]
-    told = [warning for warning in task.warnings if "several lines" in warning]
-    assert len(told) == bool(merged)
-    if merged:
-        assert told[0].startswith(f"{file}:{merged[0][0]}: this row and 1 more have several lines")
+    long = [(line, line + (a + b).count("\n")) for line, a, b in expected if "\n" in a + b]
+    told = [f"{file}: 2 rows in quotes go over several lines (the first: {long[0][0]} to {long[0][1]})"] if long else []
+    assert [warning for warning in task.warnings if "several lines" in warning] == told
 
 
 def test_a_broken_row_of_several_lines_costs_no_others(tmp_path):
@@ -150,6 +151,34 @@ def test_a_broken_row_of_several_lines_costs_no_others(tmp_path):
         read_task(file)
     assert "2 rows do not fit" in str(error.value)
     assert "mail.tsv:2: expected 2 fields as in the first line, got 1" in str(error.value)
+
+
+def rows_of_table(file, text):
+    file.write_text(text)
+    task = read_task(file)
+    rows = sorted((*task.train, *task.test), key=lambda row: row.line)
+    return [(row.line, row.prompt, row.completion) for row in rows], task.warnings
+
+
+def test_a_quote_of_a_tsv_is_a_letter_where_it_encloses_no_field(tmp_path):
+    lines = ['"Best picture of the year\tgood', "I left early.\tbad", 'My screen has 24"\tbad', '"In" is a film\tgood']
+    rows, warnings = rows_of_table(tmp_path / "films.tsv", "prompt\tcompletion\n" + "\n".join(lines) + "\n")
+    assert rows == [(line, *text.split("\t")) for line, text in enumerate(lines, 2)] and warnings == ()
+    rows, _ = rows_of_table(tmp_path / "last.tsv", 'prompt\tcompletion\na\tb\n"c\td')
+    assert rows == [(2, "a", "b"), (3, '"c', "d")]
+
+
+def test_fields_of_a_tsv_may_stand_in_quotes(tmp_path):
+    text = 'prompt\tcompletion\n"a\tb"\t"c ""d"""\n"e\nf"\tg\nh\t"i\nj\nk"\n'
+    rows, warnings = rows_of_table(tmp_path / "quoted.tsv", text)
+    assert rows == [(2, "a\tb", 'c "d"'), (3, "e\nf", "g"), (5, "h", "i\nj\nk")]
+    assert warnings == (f"{tmp_path}/quoted.tsv: 2 rows in quotes go over several lines (the first: 3 to 4)",)
+
+
+def test_a_row_that_swallows_lines_of_a_csv_is_said(tmp_path):
+    rows, warnings = rows_of_table(tmp_path / "a.csv", 'prompt,completion\na,"b\nc,d\ne,f"\ng,h\n')
+    assert rows == [(2, "a", "b\nc,d\ne,f"), (5, "g", "h")]
+    assert warnings == (f"{tmp_path}/a.csv: 1 row in quotes goes over several lines (the first: 2 to 4)",)
 
 
 def test_a_table_of_text_is_read_and_says_that_its_labels_are_not(tmp_path):

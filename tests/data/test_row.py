@@ -444,6 +444,20 @@ def test_a_system_text_beside_the_messages_or_the_prompt_is_read():
         of(prompt="a", completion="b", system=3)
 
 
+def test_functions_are_the_tools_of_older_rows():
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    asked = {"role": "user", "content": "1 + 2?"}
+    told = {"role": "assistant", "content": "3"}
+    old = [asked, {"role": "assistant", "content": None, "function_call": call}]
+    old += [{"role": "function", "name": "add", "content": "3"}, told]
+    new = [asked, {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}]
+    new += [{"role": "tool", "name": "add", "content": "3"}, told]
+    row = of(messages=old, functions=[{"name": "add"}])
+    assert row == of(messages=new, tools=[{"type": "function", "function": {"name": "add"}}]) and row.unread == ()
+    with pytest.raises(BadRow, match='"functions": expected a list of objects'):
+        of(messages=old, functions="add")
+
+
 def test_what_is_not_read_is_said_once_with_its_rows(tmp_path):
     file = tmp_path / "mail.jsonl"
     rows = [

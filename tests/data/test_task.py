@@ -146,6 +146,16 @@ def test_repeated_rows_are_held_out_together(write_jsonl):
     task = read_task(write_jsonl("sums.jsonl", completions(20) * 3))
     assert (len(task.train), len(task.test)) == (54, 6)
     assert not {row.prompt for row in task.train} & {row.prompt for row in task.test}
+    told = [f"{task.path}: {n} of {of} rows of {split} repeat" for split, n, of in (("train", 36, 54), ("test", 4, 6))]
+    assert [warning.removesuffix(" an earlier one") for warning in task.warnings] == told
+
+
+def test_rows_that_are_left_out_of_training_are_not_counted_as_repeated(write_jsonl):
+    write_jsonl("sums/test.jsonl", completions(1))
+    file = write_jsonl("sums/train.jsonl", [*completions(1) * 5, *completions(3, 1)])
+    assert read_task(file.parent).warnings == (
+        f"{file.parent}: 5 rows of train are also in test: left out of training",
+    )
 
 
 def test_rows_that_also_stand_in_test_or_valid_are_left_out_of_training(write_jsonl):

@@ -275,6 +275,20 @@ def test_rows_are_limited_alike_for_all_cells_and_valid_rows_can_be_scored(bench
     assert row["scored_on"] == "valid"
 
 
+def test_what_the_template_leaves_out_of_a_task_is_said_once_for_all_cells(bench, tmp_path):
+    from mbf_mlx.commands import app
+
+    bench([("sequential", "{}")], "seeds = [0, 1]\n", name="tools")
+    (tmp_path / "tasks").mkdir()
+    rows = [{**row, "tools": [{"type": "function", "function": {"name": "add"}}]} for row in rows_of(12, 3)]
+    for name in "abc":
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["experiment", bench.root / "tools.toml", "--tasks", tmp_path / "tasks", "--out", tmp_path / "out"]
+    done = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("b: the chat template leaves out: tools (") == 1
+
+
 def test_the_command_prints_the_table_and_the_same_as_markdown_and_json(bench):
     from mbf_mlx.commands import app
 

@@ -1,5 +1,4 @@
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +9,14 @@ pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-m
 
 from mlx_lm import stream_generate
 
-from mbf_mlx.data.encode import Encoded, Encoder
-from mbf_mlx.data.row import Row
+from mbf_mlx.data.encode import Encoder
 from mbf_mlx.data.task import read_task
-from mbf_mlx.learning.evaluate import EXACT_MATCH, LOSS, ROUGE_L, RougeL, metric_of, score
+from mbf_mlx.learning.evaluate import EXACT_MATCH, LOSS, ROUGE_L, metric_of, right_answers, score
+from mbf_mlx.learning.rouge import RougeL
 from tests.support.bench import QUICK, Bench
+from tests.support.encoded import encode, row
 from tests.support.rows import rows_of
+from tests.support.tiny_tokenizers import make_tokenizer
 
 
 @pytest.fixture
@@ -82,70 +83,14 @@ def test_long_answers_are_generated_and_scored_by_rouge_l(bench, write_jsonl):
     assert result.value == pytest.approx(1.0)
 
 
-def test_rouge_l_takes_the_best_of_a_rows_right_answers():
-    def of(*answers):
-        return Encoded(
-            np.zeros(2, np.int32), np.ones(2, bool), 1, 0, Row("completion", Path(), 1, "a", answers[0], answers)
-        )
-
-    measure = RougeL()
-    assert measure("the red train", of("the red train")) == pytest.approx(1.0)
-    assert measure("the trains", of("the red train")) == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))  # stemmed
-    assert measure("boats", of("a boat", "the red train")) == pytest.approx(2 * 1 * (1 / 2) / (1 + 1 / 2))
-
-
-SENTENCES = {
-    "Russian": "Поезд опоздал на двадцать минут, и мы ждали.",
-    "Greek": "Το τρένο άργησε είκοσι λεπτά.",  # noqa: RUF001
-    "Chinese": "火车晚点了二十分钟,我们在等。",
-    "Japanese": "電車は二十分遅れて、私たちは待っていました。",
-    "Korean": "기차가 이십 분 늦었고 우리는 기다렸다.",
-    "Arabic": "تأخر القطار عشرين دقيقة وانتظرنا.",
-    "Hindi": "ट्रेन बीस मिनट लेट थी और हम इंतज़ार कर रहे थे।",
-    "Thai": "รถไฟมาสายยี่สิบนาทีและเรารออยู่",
-    "Vietnamese": "Chuyến tàu đến muộn hai mươi phút.",
-    "Polish": "Żółć gęślą jaźń źdźbło.",
-    "Chinese with code": "使用 pip install numpy",
-    "signs alone": "👍 … 👎",
-}
-
-
-def expecting(*answers):
-    row = Row("completion", Path(), 1, "a", answers[0], answers)
-    return Encoded(np.zeros(2, np.int32), np.ones(2, bool), 1, 0, row)
-
-
-@pytest.mark.parametrize("language", SENTENCES)
-def test_rouge_l_of_an_answer_learned_by_heart_is_1_in_every_script(language):
-    right, measure = SENTENCES[language], RougeL()
-    assert measure(f" {right}\n", expecting(right)) == 1.0
-    if language != "signs alone":
-        half = measure(right[: len(right) // 2], expecting(right))
-        assert 0.3 < half < 1.0 and measure("Something else.", expecting(right)) == 0.0
-        assert measure(f"{right.upper()} !", expecting(right)) == pytest.approx(1.0)
-
-
-def test_rouge_l_of_english_is_the_published_one():
-    from rouge_score.rouge_scorer import RougeScorer
-
-    published, measure = RougeScorer(["rougeL"], use_stemmer=True), RougeL()
-    pairs = [
-        ("The trains were late, weren't they?", "The train's late."),
-        ("A naïve guest of the hotel paid for the café in cash yesterday evening.", "A naive guest paid the cafe"),
-        ("It costs 3.50 € (or £3) — “roughly”.", "It costs 3.5 pounds"),
-        ("snake_case and CamelCase", "snake case, camelcase"),
-        ("one two three four five six seven eight nine α", "one three α"),  # noqa: RUF001
-    ]
-    for right, answer in pairs:
-        expected = published.score(right, answer)["rougeL"].fmeasure
-        assert measure(answer, expecting(right)) == expected > 0
-
-
-def test_rouge_l_leaves_out_the_end_token_that_a_right_answer_is_written_with():
-    right = "the red train</s>\n"
-    row = Encoded(np.zeros(2, np.int32), np.ones(2, bool), 1, 0, Row("completion", Path(), 1, "a", right, (right,)))
-    assert RougeL(("</s>",))("the red train", row) == 1.0
-    assert RougeL()("the red train", row) < 1.0
+def test_what_was_learned_is_a_right_answer_as_generation_writes_it():
+    thinking = make_tokenizer(template="thinks when it ends")
+    long = row(prompt="Is it late?", completion=" The red train is late.<|im_end|>\n")
+    learned, own = right_answers(thinking, encode(long, thinking))
+    assert learned == "<think>\n\n</think>\n\nThe red train is late." and own == long.completion
+    assert RougeL()(learned, (learned, own)) == 1.0 == RougeL()("The red train is late.", (own[:-11],))
+    plain = make_tokenizer()
+    assert right_answers(plain, encode(long, plain))[0] == "The red train is late."
 
 
 def test_the_metric_follows_the_longest_answer(bench, write_jsonl):

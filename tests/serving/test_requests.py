@@ -173,6 +173,8 @@ def test_a_template_that_fails_or_drops_a_role_refuses_the_request(tiny_llama, t
     with running(stream) as (server, _):
         status, document = chat(server, messages=[{"role": "system", "content": "x"}, *HI])
         assert status == 400 and "no system here" in error_of(document)
+        status, document = chat(server, messages=[{"role": "developer", "content": "x"}, *HI])
+        assert status == 400 and "no system here" in error_of(document)  # as in the rows of a task
         status, document = chat(server, messages=[*HI, {"role": "tool", "content": "x"}])
         assert status == 400 and "no place for the role 'tool'" in error_of(document)
         assert chat(server, chat_template_kwargs={"greedy": 3})[0] == 200

@@ -8,7 +8,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.files.storage import Files
 from mbf_mlx.learning.progress import check_shapes, progress_of
 from mbf_mlx.stream.records import NewerFormatError
-from mbf_mlx.stream.saves import Working, check_same_run
+from mbf_mlx.stream.saves import Saved, Working, check_same_run
 from tests.support.saves import RUN, save
 from tests.support.streams import learn, new_stream
 
@@ -53,6 +53,17 @@ def test_another_run_is_refused_with_what_differs(tmp_path):
     message = r"run of task 'mail' was interrupted.*\n  epochs: 3 was saved, 4 is asked for now\nhint: .* --restart"
     with pytest.raises(InputError, match=message):
         check_same_run(working.load(), RUN | {"epochs": 4}, working.folder)
+
+
+def test_a_run_of_files_or_of_a_stream_that_changed_is_refused_in_words(tmp_path):
+    saved = Saved(run={"task": "mail", "sha256": "a" * 64, "generation": 1}, machine={}, progress={}, tensors={})
+    with pytest.raises(InputError) as error:
+        check_same_run(saved, {"task": "mail", "sha256": "b" * 64, "generation": 2}, tmp_path)
+    assert str(error.value).splitlines()[1:] == [
+        "  the stream has learned or undone a task since then",
+        "  the task's files have changed since then",
+        "hint: repeat the earlier command, with the same files, to finish that run, or add --restart to discard it",
+    ]
 
 
 def test_drop_forgets_the_run(tmp_path):
