@@ -270,9 +270,9 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         os.chmod(partial, 0o777 & ~_umask())
-        for path in partial.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        for path in sorted(partial.rglob("*"), reverse=True):  # what is in a folder before the folder
+            _files.sync_folder(path) if path.is_dir() else _files.sync_file(path)
+        _files.sync_folder(partial)
         if not folder.exists():  # another process may have been faster
             _files.rename(partial, folder)
             _files.sync_folder(folder.parent)

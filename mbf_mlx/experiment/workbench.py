@@ -28,7 +28,7 @@ from mbf_mlx.experiment.plan_file import Cell, ExperimentPlan
 from mbf_mlx.files.documents import read_object
 from mbf_mlx.files.log import Log
 from mbf_mlx.files.safetensors_file import safetensors_bytes
-from mbf_mlx.files.storage import Data, Files
+from mbf_mlx.files.storage import Data, Files, read_large, sha256
 from mbf_mlx.learning.evaluate import LOSS, metric_of
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.learn import TrainingPlace
@@ -71,7 +71,7 @@ class Workbench:
         self.always = {"format": FORMAT, "mbf_mlx": __version__, "base": fingerprint(self.source.path)} | same
         self._check_base(folder)
         self._log = Log(self.cache / "scores.jsonl")
-        self._scores: dict[str, TaskScore] = {row["key"]: _score_of(row) for row in self._log.read() if "key" in row}
+        self._scores: dict[str, TaskScore] = {row["key"]: _score_of(row) for row in self._log.read() if _is_whole(row)}
         self._learners: dict[LoRAConfig, Learner] = {}
         self._encoded: dict[tuple[str, str, int, str], Sequence[Encoded]] = {}
         self.notes: dict[str, list[str]] = {}  # task -> what the model's template makes of its training rows
@@ -136,7 +136,8 @@ class Workbench:
         if key not in self._scores:
             found = score_rows(learner, name, rows, metric, events)
             self._scores[key] = {"metric": metric, "value": found.value, "loss": found.loss}
-            self._log.add({"key": key, **self._scores[key]})
+            row = {"key": key, **self._scores[key]}
+            self._log.add(row | {"checksum": digest(row)})
         return self._scores[key]
 
     def place(
@@ -151,6 +152,12 @@ class Workbench:
         """Return where a training of a cell is saved, and kept for the other cells."""
         key = of_training(self.always, cell, method, state, tuning, rows, valid)
         return SharedTraining(key, self.cache, self.files)
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Return whether a row of the cache is as it was written; those of before have no checksum."""
+    rest = {name: value for name, value in row.items() if name != "checksum"}
+    return "key" in row and row.get("checksum", digest(rest)) == digest(rest)
 
 
 def _score_of(row: dict[str, Any]) -> TaskScore:
@@ -178,14 +185,19 @@ class SharedTraining(TrainingPlace):
             return None
         known: dict[str, Any] = {"best_step": 0, "computed_tokens": 0}  # what was not kept in the beginning
         known |= json.loads(self._figures.read_bytes())
+        expected, data = known.get("arrays_sha256"), read_large(self._arrays)
+        if expected is not None and (sha256(data) != expected or known.pop("checksum") != digest(known)):
+            return None  # a bit has changed on the disk: train again
         training = Training(**{each.name: known[each.name] for each in fields(Training)})
-        return training, adapter.read_tensors(self._arrays)
+        return training, adapter.decode_tensors(data, self._arrays)
 
     def keep(self, training: Training, tuning: Tuning) -> None:
         """Keep a training that has just ended."""
         arrays = {name: np.array(array) for name, array in tuning.arrays.items()}
-        self._replace(self._arrays, safetensors_bytes(arrays))
-        self._replace(self._figures, json.dumps({"key": self.key, **asdict(training)}).encode())
+        data = safetensors_bytes(arrays)
+        figures = {"key": self.key, "arrays_sha256": sha256(data), **asdict(training)}
+        self._replace(self._arrays, data)
+        self._replace(self._figures, json.dumps(figures | {"checksum": digest(figures)}).encode())
         self.working.drop()
 
     def _replace(self, path: Path, data: Data) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mbf_mlx.files.storage import refusal
+from mbf_mlx.files.storage import flush, refusal
 
 
 class Log:
@@ -39,6 +39,6 @@ class Log:
                 torn = end and file.read(1) != b"\n"  # a killed process wrote half a line
                 file.write((b"\n" if torn else b"") + json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 file.flush()
-                os.fsync(file.fileno())
+                flush(file.fileno())
         except OSError as error:
             raise refusal(error, self.path) from error

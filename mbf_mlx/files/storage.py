@@ -5,6 +5,7 @@ folder or a missing permission gives the same message everywhere. This file know
 """
 
 import errno
+import fcntl
 import hashlib
 import mmap
 import os
@@ -64,22 +65,25 @@ class Files:
             with open(path, "xb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                flush(file.fileno())
         except OSError as error:
             raise refusal(error, path, len(data)) from error
 
     def make_folder(self, path: Path) -> None:
-        """Create a folder and its parents; a folder that exists is kept."""
+        """Create a folder and its parents, and flush their names to the disk; a folder that exists is kept."""
+        new = [each for each in (path, *path.parents) if not each.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise refusal(error, path) from error
+        for folder in reversed(new):
+            self.sync_folder(folder.parent)
 
     def sync_file(self, path: Path) -> None:
         """Flush a file to the disk that other code wrote."""
         try:
             with open(path, "rb") as file:
-                os.fsync(file.fileno())
+                flush(file.fileno())
         except OSError as error:
             raise refusal(error, path) from error
 
@@ -88,7 +92,7 @@ class Files:
         try:
             handle = os.open(path, os.O_RDONLY)
             try:
-                os.fsync(handle)
+                flush(handle)
             finally:
                 os.close(handle)
         except OSError as error:
@@ -147,6 +151,17 @@ class Files:
             self.discard(new)
             raise
         self.sync_folder(path.parent)
+
+
+def flush(descriptor: int) -> None:
+    """Flush a file or folder to the disk itself. On a Mac `fsync` leaves it in the disk's own memory."""
+    if sys.platform == "darwin":
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+        except OSError:  # a network folder
+            pass
+    os.fsync(descriptor)
 
 
 def refusal(error: OSError, path: Path | str, needed: int = 0, verb: str = "write") -> InputError:

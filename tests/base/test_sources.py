@@ -557,6 +557,8 @@ def test_a_recipe_from_the_hub_becomes_a_whole_folder_of_its_own(tiny_llama, mod
     snapshot.mkdir()
     for path in tiny_llama.iterdir():
         (snapshot / path.name).symlink_to(path)  # as the hub's cache has it
+    (snapshot / "original").mkdir()
+    (snapshot / "original/params.json").write_text("{}")
     with _new_folder(models / recipe.name) as partial:
         _copy_snapshot(snapshot, partial)
         _describe(partial, {"hub": "x"}, recipe)

@@ -324,3 +324,19 @@ def test_the_command_prints_the_table_and_the_same_as_markdown_and_json(bench):
     assert wrong.exit_code == 1 and not wrong.stdout
     without_tasks = [*held, "--markdown", "--tasks", str(bench.root / "nowhere")]
     assert CliRunner().invoke(app, without_tasks).stdout.strip().splitlines() == lines  # what is shown needs no rows
+
+
+def test_a_changed_bit_in_the_cache_is_computed_again(bench):
+    first = bench([("sequential", "{}")], folder="bits", watch=Counted())
+    (whole,) = first.run()
+    cache = first.bench.cache
+    for file in sorted(cache.glob("*.safetensors")):
+        data = bytearray(file.read_bytes())
+        data[-3] ^= 64
+        file.write_bytes(data)
+    scores = cache / "scores.jsonl"
+    scores.write_text(scores.read_text().replace('"loss": ', '"loss": 1'))
+    (cache.parent / results.RESULTS).unlink()
+    (again,) = bench([("sequential", "{}")], folder="bits", watch=(watch := Counted())).run()
+    assert again["scores"] == whole["scores"] and again["losses"] == whole["losses"]
+    assert len(watch.steps) == 6

@@ -3,6 +3,7 @@ import os
 import pytest
 
 from mbf_mlx.errors import InputError
+from mbf_mlx.files import storage
 from mbf_mlx.files.storage import Files, free_bytes, new_memory, read_file, read_large, refusal, require_space
 from tests.support.failing import WAYS, Crash, failing
 
@@ -80,3 +81,29 @@ def test_space_is_looked_for_where_the_result_will_be(tmp_path):
     require_space(place, 1, "a commit")
     with pytest.raises(InputError, match=r"there: a commit needs [\d,]+ bytes of disk space, [\d,]+ are free\nhint"):
         require_space(place, 1 << 62, "a commit")
+
+
+def test_every_folder_that_is_made_is_flushed_with_its_name(tmp_path):
+    class Watched(Files):
+        def __init__(self):
+            self.synced = []
+
+        def sync_folder(self, path):
+            self.synced.append(path)
+            super().sync_folder(path)
+
+    files = Watched()
+    files.make_folder(tmp_path / "a/b/c")
+    assert files.synced == [tmp_path, tmp_path / "a", tmp_path / "a/b"]
+    files.make_folder(tmp_path / "a/b/c")
+    assert len(files.synced) == 3
+
+
+def test_a_mac_flushes_to_the_disk_itself(tmp_path, monkeypatch):
+    """F_FULLFSYNC, which only a Mac has: here it is told by its number."""
+    asked = []
+    monkeypatch.setattr(storage.sys, "platform", "darwin")
+    monkeypatch.setattr(storage.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(storage.fcntl, "fcntl", lambda descriptor, command: asked.append(command))
+    Files().write(tmp_path / "file", b"a")
+    assert asked == [51]

@@ -5,7 +5,6 @@ scale * B @ A, summed in float32 and stored once. The file is written a few rows
 tensors it has, tensor_types.py makes their bytes, vocabulary.py the tokenizer; read_back.py reads all of it back.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from mbf_mlx.export.place import fresh_file
 from mbf_mlx.export.weights.checkpoint import Checkpoint
 from mbf_mlx.export.weights.fuse import Fused, codes_on_grid, delta_rows, find_layers
 from mbf_mlx.export.weights.rounding import Rounders, no_rounder
+from mbf_mlx.files.storage import flush
 
 LLAMA_CPP_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ")  # first letters of types that only llama.cpp makes
 
@@ -186,7 +186,7 @@ def _write(
             count(tensor.nbytes)
         pad(file, writer.data_alignment)
         file.flush()
-        os.fsync(file.fileno())
+        flush(file.fileno())
 
 
 def _stored_rows(tensor: Matrix, scale: float, first: int, last: int, rounders: Rounders) -> np.ndarray:

@@ -4,7 +4,6 @@ files/dtypes.py says how NumPy holds each type. files/safetensors_file.py reads,
 means is left to checkpoint.py.
 """
 
-import os
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.dtypes import BYTES, NUMPY, to_float32
 from mbf_mlx.files.safetensors_file import Declared, Entry, header_bytes, read_bytes, read_header
+from mbf_mlx.files.storage import flush
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Writer:
         try:
             if kind is None:
                 self._file.flush()
-                os.fsync(self._file.fileno())
+                flush(self._file.fileno())
         finally:
             self._file.close()
 
