@@ -12,6 +12,7 @@ from mbf_mlx.report.plots import Curve
 from mbf_mlx.report.terminal import percent, summary
 
 Document = dict[str, Any]
+MOST = 24  # most tasks that the page shows; of more it shows so many, evenly spread
 
 
 def stream_page(document: Document) -> str:
@@ -20,11 +21,15 @@ def stream_page(document: Document) -> str:
     Args:
         document: The stream's status, as `mbf status --json` prints it.
     """
-    tasks, scores = document["tasks"], document["scores"]
-    names, numbered = [task["name"] for task in tasks], [f"{t}. {task['name']}" for t, task in enumerate(tasks, 1)]
+    places = shown_places(len(document["tasks"]))
+    tasks = [document["tasks"][place] for place in places]
+    numbers = [place + 1 for place in places]
+    names, numbered = [task["name"] for task in tasks], [f"{t}. {task['name']}" for t, task in zip(numbers, tasks)]
+    lower = [[document["scores"][i][j] if j <= i else None for j in places] for i in places]
     parts = [html.big(_stream_numbers(document)), *(f"<p>{escape(line)}</p>" for line in _words(document))]
-    if any(value is not None for row in scores for value in row):
-        lower = [[value if j <= i else None for j, value in enumerate(row)] for i, row in enumerate(scores)]
+    if len(tasks) < len(document["tasks"]):
+        parts += _averages(document, numbers)
+    if any(value is not None for row in lower for value in row):
         parts += [
             html.section(
                 "What is remembered", "Score on each task (columns) after each task was learned (rows), in percent."
@@ -34,7 +39,9 @@ def stream_page(document: Document) -> str:
                 "As a table", html.table(["after", *names], [[n, *map(percent, r)] for n, r in zip(numbered, lower)])
             ),
             html.section("Score over time", "Each task's score, from when it was learned to the last task."),
-            *html.charts(_task_curves(names, lower), "tasks learned", "score, %", "Score over time", share=True),
+            *html.charts(
+                _task_curves(numbers, names, lower), "tasks learned", "score, %", "Score over time", share=True
+            ),
         ]
     curves = [_curve(task["name"], task["curve"]) for task in tasks if task["curve"]]
     if curves:
@@ -47,7 +54,7 @@ def stream_page(document: Document) -> str:
     if tasks:
         rows = [[task[name] for name in ("name", "train_rows", "steps")] + _task_numbers(task) for task in tasks]
         columns = ["task", "rows", "steps", "loss before", "after", "time", "tokens/s"]
-        peaks = [Curve("while a task trained", range(1, len(tasks) + 1), [t["peak_memory_bytes"] / 1e9 for t in tasks])]
+        peaks = [Curve("while a task trained", numbers, [t["peak_memory_bytes"] / 1e9 for t in tasks])]
         parts += [
             html.scroll(html.table(columns, rows)),
             html.section("Memory", "Peak memory of training, and what is kept between tasks."),
@@ -74,9 +81,33 @@ def _stream_numbers(document: Document) -> list[tuple[str, str]]:
     return [*shown, ("kept between tasks", units.size(document["kept_bytes"]))]
 
 
-def _task_curves(names: Sequence[str], scores: Sequence[Sequence[float | None]]) -> list[Curve]:
-    last = len(scores)
-    return [Curve(name, range(j + 1, last + 1), [scores[i][j] for i in range(j, last)]) for j, name in enumerate(names)]
+def shown_places(count: int) -> list[int]:
+    """Return which of `count` tasks the page shows, from 0: all, or MOST of them, the first and the last among them."""
+    return list(range(count)) if count <= MOST else [round(i * (count - 1) / (MOST - 1)) for i in range(MOST)]
+
+
+def _averages(document: Document, numbers: Sequence[int]) -> list[str]:
+    """Return what the page says of all tasks where it shows only some: the mean score after those that are shown."""
+    means = []
+    for t in numbers:
+        known = [value for value in document["scores"][t - 1][:t] if value is not None]
+        means.append(sum(known) / len(known) if known else None)
+    words = (
+        f"This stream has learned {len(document['tasks']):,} tasks. The page shows {len(numbers)} of them, evenly"
+        " spread, with the first and the last. The numbers above and the averages below count every task."
+        " mbf status --json has the scores of all tasks."
+    )
+    parts = [html.section("All tasks", words)]
+    if any(mean is not None for mean in means):
+        curve = Curve("all tasks learned so far", numbers, means)
+        parts += html.charts([curve], "tasks learned", "mean score, %", "Mean score over time", share=True)
+    return parts
+
+
+def _task_curves(numbers: Sequence[int], names: Sequence[str], scores: Sequence[Sequence[float | None]]) -> list[Curve]:
+    """Return the score of each shown task from when it was learned on; `numbers` are the shown tasks' places from 1."""
+    columns = enumerate(names)
+    return [Curve(name, numbers[j:], [row[j] for row in scores[j:]]) for j, name in columns]
 
 
 def _curve(name: str, points: Sequence[Sequence[float]]) -> Curve:

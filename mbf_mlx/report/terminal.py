@@ -21,7 +21,7 @@ def matrix(document: Document, width: int) -> Table:
     tasks, scores = document["tasks"], document["scores"]
     first = _first_shown([task["name"] for task in tasks], width)
     title = "score on each task after each task, in %"
-    title += f", newest {len(tasks) - first} of {len(tasks)} (mbf report: all)" if first else ""
+    title += f", newest {len(tasks) - first} of {len(tasks)} (--json: all)" if first else ""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("after learning", no_wrap=True)
     if first:

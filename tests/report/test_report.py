@@ -14,7 +14,7 @@ from mbf_mlx.api import status_document
 from mbf_mlx.commands import app
 from mbf_mlx.methods import make
 from mbf_mlx.report.results_page import results_page
-from mbf_mlx.report.stream_page import stream_page
+from mbf_mlx.report.stream_page import MOST, shown_places, stream_page
 from tests.conftest import ROOT
 from tests.support.cells import row
 from tests.support.streams import learn, new_stream, record, tune
@@ -93,7 +93,7 @@ def test_the_matrix_in_the_terminal_shows_every_task_where_there_is_room():
 @pytest.mark.parametrize(("count", "width", "newest"), [(100, 200, 12), (100, 80, 4), (6, 80, 5)])
 def test_the_matrix_in_the_terminal_shows_the_newest_tasks_where_there_are_many(count, width, newest):
     lines = shown([f"task{n}" for n in range(1, count + 1)], width)
-    assert lines[0] == f"score on each task after each task, in %, newest {newest} of {count} (mbf report: all)"
+    assert lines[0] == f"score on each task after each task, in %, newest {newest} of {count} (--json: all)"
     assert len(lines) == newest + 5
     heads = [cell.strip() for cell in lines[2].split("┃")[1:-1]]
     expected = [f"task{n}" for n in range(count - newest + 1, count + 1)]
@@ -132,6 +132,34 @@ def test_a_streams_page_has_its_plots_and_every_number_in_a_table(stream, page):
             assert f"{step:g}" in found.cells and f"{loss:.3f}" in found.cells
     assert f"{document['kept_bytes']:,}" in found.cells and document["id"] in found.cells
     assert "<h1>assistant</h1>" in page and str(stream.path) not in page
+
+
+def test_a_page_of_many_tasks_shows_some_of_them_and_says_so(stream):
+    """It stays as large as a page of MOST tasks, whatever the stream has learned; numbers count all tasks."""
+    one = status_document(stream)
+
+    def many(count):
+        tasks = [one["tasks"][0] | {"name": f"t{t}", "t": t, "sha256": f"{t:064d}"} for t in range(1, count + 1)]
+        scores = [[round(0.9 - 0.001 * (i - j), 6) if j <= i else None for j in range(count)] for i in range(count)]
+        return one | {"tasks": tasks, "scores": scores, "average_accuracy": 0.4, "forgetting": 0.1}
+
+    pages = {count: stream_page(many(count)) for count in (MOST, MOST + 1, 400)}
+    assert "evenly spread" not in pages[MOST] and "This stream has learned 400 tasks" in pages[400]
+    assert f"The page shows {MOST} of them" in pages[MOST + 1]
+    found = Page(pages[400])
+    for place in shown_places(400):
+        assert f"{place + 1}. t{place + 1}" in found.cells and f"{place + 1:064d}" in found.cells
+    assert "2. t2" not in found.cells and "1. t1" in found.cells and "400. t400" in found.cells
+    assert f"{100 * sum(many(400)['scores'][-1]) / 400:.1f}" in found.cells  # over all 400, not over those shown
+    assert found.tags.count("svg") == Page(pages[MOST]).tags.count("svg") + 1
+    assert len(pages[400]) < 1.2 * len(pages[MOST])
+
+
+@pytest.mark.parametrize("count", [0, 1, MOST - 1, MOST, MOST + 1, 2 * MOST, 1000, 10_000])
+def test_shown_tasks_are_in_order_and_hold_the_first_and_the_last(count):
+    places = shown_places(count)
+    assert places == sorted(set(places)) and len(places) == min(count, MOST)
+    assert not count or (places[0], places[-1]) == (0, count - 1)
 
 
 def test_names_are_escaped_in_tables_and_plots(page):
