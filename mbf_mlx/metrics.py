@@ -64,11 +64,12 @@ def learning_accuracy(scores: Scores) -> Mean:
 def forgetting(scores: Scores) -> Mean:
     """Return the mean over j < T of the best earlier R[i, j], j <= i < T, minus R[T, j]."""
     last = len(scores) - 1
-    losses = []
-    for j in range(last):
-        earlier = [score for i in range(j, last) if (score := _at(scores, i, j)) is not None]
-        losses.append(_minus(max(earlier, default=None), _at(scores, last, j)))
-    return _mean(losses)
+    best = [-math.inf] * last  # of each task so far
+    for i, row in enumerate(scores[:-1]):
+        for j, value in enumerate(row[: i + 1]):
+            if value is not None and value > best[j]:  # a NaN is above nothing
+                best[j] = value
+    return _mean([_minus(None if b == -math.inf else b, _at(scores, last, j)) for j, b in enumerate(best)])
 
 
 def forward_transfer(scores: Scores, before: Sequence[float | None]) -> Mean:
