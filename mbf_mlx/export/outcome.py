@@ -20,6 +20,8 @@ from mbf_mlx.files.storage import Data
 # An export with less agreement, or beyond the limits of weights/fuse.py, is refused. One answer in twenty that changes,
 # or a fifth of the update lost, is something the user has to know and agree to.
 MIN_AGREEMENT = 0.95
+ENOUGH = 0.9  # rows that show less than this agreement are too few, which is said
+Z = 1.96  # standard errors to either side of 95 %
 ERRORS = 2  # standard errors by which a few rows may miss it by chance
 Document = dict[str, Any]
 Commands = Callable[[str, str], list[str]]  # (the export, the base) -> command lines that serve it
@@ -74,6 +76,11 @@ def check(job: Job, document: Document, planned: Callable[[Job, int], int]) -> N
         same = f"{100 * quality['agreement']:.1f} % of {quality['positions']} places"
         lost.append(f"it agrees with the live adapter at {same}; expected at least {100 * MIN_AGREEMENT:.0f} %")
     document["lost"] = lost
+    if quality is not None and (shown := shown_agreement(quality["agreement"], quality["positions"])) < ENOUGH:
+        document["notes"].append(
+            f"{quality['positions']} places in the answers of {quality['rows']} rows were compared: they show only that"
+            f" at least {100 * shown:.0f} % of places stay as they are; --calibration FILE with more rows shows more"
+        )
     if lost and not job.allow_loss:
         has = job.bits or (4 if (job.kind or "").upper().startswith("Q4") else 8)
         costs = [f"  --bits {bits}: {planned(job, bits) / 1e6:,.1f} MB" for bits in (8, 16, 32) if bits > has]
@@ -91,6 +98,16 @@ def least_agreement(positions: int) -> float:
     """
     by_chance = ERRORS * sqrt(MIN_AGREEMENT * (1 - MIN_AGREEMENT) / positions)
     return min(MIN_AGREEMENT - by_chance, 1 - 1 / positions)
+
+
+def shown_agreement(agreement: float, positions: int) -> float:
+    """Return the least true agreement that goes with the one that was measured, at 95 % confidence.
+
+    Source: Wilson's score interval, 1927.
+    """
+    square = Z * Z / positions
+    middle = (agreement + square / 2) / (1 + square)
+    return middle - sqrt(agreement * (1 - agreement) * square + square * square / 4) / (1 + square)
 
 
 def survived(document: Document) -> list[str]:

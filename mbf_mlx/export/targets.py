@@ -231,7 +231,7 @@ def _folder_document(job: Job, live: Any, folder: Path, report: FolderReport) ->
     more = report.bytes_out / report.bytes_base - 1
     if job.bits == 16 and document["error"] > COARSE:
         document["notes"].append(
-            f"{document['error']:.0%} of the update is lost to the rounding of bfloat16, the base's own type; --bits 32"
+            f"{100 * document['error']:.0f} % of the update is lost to the rounding of bfloat16, the base's own type; --bits 32"
             " keeps all of it"
         )
     mixed = mlx_folder.planned_bytes(job, MIXED_BITS)

@@ -251,7 +251,9 @@ def _dated(stream: StreamFolder, learner: Learner, settings: LearnConfig) -> tup
         note = "--date without effect: prompts say no date with this base's chat template" if given else ""
         return replace(settings, data=replace(settings.data, date="")), note
     saved = None if settings.restart else stream.saves.load()
-    date = given or kept or (saved.run.get("date", "") if saved else "") or datetime.date.today().isoformat()
+    if saved and not (given or kept) and "date" not in saved.run:
+        return settings, ""  # a version of mbf-mlx that kept no date has begun this run
+    date = given or kept or (saved.run["date"] if saved else datetime.date.today().isoformat())
     note = "" if date == kept else f"the chat template writes a date: prompts of this stream say {date} (--date)"
     return replace(settings, data=replace(settings.data, date=date)), note
 

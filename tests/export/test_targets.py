@@ -15,7 +15,7 @@ from mbf_mlx.export import TARGETS, card, check_options, run
 from mbf_mlx.export.card import About
 from mbf_mlx.export.gguf.write import planned_bytes
 from mbf_mlx.export.job import ExportRows
-from mbf_mlx.export.outcome import check, fused_document, least_agreement
+from mbf_mlx.export.outcome import check, fused_document, least_agreement, shown_agreement
 from mbf_mlx.export.targets import WRITERS
 from tests.support.factors import ALL_KEYS, SCALE, make_factors
 from tests.support.jobs import job_of
@@ -127,7 +127,8 @@ def test_an_export_that_many_layers_make_much_larger_says_what_6_bits_would_take
     (note,) = document["notes"]
     mixed = run(replace(wide, bits=6, out=tmp_path / "mixed"), "mlx")
     assert note.endswith(f"takes {mixed['bytes'] / 1e6:,.1f} MB") and mixed["bytes"] < document["bytes"]
-    assert run(replace(job, out=tmp_path / "narrow"), "mlx")["notes"] == []
+    narrow = run(replace(job, out=tmp_path / "narrow"), "mlx")
+    assert not any("--bits 6" in note for note in narrow["notes"])
 
 
 def test_a_gguf_file_of_the_bases_own_size_is_fitted_to_the_rows_on_the_bases_grid(job, tmp_path):
@@ -179,8 +180,23 @@ def test_a_few_rows_have_to_disagree_more_than_by_chance_and_many_do_not():
     assert least_agreement(2) == 0.5 and least_agreement(1) == 0  # one place that differs shows nothing
 
 
+@pytest.mark.parametrize(
+    ("agreement", "positions", "least"), [(1.0, 13, 0.772), (1.0, 35, 0.901), (0.97, 200, 0.936), (12 / 13, 13, 0.667)]
+)
+def test_what_so_many_places_show_is_wilsons_interval(agreement, positions, least):
+    assert shown_agreement(agreement, positions) == pytest.approx(least, abs=1e-3)
+
+
+def test_an_export_says_when_its_rows_are_too_few(job):
+    few = replace(job, read_rows=lambda: ExportRows(token_rows(8, seed=1), token_rows(3), "made-up rows"))
+    (note,) = run(few, "mlx")["notes"]
+    assert note.startswith("9 places in the answers of 3 rows were compared: they show only that at least 56 % of")
+    many = replace(job, read_rows=lambda: ExportRows(token_rows(8, seed=1), token_rows(20), "rows"), force=True)
+    assert run(many, "mlx")["notes"] == []
+
+
 def test_answers_that_changed_refuse_an_export_whatever_its_retention(job):
-    document = fused_document([], 100, 100) | {"quality": {"agreement": 0.8, "positions": 200}}
+    document = fused_document([], 100, 100) | {"quality": {"agreement": 0.8, "positions": 200, "rows": 90}}
     with pytest.raises(
         InputError, match=r"agrees with the live adapter at 80\.0 % of 200 places; expected at least 95"
     ):
@@ -235,7 +251,7 @@ def test_16_bits_of_a_bfloat16_base_say_what_they_lose(tmp_path, mx):
     document = run(job, "mlx")
     assert document["error"] > 0.05
     assert document["notes"] == [
-        f"{document['error']:.0%} of the update is lost to the rounding of bfloat16, the base's own type; --bits 32"
+        f"{100 * document['error']:.0f} % of the update is lost to the rounding of bfloat16, the base's own type; --bits 32"
         " keeps all of it"
     ]
     assert run(replace(job, bits=32, out=tmp_path / "whole"), "mlx")["notes"] == []
