@@ -21,6 +21,8 @@ from mbf_mlx.base.sources import check_folder, read_config, stated_config, trans
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
 
+SHOWN = 8  # lines of a message of mlx-lm's
+
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
@@ -101,8 +103,39 @@ def _load_model(folder: Path, *, lazy: bool) -> tuple[nn.Module, dict[str, Any]]
     except InputError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if method := _packed_by(folder):
+            raise InputError(
+                f"{folder}: mlx-lm cannot read weights that {method} has quantized"
+                "\nhint: take an MLX or GGUF copy, or the model before it was quantized"
+            ) from error
         said = f"missing in config.json: {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{folder}: mlx-lm cannot load this model: {said}") from error
+        raise InputError(f"{folder}: mlx-lm cannot load this model: {_shortened(said)}") from error
+
+
+def _packed_by(folder: Path) -> str:
+    """Return which other program has quantized a model's weights, and how; "" if none did."""
+    config = read_config(folder)
+    settings = config.get("quantization_config") or {}
+    if config.get("quantization") or not isinstance(settings, dict) or not settings.get("quant_method"):
+        return ""
+    bits = settings.get("bits") or next((n for n in (4, 8) if settings.get(f"load_in_{n}bit")), None)
+    return f"{settings['quant_method']}{f' ({bits} bits)' if bits else ''}"
+
+
+def _shortened(text: str) -> str:
+    """Return the first lines of a message that may name thousands of tensors."""
+    lines = text.splitlines()
+    more = f"\n  and {len(lines) - SHOWN} more lines" if len(lines) > SHOWN else ""
+    return "\n".join(line[:200] for line in lines[:SHOWN]) + more
+
+
+def not_finite_weight(model: nn.Module) -> str:
+    """Return the name of a base's weight that holds NaN or infinity; "" if there is none. LoRA factors are left out."""
+    weights = [(name, array) for name, array in tree_flatten(model.parameters()) if isinstance(array, mx.array)]
+    for name, array in weights:
+        if ".lora_" not in name and mx.issubdtype(array.dtype, mx.floating) and not bool(mx.isfinite(array).all()):
+            return str(name)
+    return ""
 
 
 def _check_sizes(folder: Path) -> None:

@@ -231,8 +231,8 @@ def _folder_document(job: Job, live: Any, folder: Path, report: FolderReport) ->
     more = report.bytes_out / report.bytes_base - 1
     if job.bits == 16 and document["error"] > COARSE:
         document["notes"].append(
-            f"{100 * document['error']:.0f} % of the update is lost to the rounding of bfloat16, the base's own type; --bits 32"
-            " keeps all of it"
+            f"{100 * document['error']:.0f} % of the update is lost to the rounding of bfloat16, the base's own type;"
+            " --bits 32 keeps all of it"
         )
     mixed = mlx_folder.planned_bytes(job, MIXED_BITS)
     if job.bits is None and more > MUCH_LARGER and mixed < report.bytes_out * MUCH_SMALLER:

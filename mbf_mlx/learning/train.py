@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
+from mbf_mlx.base.load import not_finite_weight
 from mbf_mlx.config import SAMPLE_ROWS, TrainConfig
 from mbf_mlx.data.batches import Batch, lengths_of, make_batch, plan_batches
 from mbf_mlx.data.encode import Encoded
@@ -276,6 +277,11 @@ class _Run:
         return {n: a if rates[n] == 1 else old[n] + rates[n] * (a - old[n]) for n, a in new.items()}
 
     def _not_finite(self, number: int, group: list[Batch], loss: float, gradients: Arrays) -> str:
+        if weight := not_finite_weight(self.tuning.model):
+            return (
+                f"the base's weight {weight} holds NaN or infinite numbers; the stream is as it was"
+                "\nhint: fetch the base again, or use another copy"
+            )
         bad = [name for name, g in gradients.items() if not bool(mx.isfinite(g).all())]
         rows = [self.rows[index].row for batch in group for index in batch.indices]
         places = ", ".join(f"{row.file}:{row.line}" for row in rows[:8])

@@ -15,11 +15,14 @@ mx = import_mlx()
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
+from mbf_mlx import Stream  # noqa: E402
 from mbf_mlx.base import unpack  # noqa: E402
 from mbf_mlx.base.load import load_base, load_tokenizer  # noqa: E402
 from mbf_mlx.base.sources import unpacked_bytes  # noqa: E402
 from mbf_mlx.engine.lora_layers import attach, read_factors, write_factors  # noqa: E402
 from tests.support.lora_factors import random_factors, write_adapter  # noqa: E402
+from tests.support.rows import rows_of  # noqa: E402
+from tests.support.tiny_llama import write_tiny_llama  # noqa: E402
 
 STORED: dict = {}
 FLOAT32 = {"dequantize": True, "dtype": "float32"}
@@ -33,7 +36,7 @@ QUANTIZATIONS += [(4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4"), "mixed"]
 @pytest.fixture(scope="module")
 def quantized_llama(tmp_path_factory):
     """`quantized_llama((4, 32, "affine"))` is the folder of the tiny Llama in that quantization."""
-    from tests.support.tiny_llama import CONFIG, write_tiny_llama
+    from tests.support.tiny_llama import CONFIG
 
     root = tmp_path_factory.mktemp("quantized")
 
@@ -284,3 +287,36 @@ def test_rows_without_a_token_are_padding(tmp_path):
     folder = write_tiny_llama(tmp_path / "padded", vocab_size=320)
     with_tokens(folder, 2)
     assert len(load_base(folder, **STORED).tokenizer.get_vocab()) == 302
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes (4 bits)"),
+        ({"quant_method": "gptq", "bits": 8}, "gptq (8 bits)"),
+        ({"quant_method": "awq", "bits": 3}, "awq (3 bits)"),
+        ({"quant_method": "hqq"}, "hqq"),
+    ],
+)
+def test_weights_that_another_program_has_quantized_are_named(tmp_path, settings, said):
+    folder = write_tiny_llama(tmp_path / "base", bits=None)
+    tensors = mx.load(str(folder / "model.safetensors"))
+    packed = {name.replace(".weight", ".qweight") if "proj" in name else name: a for name, a in tensors.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), packed, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as error:
+        load_base(folder)
+    assert f"mlx-lm cannot read weights that {said} has quantized\nhint: take an MLX or GGUF copy" in str(error.value)
+
+
+def test_a_base_with_weights_that_are_not_finite_is_named_and_not_the_rows(tmp_path, write_jsonl):
+    folder = write_tiny_llama(tmp_path / "base")
+    tensors = mx.load(str(folder / "model.safetensors"))
+    name = "model.layers.1.mlp.up_proj.scales"
+    tensors[name] = mx.where(mx.arange(tensors[name].size).reshape(tensors[name].shape) == 5, mx.nan, tensors[name])
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+    task = write_jsonl("words.jsonl", rows_of(8))
+    with pytest.raises(InputError, match="the base's weight model.layers.1.mlp.up_proj.* holds NaN") as error:
+        Stream.open(tmp_path / "s", base=str(folder)).learn(task, iters=1)
+    assert "rate" not in str(error.value)

@@ -251,8 +251,8 @@ def test_16_bits_of_a_bfloat16_base_say_what_they_lose(tmp_path, mx):
     document = run(job, "mlx")
     assert document["error"] > 0.05
     assert document["notes"] == [
-        f"{100 * document['error']:.0f} % of the update is lost to the rounding of bfloat16, the base's own type; --bits 32"
-        " keeps all of it"
+        f"{100 * document['error']:.0f} % of the update is lost to the rounding of bfloat16, the base's own type;"
+        " --bits 32 keeps all of it"
     ]
     assert run(replace(job, bits=32, out=tmp_path / "whole"), "mlx")["notes"] == []
 
