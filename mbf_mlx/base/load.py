@@ -131,8 +131,8 @@ def _shortened(text: str) -> str:
 
 def not_finite_weight(model: nn.Module) -> str:
     """Return the name of a base's weight that holds NaN or infinity; "" if there is none. LoRA factors are left out."""
-    weights = [(name, array) for name, array in tree_flatten(model.parameters()) if isinstance(array, mx.array)]
-    for name, array in weights:
+    weights = dict(tree_flatten(model.parameters()))
+    for name, array in weights.items():
         if ".lora_" not in name and mx.issubdtype(array.dtype, mx.floating) and not bool(mx.isfinite(array).all()):
             return str(name)
     return ""

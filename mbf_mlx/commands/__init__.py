@@ -64,6 +64,12 @@ class Stopped(KeyboardInterrupt):
     """SIGTERM or SIGHUP; both end a command as Ctrl-C does. Holds the signal."""
 
 
+def stopped_by(error: KeyboardInterrupt) -> tuple[str, int]:
+    """Return what stopped a command, in words, and the exit code that says so."""
+    number = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
+    return "Ctrl-C" if number == signal.SIGINT else number.name, 128 + number
+
+
 class _Commands(TyperGroup):
     """Imports a command of the table when it is called, and turns errors into exit codes."""
 
@@ -106,9 +112,9 @@ class _Commands(TyperGroup):
             _say(f"error: {error}")
             raise SystemExit(1) from error
         except KeyboardInterrupt as error:
-            by = error.args[0] if isinstance(error, Stopped) else signal.SIGINT
-            _say(f"stopped by {'Ctrl-C' if by == signal.SIGINT else by.name}; what was saved is kept")
-            raise SystemExit(128 + by) from error
+            name, code = stopped_by(error)
+            _say(f"stopped by {name}; what was saved is kept")
+            raise SystemExit(code) from error
         except BrokenPipeError as error:  # typer would exit with 1
             _silence(sys.stdout, sys.stderr)
             raise SystemExit(141) from error

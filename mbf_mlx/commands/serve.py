@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mbf_mlx.commands import console
+from mbf_mlx.commands import console, stopped_by
 from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import MovedBase, StreamPath
 from mbf_mlx.config import ServeConfig
@@ -49,7 +49,8 @@ def serve(
             server.serve_forever()
     except KeyboardInterrupt as error:
         # mlx has started threads for the generator. If one ends after Python has, it aborts the process.
-        console.err.print(f"stopped by {str(error) or 'Ctrl-C'}")
+        name, code = stopped_by(error)
+        console.err.print(f"stopped by {name}")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(130)
+        os._exit(code)

@@ -174,6 +174,12 @@ def _replace(partial: Path, out: Path, force: bool, is_ours: Callable[[Path], bo
     if os.path.lexists(place):
         if not force:
             raise _moved_aside(partial, out, "something was put there")
+        if place.is_file() and not place.is_symlink():
+            if not is_ours(place):
+                raise _moved_aside(partial, out, "a file that we did not export was put there")
+            _FILES.rename(partial, place)  # one step: there is the old file, or the new one
+            _FILES.sync_folder(place.parent)
+            return
         _FILES.rename(place, old)  # nobody adds to it by its name from here on
         try:
             if old.is_symlink() or not is_ours(old):

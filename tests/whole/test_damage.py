@@ -95,7 +95,7 @@ def test_a_damaged_file_of_the_generation_before_is_found_by_verify_and_not_gone
         refused(lambda: verify_all(StreamFolder.open(stream.path)), "000001", "damaged: ", hint)
         with stream.writer():
             refused(stream.undo, "000001", "damaged: ")
-        assert repair(stream.path).endswith("nothing to repair: its current generation is undamaged")
+        assert repair(stream.path).endswith("is damaged and cannot be restored, so the last task cannot be undone")
         put(path, whole)
         assert contents(stream.path) == before
     put(path, b"")

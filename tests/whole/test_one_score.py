@@ -13,7 +13,8 @@ pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-m
 from mbf_mlx.config import DataConfig
 from mbf_mlx.data.encode import Encoder
 from mbf_mlx.data.task import read_task
-from mbf_mlx.learning.evaluate import RougeL, longest_answer
+from mbf_mlx.learning.evaluate import longest_answer
+from mbf_mlx.learning.rouge import RougeL
 
 KEYS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 SENTENCES = [f"the {word} one stays where it was and the other comes along with it" for word in WORDS]
@@ -124,4 +125,6 @@ def test_one_task_has_one_score(tiny_llama, write_jsonl, tmp_path, kind):
         assert sum(answer == row.row.completion for answer, row in told) == round(24 * score)
     else:
         measure = RougeL()
-        assert np.mean([measure(answer, row) for answer, row in told]) == pytest.approx(score, abs=1e-6)
+        assert np.mean([measure(answer, [row.row.completion]) for answer, row in told]) == pytest.approx(
+            score, abs=1e-6
+        )
