@@ -14,6 +14,7 @@ import importlib.util
 import os
 import signal
 import sys
+import warnings
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -171,6 +172,7 @@ def main() -> NoReturn:
         if signal.getsignal(stop) != signal.SIG_IGN:  # nohup starts us with SIGHUP ignored: it stays ignored
             signal.signal(stop, _stop)
     _open_standard_streams()
+    warnings.showwarning = _show_warning
     try:
         app(prog_name="mbf")
     except OSError as error:  # while it printed help
@@ -201,6 +203,20 @@ def _open_standard_streams() -> None:
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped(signal.Signals(number))
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    from mbf_mlx.commands.escapes import visible  # `mbf --help` does without
+
+    # Libraries warn with a stranger's words: matplotlib of a letter that its fonts lack.
+    print(visible(warnings.formatwarning(message, category, filename, lineno, line)), file=file or sys.stderr, end="")
 
 
 def _say(message: str) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from mbf_mlx import units
 from mbf_mlx.commands import console
+from mbf_mlx.commands.escapes import visible
 from mbf_mlx.commands.options import Json
 
 
@@ -41,6 +42,7 @@ def report(
         page = results_page(name, rows)
     else:
         raise InputError(f"{source}: expected a stream or the results of mbf experiment, got neither")
+    page = visible(page)  # a browser turns lines round, too
     file = out if out is not None else Path(f"{source.resolve().name}.html")
     with fresh_file(file, force=True, forbidden=(source,) if kind == "stream" else (), is_ours=_is_page) as place:
         Files().write(place, page.encode())

@@ -12,6 +12,7 @@ import threading
 import pytest
 
 from mbf_mlx.commands import app
+from mbf_mlx.commands.escapes import visible
 from mbf_mlx.data.row import BadRow
 from mbf_mlx.errors import InputError
 from mbf_mlx.stream.folder import StreamFolder
@@ -224,13 +225,21 @@ def test_nothing_in_a_strangers_stream_moves_the_terminals_cursor(tmp_path):
     for words in (
         ("status", stream.path),
         ("status", stream.path, "--json"),
+        ("report", stream.path, "--out", tmp_path / "page.html", "--json"),
         ("undo", stream.path),
         ("status", EVIL[:-1]),
     ):
         shown = on_a_terminal(*words)
-        assert "owned" in shown, shown
+        assert "owned" in shown or words[0] == "report", shown
         ours = re.sub("\x1b\\[[0-9;]*m|\r\n", "", shown)  # colours and line ends
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", ours), ours
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "owned" in page and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", page)
+
+
+def test_ordinary_unicode_is_printed_as_it_is():
+    for text in ("a\u00a0b", "\U0001f469\u200d\U0001f4bb", "שלום", "سلام", "naïve 日本語\n\tend"):
+        assert visible(text) == text
 
 
 def forge(generation, name, other):
