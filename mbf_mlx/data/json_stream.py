@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple, NoReturn
 from mbf_mlx.data.row import EXAMPLES, BadRow
 from mbf_mlx.data.text_file import open_binary
 from mbf_mlx.errors import InputError
+from mbf_mlx.files.documents import first_repeated
 
 MAX_DOCUMENT = 64_000_000  # bytes of a .json file, which is read whole
 FIRST_READ = 65_536  # bytes read for one element; four times as many where it is longer
@@ -21,9 +22,7 @@ FIRST_READ = 65_536  # bytes read for one element; four times as many where it i
 
 def _refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     document = dict(pairs)
-    if len(document) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+    if (twice := first_repeated(key for key, _ in pairs)) is not None:
         raise BadRow(f"the key {json.dumps(twice[:40])} stands twice")
     return document
 

@@ -2,11 +2,25 @@
 
 import json
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.storage import read_file
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """Return the first name that stands twice, in the order of the second places, cut to 80 letters; None if none does.
+
+    It takes linear time, as the names may be a stranger's.
+    """
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name[:80]
+        seen.add(name)
+    return None
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.files import storage
+from mbf_mlx.files.documents import first_repeated
 from mbf_mlx.files.dtypes import BYTES, NUMPY, name_of
 from mbf_mlx.files.storage import Data
 
@@ -88,9 +89,7 @@ def _check_header(text: bytes, size: int, path: Path) -> tuple[dict[str, Entry],
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+        if (twice := first_repeated(name for name, _ in pairs)) is not None:
             raise _damaged(path, f"{twice} appears twice")
         return dict(pairs)
 

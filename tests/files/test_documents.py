@@ -1,7 +1,9 @@
+import time
+
 import pytest
 
 from mbf_mlx.errors import InputError
-from mbf_mlx.files.documents import read_object, toml
+from mbf_mlx.files.documents import first_repeated, read_object, toml
 
 
 def test_a_json_object_is_read(tmp_path):
@@ -62,3 +64,12 @@ def test_a_missing_toml_file_comes_with_the_callers_hint(tmp_path):
     with pytest.raises(InputError) as caught:
         toml(tmp_path / "run.toml", "an experiment file names its methods")
     assert str(caught.value) == f"{tmp_path}/run.toml: no such file\nhint: an experiment file names its methods"
+
+
+def test_the_first_repeated_name_is_found_in_linear_time():
+    names = [str(place) for place in range(1_000_000)]
+    begin = time.process_time()
+    assert first_repeated(names) is None
+    assert first_repeated([*names, "999999", "3"]) == "999999"
+    assert first_repeated(["x" * 7_000_000] * 2) == "x" * 80
+    assert time.process_time() - begin < 10  # quadratic: hours

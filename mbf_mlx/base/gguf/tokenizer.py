@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from mbf_mlx.device.backend import install_hint
 from mbf_mlx.errors import InputError, MissingPackageError
+from mbf_mlx.files.documents import first_repeated
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 # Tokens that end an answer in the chat formats of Llama-family models; a file names only one `eos`.
@@ -19,6 +20,9 @@ END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|en
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+
+
+MAX_PIECE = 512  # letters of a SentencePiece token; every place in one may be a merge; SentencePiece itself makes 16
 
 
 class _Pre(NamedTuple):
@@ -81,8 +85,7 @@ def read_vocabulary(settings: dict[str, Any], where: Path) -> Vocabulary:
     used = len(tokens)
     while used and types[used - 1] == UNUSED:
         used -= 1
-    if len(set(tokens[:used])) < used:
-        twice = next(text for place, text in enumerate(tokens[:used]) if text in tokens[:place])
+    if (twice := first_repeated(tokens[:used])) is not None:
         raise InputError(f"{where}: tokenizer.ggml.tokens: {twice!r} is there twice")
     return Vocabulary(where, tokens[:used], types[:used], settings)
 
@@ -201,9 +204,17 @@ def _merges_of_scores(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     ids = {
         text: place for place, text in enumerate(vocabulary.tokens) if vocabulary.types[place] in (NORMAL, USER_DEFINED)
     }
+    lengths = {len(text) for text in ids}
+    if max(lengths, default=0) > MAX_PIECE:
+        raise InputError(
+            f"{vocabulary.where}: tokenizer.ggml.tokens: expected tokens of at most {MAX_PIECE} letters, got one of"
+            f" {max(lengths):,}"
+        )
     merges = []
     for text, place in ids.items():
         for cut in range(1, len(text)):
+            if cut not in lengths or len(text) - cut not in lengths:
+                continue
             left, right = ids.get(text[:cut]), ids.get(text[cut:])
             if left is not None and right is not None:
                 merges.append((-float(scores[place]), place, left, right))

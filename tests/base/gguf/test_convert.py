@@ -6,6 +6,7 @@ Long, because it is a table of files that fit or are refused, each with the whol
 import json
 import re
 import struct
+import time
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from mbf_mlx.base.gguf.convert import convert
 from mbf_mlx.base.gguf.reader import read_gguf
+from mbf_mlx.base.gguf.tokenizer import read_vocabulary, write_tokenizer
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
 from tests.conftest import import_mlx
@@ -546,6 +548,27 @@ def sentencepiece_model(tmp_path_factory):
         allow_whitespace_only_pieces=True, character_coverage=0.99, minloglevel=2,
     )  # fmt: skip
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tiny.model"))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["<unk>", "b" * 200_000], "expected tokens of at most 512 letters, got one of 200,000"),
+        ([*map(str, range(200_000)), "199999"], "'199999' is there twice"),
+    ],
+    ids=["long", "doubled"],
+)
+def test_an_absurd_vocabulary_is_refused_in_linear_time(tmp_path, tokens, message):
+    settings = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.token_type": [2] + [1] * (len(tokens) - 1),
+    }
+    begin = time.process_time()
+    with pytest.raises(InputError, match=message):
+        write_tokenizer(read_vocabulary(settings, tmp_path / "x.gguf"), tmp_path, 64)
+    assert time.process_time() - begin < 5
 
 
 def test_a_sentencepiece_vocabulary_cuts_as_sentencepiece_does(tmp_path, sentencepiece_model):
