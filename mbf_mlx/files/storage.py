@@ -76,8 +76,14 @@ class Files:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise refusal(error, path) from error
-        for folder in reversed(new):
-            self.sync_folder(folder.parent)
+        try:
+            for folder in reversed(new):
+                self.sync_folder(folder.parent)
+        except BaseException:
+            with suppress(OSError):
+                for folder in new:
+                    folder.rmdir()
+            raise
 
     def sync_file(self, path: Path) -> None:
         """Flush a file to the disk that other code wrote."""
