@@ -15,17 +15,19 @@ import numpy as np
 
 from mbf_mlx.adapters.layout import CONFIG as CONFIG
 from mbf_mlx.adapters.layout import WEIGHTS as WEIGHTS
+from mbf_mlx.device.machine import available_memory
 from mbf_mlx.device.threads import side_by_side
 from mbf_mlx.errors import InputError
 from mbf_mlx.files import dtypes
 from mbf_mlx.files.documents import read_object
-from mbf_mlx.files.safetensors_file import Entry, header_of, safetensors_bytes
+from mbf_mlx.files.safetensors_file import Entry, header_of, read_header, safetensors_bytes
 from mbf_mlx.files.storage import Data, read_large, sha256
 from mbf_mlx.methods import Factors, Layers, Pair
 
 _LAYER = re.compile(r"^(?P<stem>[^\d.][^.]*(?:\.[^\d.][^.]*)*)\.(?P<block>\d+)\.(?P<key>.+)$")
 _PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # first bytes of a pickle
 _CODE = "not a safetensors file: a zip or pickle file, which may hold code and is never read"
+LARGE = 64 << 20  # bytes of a file whose header is read before the rest
 _COUNTS = ("I64", "I32", "I8", "U8")  # what some methods keep besides factors
 
 
@@ -191,12 +193,17 @@ def read_tensors(path: Path, *, integers: bool = False) -> dict[str, np.ndarray]
 
 
 def read_weights(path: Path) -> memoryview:
-    """Return the bytes of a file of tensors.
+    """Return the bytes of a file of tensors; of a large one, the header is checked first.
 
     Raises:
-        InputError: no such file.
+        InputError: no such file, a header that does not fit it, or more bytes than there is memory for.
     """
     try:
+        size = path.stat().st_size if path.is_file() else 0
+        if size > LARGE:
+            read_header(path)
+            if size > (free := available_memory()):
+                raise InputError(f"{path}: expected at most {free:,} bytes, the memory that is free, got {size:,}")
         return read_large(path)
     except FileNotFoundError:
         raise InputError(f"{path}: missing") from None

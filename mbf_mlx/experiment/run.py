@@ -122,7 +122,7 @@ class Experiment:
         """Run the unfinished cells of a group; if another process is at them now, wait for it or leave them to it."""
         while self._unfinished(group):
             try:
-                with FileLock(lock, timeout=POLL if wait else 0):
+                with FileLock(lock, timeout=POLL if wait else 0, fallback_to_soft=False):
                     while todo := self._unfinished(group):  # asked again: a cell may stand there under two names
                         number, cell = todo[0]
                         self.results.add(dict(RunningCell(self.bench, number, cell, self.watch).run()))

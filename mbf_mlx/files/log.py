@@ -33,7 +33,7 @@ class Log:
             InputError: the line cannot be written, for example because the disk is full.
         """
         try:
-            with FileLock(self.path.with_suffix(".lock")), open(self.path, "a+b") as file:
+            with FileLock(self.path.with_suffix(".lock"), fallback_to_soft=False), open(self.path, "a+b") as file:
                 end = file.seek(0, os.SEEK_END)
                 file.seek(max(0, end - 1))
                 torn = end and file.read(1) != b"\n"  # a killed process wrote half a line

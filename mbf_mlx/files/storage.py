@@ -71,7 +71,7 @@ class Files:
 
     def make_folder(self, path: Path) -> None:
         """Create a folder and its parents, and flush their names to the disk; a folder that exists is kept."""
-        new = [each for each in (path, *path.parents) if not each.exists()]
+        new = [each for each in (path, *path.parents) if not os.path.exists(each)]
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -102,8 +102,9 @@ class Files:
             finally:
                 os.close(handle)
         except OSError as error:
-            # Some network and FUSE file systems cannot flush a folder: we rely on the order of their own operations.
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            # Some network and FUSE file systems cannot flush a folder: we rely on the order of their own operations. A
+            # parent folder may be one that this user cannot list.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
                 raise refusal(error, path) from error
 
     def rename(self, source: Path, target: Path) -> None:
