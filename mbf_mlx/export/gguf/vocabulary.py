@@ -52,7 +52,7 @@ class Vocabulary:
     types: list[int]
     merges: list[str] | None = None
     scores: list[float] | None = None
-    special: dict[str, int] = field(default_factory=dict)  # "bos", "eos", "eot", "unk", "pad" -> id
+    special: dict[str, int] = field(default_factory=dict)  # "bos", "eos", "eot", "eom", "unk", "pad" -> id
     add_bos: bool = False
     add_eos: bool = False
     add_space_prefix: bool = False
@@ -73,6 +73,7 @@ class Vocabulary:
             "bos": writer.add_bos_token_id,
             "eos": writer.add_eos_token_id,
             "eot": writer.add_eot_token_id,
+            "eom": writer.add_eom_token_id,
             "unk": writer.add_unk_token_id,
             "pad": writer.add_pad_token_id,
         }
@@ -258,13 +259,14 @@ def _find_special(vocabulary: Vocabulary, settings: dict[str, Any], config: dict
         token_id = ids.get(text) if isinstance(text, str) else _first(config.get(f"{kind}_token_id"))
         if token_id is not None and 0 <= token_id < len(vocabulary.tokens):
             vocabulary.special[kind] = token_id
-    # A model may have several end tokens; llama.cpp knows most by their text, and one more by its id.
+    # A model may have several end tokens; llama.cpp knows most by their text, and two more by their ids.
     ends = config.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else []
     others = [end for end in ends if end != vocabulary.special.get("eos") and end < len(vocabulary.tokens)]
     unknown = [end for end in others if vocabulary.tokens[end] not in END_TEXTS]
-    if unknown:
-        vocabulary.special["eot"] = unknown[0]
+    vocabulary.special |= dict(zip(("eot", "eom"), unknown))
+    if lost := [vocabulary.tokens[end] for end in unknown[2:]]:
+        vocabulary.notes.append(f"llama.cpp goes on where the model ends an answer with {', '.join(lost)}")
 
 
 def _first(token_id: Any) -> int | None:
@@ -296,7 +298,25 @@ def _find_added_ends(
         stated = settings.get(f"add_{kind}_token")
         wanted = stated if isinstance(stated, bool) else bool(found) or (document is None and kind == "bos")
         adds[kind] = wanted and bool(expected[kind])
+    if document is not None and (around := _added_around(folder)) is not None:
+        # Some classes of transformers follow tokenizer_config.json, others the post-processor: what they do decides.
+        adds = {"bos": bos is not None and around[0] == [bos], "eos": eos is not None and around[1] == [eos]}
     vocabulary.add_bos, vocabulary.add_eos = adds["bos"], adds["eos"]
+
+
+def _added_around(folder: Path) -> tuple[list[int], list[int]] | None:
+    """Return the tokens that transformers puts before and behind a text; None where it cannot load the tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        bare, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    except Exception:  # the folder lacks what its class needs, or the tokenizers library raises plain Exception
+        return None
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return None
 
 
 def read_chat_template(folder: Path, settings: dict[str, Any] | None) -> str | list[dict[str, str]] | None:

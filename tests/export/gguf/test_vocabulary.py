@@ -1,5 +1,7 @@
 """Tokenizers as GGUF vocabularies: identified by what they do, every token in its place, refused where unknown."""
 
+import json
+
 import pytest
 
 from mbf_mlx.base.gguf.reader import read_gguf
@@ -9,6 +11,7 @@ from mbf_mlx.base.gguf.tokenizer import write_tokenizer
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.gguf import vocabulary as gguf_vocab
 from mbf_mlx.export.gguf.vocabulary import find_pre_tokenizer, read_vocabulary
+from tests.support.tiny_llama import write_tiny_llama
 from tests.support.vocabularies import (
     BYTE_LEVEL,
     DIGITS,
@@ -142,8 +145,6 @@ def test_a_token_before_every_text_is_taken_over_and_any_other_is_refused(tmp_pa
     ]
     change(tmp_path, "tokenizer_config.json", chat_template="{{ bos_token }}{{ messages[0].content }}")
     assert before("<|im_start|>").notes == []
-    change(tmp_path, "tokenizer_config.json", add_bos_token=False)
-    assert not before("<|im_start|>").add_bos
     with pytest.raises(
         InputError, match="post_processor: expected .*<.im_start.>.* or nothing as bos, got .*endoftext"
     ):
@@ -241,3 +242,34 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="tokenizer.json: not JSON"):
         read_vocabulary(tmp_path, {"vocab_size": 10})
+
+
+@pytest.mark.parametrize("stated", [True, False, None])
+@pytest.mark.parametrize("single", ["<s> $A", "$A", "<s> $A </s>"])
+def test_the_tokens_around_a_text_are_those_that_transformers_puts_there(tmp_path, stated, single):
+    """Where add_bos_token and the post-processor disagree, one of them is not what happens."""
+    from tokenizers import Tokenizer, processors
+    from transformers import AutoTokenizer
+
+    folder = write_tiny_llama(tmp_path / "base")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    marks = {"<s>": "<|im_start|>", "</s>": "<|im_end|>"}
+    text = single.replace("</s>", marks["</s>"]).replace("<s>", marks["<s>"])
+    special = [(mark, tokenizer.token_to_id(mark)) for mark in marks.values()]
+    tokenizer.post_processor = processors.TemplateProcessing(single=text, special_tokens=special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    place = folder / "tokenizer_config.json"
+    settings = json.loads(place.read_text()) | ({} if stated is None else {"add_bos_token": stated})
+    place.write_text(json.dumps(settings))
+    whole = AutoTokenizer.from_pretrained(folder)("red")["input_ids"]
+    vocabulary = read_vocabulary(folder, json.loads((folder / "config.json").read_text()))
+    assert vocabulary.add_bos == (whole[0] == special[0][1])
+    assert vocabulary.add_eos == (whole[-1] == special[1][1])
+
+
+def test_llama_cpp_is_told_of_two_more_end_tokens_and_the_user_of_others(tmp_path):
+    folder = write_tiny_llama(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [2, 40, 41, 42]}
+    vocabulary = read_vocabulary(folder, config)
+    assert (vocabulary.special["eos"], vocabulary.special["eot"], vocabulary.special["eom"]) == (2, 40, 41)
+    assert vocabulary.notes == [f"llama.cpp goes on where the model ends an answer with {vocabulary.tokens[42]}"]
