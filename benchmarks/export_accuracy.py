@@ -139,7 +139,9 @@ def measure(stream: Any, base: Path, out: Path, measured: int, only: list[str]) 
     reference = quality.Reference(live.model, rows)
     inputs: dict[str, np.ndarray] = {}
     for names, matrix in moments(
-        live.model, lora_layers(live.model), rows_of_tasks(history, live.tokenizer, "chat").fit
+        live.model,
+        lora_layers(live.model),
+        rows_of_tasks(history, live.tokenizer, DataConfig(), stream.folder.path).fit,
     ):
         inputs.update(dict.fromkeys(names, matrix))
     write_factors(live.model, {name: Pair(a, np.zeros_like(b)) for name, (a, b) in factors.items()})

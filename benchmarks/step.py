@@ -317,6 +317,17 @@ class Worker:
 # -- the measurement ---------------------------------------------------------------------------------------------------
 
 
+def real_tasks() -> Path:
+    """Return the folder of real tasks; end with a sentence if one of them is not there."""
+    folder = Path(os.environ.get("MBF_TASK_DATA") or ROOT.parent / "shared" / "data") / "tasks"
+    if missing := [name for name in REAL_TASKS if not (folder / name).is_dir()]:
+        raise SystemExit(
+            f"{folder}: expected the tasks {', '.join(missing)}, got none\nhint: MBF_TASK_DATA names the folder that holds"
+            " tasks/, or leave out the case: --cases last8 all"
+        )
+    return folder
+
+
 def batches_of(case: str, model: Path, count: int) -> list[list[Any]]:
     rng = np.random.default_rng(0)
     if case != "rows":
@@ -330,7 +341,7 @@ def batches_of(case: str, model: Path, count: int) -> list[list[Any]]:
     from mbf_mlx.data.encode import Encoder
     from mbf_mlx.data.task import read_task
 
-    folder = Path(os.environ.get("MBF_TASK_DATA") or ROOT.parent / "shared" / "data") / "tasks"
+    folder = real_tasks()
     encoder, found = Encoder(load_tokenizer(model), DataConfig()), []
     for name in REAL_TASKS:
         rows = encoder.all(list(read_task(folder / name).train)[:400], folder / name)
@@ -415,6 +426,8 @@ def main() -> None:
     keys = ALL_KEYS if options.keys == ["all"] else options.keys
     if options.worker:
         return work(options.worker, options.model, keys)
+    if "rows" in options.cases:
+        real_tasks()  # before the other cases have run for minutes
     kept = common.Kept("step", options.out)
     kept.save("keys", keys)
     results = [
