@@ -322,8 +322,8 @@ def real_tasks() -> Path:
     folder = Path(os.environ.get("MBF_TASK_DATA") or ROOT.parent / "shared" / "data") / "tasks"
     if missing := [name for name in REAL_TASKS if not (folder / name).is_dir()]:
         raise SystemExit(
-            f"{folder}: expected the tasks {', '.join(missing)}, got none\nhint: MBF_TASK_DATA names the folder that holds"
-            " tasks/, or leave out the case: --cases last8 all"
+            f"{folder}: expected the tasks {', '.join(missing)}, got none\nhint: MBF_TASK_DATA names the folder that"
+            " holds tasks/, or leave out the case: --cases last8 all"
         )
     return folder
 

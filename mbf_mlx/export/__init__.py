@@ -89,6 +89,9 @@ def make_job(stream: Any, out: Path, *, calibration: Path | None = None, **optio
     if not state.t:
         raise InputError(f"{stream.folder.path}: nothing to export: it has learned no task")
     base = stream.base_folder()
+    # A model that is not quantized is the original itself, and its card names the model that it was tuned from.
+    public, quantized = public_name(base.path), identity.base.quantization != "none"
+    own = public if "/" in public else None
     card, data = read_card(base.path), DataConfig(template=identity.template, date=stream.folder.date())
 
     def read_rows() -> ExportRows:
@@ -107,7 +110,7 @@ def make_job(stream: Any, out: Path, *, calibration: Path | None = None, **optio
         scale=identity.scale,
         num_layers=identity.num_layers,
         num_blocks=identity.base.num_layers,
-        about=About(public_name(base.path), stream.status(), card.licence, card.original),
+        about=About(public, stream.status(), card.licence, card.original if quantized else own),
         notes=card.notes,
         template=identity.template,
         chat_template=_carried_template(base.path, data),

@@ -97,7 +97,7 @@ def peft_adapter(job: Job) -> Document:
     files |= _template_file(job)
     document, rank = small_document(files), max(len(pair.a) for pair in job.factors.values())
     document["lora_alpha"] = json.loads(bytes(files[PEFT_CONFIG]))["lora_alpha"]
-    if original is None:
+    if original is None and job.about.status.get("base", {}).get("quantization") != "none":
         document["notes"] = [
             f"adapter_config.json names {job.base_name} as the base; PEFT and vLLM need the unquantized model there"
         ]

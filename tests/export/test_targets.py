@@ -19,6 +19,7 @@ from mbf_mlx.export.outcome import check, fused_document, least_agreement, shown
 from mbf_mlx.export.targets import WRITERS
 from tests.support.factors import ALL_KEYS, SCALE, make_factors
 from tests.support.jobs import job_of
+from tests.support.rows import rows_of
 from tests.support.tiny_llama import write_tiny_llama
 from tests.support.token_rows import token_rows
 
@@ -376,3 +377,18 @@ def test_bits_that_no_layer_can_have_are_refused_before_anything_is_measured(job
 def test_options_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         check_options(*options)
+
+
+def test_a_base_that_is_not_quantized_is_its_own_original(tmp_path, write_jsonl):
+    """The card of an Instruct model names its parent as base_model."""
+    from mbf_mlx import Stream
+
+    task = write_jsonl("words.jsonl", rows_of(8))
+    for bits, original in ((None, None), (4, "org/parent")):
+        base = write_tiny_llama(tmp_path / f"tiny-{bits}", bits=bits)
+        (base / "README.md").write_text("---\nbase_model: org/parent\n---\n# tiny\n")
+        stream = Stream.open(tmp_path / f"s{bits}", base=str(base), method="slao")
+        stream.learn(task, iters=1)
+        document = stream.export("peft", tmp_path / f"out{bits}")
+        assert read_peft(tmp_path / f"out{bits}").base == (original or str(base))
+        assert document["notes"] == []
