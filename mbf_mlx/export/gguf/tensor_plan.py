@@ -1,6 +1,7 @@
 """The tensors of a GGUF file: their names, types and shapes, the order of their rows, and their sources."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import gguf
 import numpy as np
@@ -11,9 +12,11 @@ from mbf_mlx.export.gguf import tensor_types as types
 from mbf_mlx.export.gguf.rope import Rope
 from mbf_mlx.export.gguf.tensor_types import Type
 from mbf_mlx.export.weights.checkpoint import CHUNK_ELEMENTS, Checkpoint, Layer
-from mbf_mlx.export.weights.fuse import SAFE_BITS, find_layers
+from mbf_mlx.export.weights.fuse import SAFE_BITS, delta_rows, find_layers
 from mbf_mlx.methods import Factors, Pair
 
+FOUR_BITS = (Type.Q4_0, Type.Q4_1)
+LARGE_UPDATE = 0.1  # of the weights' length; a larger one gets a new grid
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 ROPE_FREQS = "rope_freqs.weight"
 COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.freqs")  # in some folders, though config.json suffices
@@ -28,6 +31,7 @@ class Matrix:
     layer: Layer
     order: np.ndarray | None  # which of our rows is at each place; None where all stay in place
     pair: Pair | None  # the learned factors; None without any
+    scale: float  # delta = scale * B @ A
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,11 +48,20 @@ class Matrix:
         """Whether it keeps the codes that the base stores."""
         return self.pair is None and types.keeps(self.layer, self.kind)
 
-    @property
+    @cached_property
     def keeps_grid(self) -> bool:
-        """Whether it has factors and stays on the base's grid of few bits, so that it needs careful rounding."""
+        """Whether it has factors and stays on the base's grid of few bits, so that it needs careful rounding.
+
+        A grid of less than 4 bits is coarser than the file's type, and a large update does not fit into the base's.
+        """
         own = self.layer.setting
-        return self.pair is not None and own is not None and own.bits < SAFE_BITS and types.keeps(self.layer, self.kind)
+        if self.pair is None or own is None or not 4 <= own.bits < SAFE_BITS or not types.keeps(self.layer, self.kind):
+            return False
+        weights = updates = 0.0
+        for first, last in self.chunks():
+            weights += float(np.square(self.layer.rows(first, last), dtype=np.float64).sum())
+            updates += float(np.square(delta_rows(self.pair, self.scale, first, last), dtype=np.float64).sum())
+        return updates <= LARGE_UPDATE**2 * weights
 
     def chunks(self) -> list[tuple[int, int]]:
         """Return ranges of rows to work on, one at a time; all rows at once if they change places."""
@@ -77,7 +90,13 @@ class Vector:
 
 
 def plan(
-    base: Checkpoint, factors: Factors, names: Names, rope: Rope, kind: gguf.GGMLQuantizationType | None
+    base: Checkpoint,
+    factors: Factors,
+    scale: float,
+    names: Names,
+    rope: Rope,
+    kind: gguf.GGMLQuantizationType | None,
+    named: bool = False,
 ) -> list[Matrix | Vector]:
     """Return the file's tensors in their order.
 
@@ -86,7 +105,9 @@ def plan(
         factors: The deployed pair of every layer; a pair whose B is zero changes nothing and counts as none.
         names: GGUF's names of the model's tensors.
         rope: Its factors, if any, become a tensor.
+        scale: delta = scale * B @ A.
         kind: The type of every matrix; None chooses one for each.
+        named: Whether the user named the type, and not its bits alone: then no other type of so many bits is taken.
 
     Raises:
         InputError: names every tensor of the base that has no place in the file.
@@ -110,7 +131,9 @@ def plan(
         if part == "weight" and layer in layers:
             pair = factors.get(layer)
             pair = pair if pair is not None and np.any(pair.b) else None
-            tensors.append(Matrix(target, _choose(target, layers[layer], pair, kind), layers[layer], order, pair))
+            tensors.append(
+                Matrix(target, _choose(target, layers[layer], pair, kind, named), layers[layer], order, pair, scale)
+            )
         else:
             values = tensor.floats()
             tensors.append(Vector(target, values if order is None or part != "bias" else values[order]))
@@ -120,10 +143,13 @@ def plan(
 
 
 def _choose(
-    target: str, layer: Layer, pair: Pair | None, kind: gguf.GGMLQuantizationType | None
+    target: str, layer: Layer, pair: Pair | None, kind: gguf.GGMLQuantizationType | None, named: bool
 ) -> gguf.GGMLQuantizationType:
+    own = types.own_type(layer)
     if kind is None:
-        kind = types.own_type(layer) if pair is None else types.fused_type(layer)
-    elif target in EMBEDDINGS and kind in (Type.Q4_0, Type.Q4_1):
+        kind = own if pair is None else types.fused_type(layer)
+    elif kind in FOUR_BITS and own in FOUR_BITS and (target in EMBEDDINGS or not named):
+        kind = own  # the base's codes fit into it
+    elif kind in FOUR_BITS and target in EMBEDDINGS:
         kind = Type.Q8_0  # 4 bits here would harm every token; llama.cpp's own tool avoids it, too
     return types.fitting(kind, layer.shape[1])

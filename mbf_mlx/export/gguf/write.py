@@ -25,7 +25,7 @@ from mbf_mlx.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from mbf_mlx.export.job import Count, Job
 from mbf_mlx.export.place import fresh_file
 from mbf_mlx.export.weights.checkpoint import Checkpoint
-from mbf_mlx.export.weights.fuse import Fused, codes_on_grid, delta_rows, find_layers
+from mbf_mlx.export.weights.fuse import Fused, codes_on_grid, delta_rows
 from mbf_mlx.export.weights.rounding import Rounders, no_rounder
 from mbf_mlx.files.storage import flush
 
@@ -96,7 +96,7 @@ def _plan(
     base: Checkpoint, job: Job, kind: gguf.GGMLQuantizationType | None
 ) -> tuple[Names, Rope, list[Matrix | Vector]]:
     names, rope = read_names(base.config, base.folder), read_rope(base.config, base.folder)
-    return names, rope, plan(base, job.factors, names, rope, kind)
+    return names, rope, plan(base, job.factors, job.scale, names, rope, kind, named=job.kind is not None)
 
 
 def planned_bytes(job: Job, bits: int) -> int:
@@ -106,10 +106,9 @@ def planned_bytes(job: Job, bits: int) -> int:
 
 def keeps_few_bits(job: Job) -> bool:
     """Return whether any layer with factors would stay on the base's grid, and so has to be rounded with care."""
-    chosen, layers = _type(job), find_layers(Checkpoint(job.base), job.factors)
-    return chosen is not None and any(
-        Matrix("", chosen, layer, None, job.factors[name]).keeps_grid for name, layer in layers.items()
-    )
+    if (chosen := _type(job)) is None:
+        return False
+    return any(isinstance(each, Matrix) and each.keeps_grid for each in _plan(Checkpoint(job.base), job, chosen)[2])
 
 
 def has_float_type(job: Job) -> bool:

@@ -191,7 +191,7 @@ def test_every_type_holds_the_weights_as_well_as_it_can(tiny_llama, tmp_path, ki
     block_type = tensors["blk.0.ffn_up.weight"].tensor_type.name
     embedding_type = tensors["token_embd.weight"].tensor_type.name
     assert block_type == kind.upper()
-    assert embedding_type == ("Q8_0" if kind in ("Q4_0", "Q4_1") else kind.upper())
+    assert embedding_type == ("Q4_1" if kind == "Q4_0" else kind.upper())  # the base has it in 4 bits
     assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
     assert gguf.LlamaFileType(settings_["general.file_type"]).name.endswith(kind.upper())
     assert report.types[kind.upper()] >= 14
@@ -414,7 +414,7 @@ def test_a_file_that_does_not_hold_what_was_meant_is_found_out(half_llama, tmp_p
     write_gguf(job_of(half_llama, factors, path))
     base = Checkpoint(half_llama)
     names, rope = read_names(base.config, half_llama), read_rope(base.config, half_llama)
-    tensors, vocabulary = plan(base, factors, names, rope, None), read_vocabulary(half_llama, base.config)
+    tensors, vocabulary = plan(base, factors, SCALE, names, rope, None), read_vocabulary(half_llama, base.config)
     check(path, tensors, SCALE, vocabulary, lambda nbytes: None)
     raw = bytearray(path.read_bytes())
     found, _ = read(path)
@@ -435,3 +435,26 @@ def test_progress_counts_every_byte_once_written_and_once_compared(half_llama, t
     write_gguf(job_of(half_llama, {}, tmp_path / "m.gguf", show=showing(steps)))
     assert steps == sorted(steps) and steps[-1] == 100
     assert steps[len(steps) // 2 - 1] == 50 and len(steps) % 2 == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("size", [0.05, 1.0, 1e4])
+def test_four_bits_hold_an_update_of_any_size_on_a_base_of_few_bits(tmp_path, bits, size):
+    """On a grid of 2 bits nothing of it would be left, and on one of 4 a large one would be cut off."""
+    base = write_tiny_llama(tmp_path / "base", bits=bits)
+    report = write_gguf(job_of(base, make_factors(base, size=size), tmp_path / "a.gguf", bits=4))
+    kept = [layer.retention for layer in report.layers]
+    assert min(kept) > (0.5 if size < 0.1 else 0.95)
+    assert report.types.keys() == {"F32", "Q4_1"}  # the embeddings, too, have 4 bits, as in the base
+
+
+def test_four_bits_of_a_base_in_q4_0_stay_in_q4_0(tmp_path, mx):
+    base = write_tiny_llama(tmp_path / "base")
+    tensors = mx.load(str(base / "model.safetensors"))
+    centred = {n: -8 * tensors[n.replace("biases", "scales")] for n in tensors if n.endswith("biases")}
+    mx.save_safetensors(str(base / "model.safetensors"), tensors | centred, {"format": "mlx"})
+    factors = make_factors(base)
+    report = write_gguf(job_of(base, factors, tmp_path / "a.gguf", bits=4))
+    assert report.types.keys() == {"F32", "Q4_0"}
+    named = write_gguf(job_of(base, factors, tmp_path / "b.gguf", kind="Q4_1"))
+    assert named.types["Q4_1"] > 10
