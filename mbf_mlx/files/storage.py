@@ -53,6 +53,7 @@ _REASONS = {
     errno.EINVAL: ("the file system cannot do this", _DISK),
 }
 
+WITHOUT_LINKS = ("exfat", "vfat", "msdos", "fat32", "fuseblk")  # file systems; the last is how Linux names some of them
 Data = bytes | memoryview  # the bytes of a file
 
 
@@ -239,6 +240,19 @@ def free_bytes(path: Path) -> int:
         return shutil.disk_usage(place).free
     except OSError:  # a file system that cannot say; writing will tell
         return sys.maxsize
+
+
+def lacks_links(path: Path) -> bool:
+    """Return whether the file system of an existing path is of a kind that has no links, such as exFAT."""
+    import psutil
+
+    place = os.path.realpath(path)
+    inside = [
+        part
+        for part in psutil.disk_partitions(all=True)
+        if os.path.commonpath([place, part.mountpoint]) == part.mountpoint
+    ]
+    return bool(inside) and max(inside, key=lambda part: len(part.mountpoint)).fstype.lower() in WITHOUT_LINKS
 
 
 def require_space(path: Path, needed: int, purpose: str) -> None:

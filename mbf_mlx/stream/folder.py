@@ -20,6 +20,7 @@ from mbf_mlx.adapters.layout import WEIGHTS
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
 from mbf_mlx.files.storage import Files, refusal, require_space
+from mbf_mlx.stream import links
 from mbf_mlx.stream.generations import Generation, Generations
 from mbf_mlx.stream.lock import HOLDER, LOCK, hold_lock
 from mbf_mlx.stream.records import (
@@ -127,10 +128,10 @@ class StreamFolder:
         """
         stream = cls(path, read_identity(path), files or Files())
         stream.current()
-        if not stream.generations.links_are_right():
+        if not links.are_right(stream.generations):
             try:
                 with stream.writer(clean=False):
-                    stream.generations.restore_links()
+                    links.restore(stream.generations)
             except (InputError, OSError):
                 pass  # read-only, or another process is writing: the stream can be read without its links
         return stream

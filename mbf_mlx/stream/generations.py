@@ -5,7 +5,6 @@ A generation is a folder, `generations/000007/`. It is written as `building-0000
 Whoever writes must hold the stream's lock; this file does not take it.
 """
 
-import filecmp
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +15,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mbf_mlx import __version__
 from mbf_mlx.adapters.layout import CONFIG, WEIGHTS
 from mbf_mlx.errors import InputError, quoted
-from mbf_mlx.files.storage import Data, Files, read_file, read_large, refusal, require_space, sha256, sha256_file
+from mbf_mlx.files.storage import (
+    Data,
+    Files,
+    read_file,
+    read_large,
+    refusal,
+    require_space,
+    sha256,
+    sha256_file,
+)
 from mbf_mlx.stream.records import (
     CHANGED,
     FORMAT_VERSION,
@@ -97,7 +105,7 @@ class Generations:
         number = target.removeprefix("generations/")
         return int(number) if number.isascii() and number.isdigit() and len(number) < 10 else None
 
-    def _numbers(self) -> list[int]:
+    def numbers(self) -> list[int]:
         """Return the numbers of the generations that exist, newest first."""
         names = [folder.name for folder in (self.path / "generations").glob("*")]
         return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
@@ -108,7 +116,7 @@ class Generations:
         Raises:
             InputError: there is none.
         """
-        for number in self._numbers():
+        for number in self.numbers():
             try:
                 self.verify(self.open(self.folder(number)))
             except InputError:
@@ -323,40 +331,6 @@ class Generations:
                 self.files.remove(doomed)
                 self.files.rename(folder, doomed)
             self.files.remove(doomed if doomed.exists() else folder)
-
-    # Links, which a copy of the stream may have lost
-
-    def links_are_right(self) -> bool:
-        """Return whether `current` and `adapter` are links that lead where they should."""
-        try:
-            current, adapter = os.readlink(self.path / "current"), os.readlink(self.path / "adapter")
-        except OSError:
-            return False
-        return current == f"generations/{self.current_folder().name}" and adapter == "current/adapter"
-
-    def restore_links(self) -> None:
-        """Make `current` and `adapter` again. A copying program may have put the folders there that they led to.
-
-        Such a folder is replaced only if it holds nothing but a generation's own files.
-        """
-        target = f"generations/{self.current_folder().name}"
-        for name, leads, inside in (("current", target, ""), ("adapter", "current/adapter", "adapter")):
-            place = self.path / name
-            if place.is_dir() and not place.is_symlink():
-                if not any(_is_copy(place, self.folder(number) / inside) for number in self._numbers()):
-                    return  # the user put something there; the stream can be read without its links
-                self.files.remove(place)
-            self.files.replace_link(place, leads)
-
-
-def _is_copy(folder: Path, original: Path) -> bool:
-    """Return whether every file of a folder is in the original, too, with the same bytes."""
-    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    originals = [original / path.relative_to(folder) for path in files]
-    return all(
-        one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
-        for one, other in zip(files, originals, strict=True)
-    )
 
 
 def _record(data: Data) -> FileRecord:

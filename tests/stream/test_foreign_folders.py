@@ -1,11 +1,15 @@
 """Folders and files of the user's that have names of ours: they are refused as they are, and nothing is removed."""
 
 import json
+import os
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from mbf_mlx.errors import InputError
-from tests.support.streams import contents, new_stream
+from mbf_mlx.stream.folder import StreamFolder
+from tests.support.streams import contents, learn, new_stream
 
 KINDS = {
     "a folder current": lambda path: (path / "current").mkdir(),
@@ -39,3 +43,23 @@ def test_what_a_killed_creation_leaves_is_taken_over(tmp_path):
     (folder / "current").symlink_to("generations/000000")
     (folder / "generations/building-000000").mkdir(parents=True)
     assert new_stream(folder).current().number == 0
+
+
+def test_a_stream_on_a_disk_without_links_is_read_without_a_lock_and_stays_as_it_is(quick_path, monkeypatch):
+    """exFAT: what would be links are texts that say where they would lead."""
+    stream = learn(new_stream(quick_path / "s"), 2)
+    for name in ("current", "adapter"):
+        target = os.readlink(stream.path / name)
+        (stream.path / name).unlink()
+        (stream.path / name).write_text(target)
+    before = {path: path.stat().st_mtime_ns for path in stream.path.rglob("*")}
+    parts = [
+        SimpleNamespace(mountpoint="/", fstype="ext4"),
+        SimpleNamespace(mountpoint=str(quick_path), fstype="exfat"),
+    ]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: parts)
+    assert StreamFolder.open(stream.path).state().t == 2
+    assert {path: path.stat().st_mtime_ns for path in stream.path.rglob("*")} == before
+    parts[1] = SimpleNamespace(mountpoint=str(quick_path), fstype="btrfs")  # a copying program has made texts of them
+    assert StreamFolder.open(stream.path).state().t == 2
+    assert os.readlink(stream.path / "adapter") == "current/adapter"
