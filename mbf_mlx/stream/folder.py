@@ -12,7 +12,7 @@ one unfinished folder is left, which the next writer removes. This file knows no
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,11 +129,9 @@ class StreamFolder:
         stream = cls(path, read_identity(path), files or Files())
         stream.current()
         if not links.are_right(stream.generations):
-            try:
-                with stream.writer(clean=False):
-                    links.restore(stream.generations)
-            except (InputError, OSError):
-                pass  # read-only, or another process is writing: the stream can be read without its links
+            # If it is read-only, or another process is writing, the stream can be read without its links.
+            with suppress(InputError, OSError), stream.writer(clean=False):
+                links.restore(stream.generations)
         return stream
 
     # Reading
@@ -247,11 +245,8 @@ class StreamFolder:
 
     def tidy(self) -> None:
         """Remove what a crash left behind, if no process is writing and the folder is writable."""
-        try:
-            with self.writer():
-                pass
-        except (InputError, OSError):
-            return
+        with suppress(InputError, OSError), self.writer():
+            pass
 
     def clean(self) -> None:
         """Remove old generations, half-made files and the save of a run that cannot go on. Needs the lock."""
@@ -268,10 +263,8 @@ class StreamFolder:
 
     def _clean_after_commit(self) -> None:
         """Clean if possible. The commit stands even if this fails; the next writer then reports what is in the way."""
-        try:
+        with suppress(InputError, OSError):
             self.clean()
-        except (InputError, OSError):
-            pass
 
     def commit(
         self, started: Generation, state: "State", record: TaskRecord, base_path: str, settings: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The links of a stream, `current` and `adapter`, which a copy of it may have lost, and which not every disk can hold."""
+"""The links of a stream, `current` and `adapter`, which a copy may have lost, and which some disks cannot hold."""
 
 import filecmp
 import os
