@@ -12,6 +12,7 @@ from mbf_mlx.data.chat_template import ChatTemplate, Messages
 from mbf_mlx.data.row import Row
 
 MARK = "\ue000"
+SURE = 100  # rows with a part left out, from which on others like them are only counted: rendering takes time
 
 
 class LeftOut:
@@ -29,7 +30,7 @@ class LeftOut:
     def note(self, row: Row) -> None:
         """Look at one row."""
         for part, messages, tools in _without(row, self._written):
-            if self._is_written(row, messages, tools):
+            if self._rows[part] < SURE and self._is_written(row, messages, tools):
                 self._written.add(part)
             else:
                 self._rows[part] += 1
