@@ -10,12 +10,12 @@ It counts only for the very same files, unchanged: the system sets a file's ctim
 import hashlib
 import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from mbf_mlx.base.caches import user_caches
 from mbf_mlx.base.sources import weight_files
 from mbf_mlx.files.safetensors_file import read_bytes, read_header
 
@@ -63,21 +63,9 @@ def _key(files: list[Path]) -> dict[str, Any]:
 
 def _cache_of(folder: Path) -> Path | None:
     """Return the file that may hold a folder's fingerprint; None for a user without a folder for caches."""
-    root = _user_caches()
+    root = user_caches()
     name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()[:32]
     return root / "mbf-mlx" / "fingerprints" / f"{name}.json" if root else None
-
-
-def _user_caches() -> Path | None:
-    """Return the folder for the user's caches: $XDG_CACHE_HOME, or the system's own place at home."""
-    named = os.environ.get("XDG_CACHE_HOME")
-    if named and os.path.isabs(named):  # others are to be ignored, says the XDG specification
-        return Path(named)
-    try:
-        home = Path.home()
-    except RuntimeError:  # no $HOME, and a user that the system does not know
-        return None
-    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") if home.is_absolute() else None
 
 
 def _read_cache(place: Path, key: dict[str, Any]) -> str | None:

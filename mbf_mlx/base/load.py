@@ -16,6 +16,7 @@ from mlx_lm import utils as mlx_lm
 
 from mbf_mlx.base import unpack
 from mbf_mlx.base.fingerprint import fingerprint
+from mbf_mlx.base.first_try import try_tokenizer
 from mbf_mlx.base.folder import describe_quantization, vocabulary_rows
 from mbf_mlx.base.sources import check_folder, read_config, stated_config, translated_fields, weight_files
 from mbf_mlx.errors import InputError
@@ -152,8 +153,10 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     """Return mlx-lm's tokenizer for a model folder. Code in the folder is never run.
 
     Raises:
-        InputError: the tokenizer files cannot be read, or a token has no row in the embedding.
+        InputError: the tokenizer files cannot be read, take too much time or memory, or a token has no row in the
+            embedding.
     """
+    try_tokenizer(folder)
     ends = (config if config is not None else mlx_lm.load_config(folder)).get("eos_token_id")
     try:
         tokenizer = mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
