@@ -21,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 from filelock import FileLock
 
+from mbf_mlx.base import first_try
 from mbf_mlx.device.blas import load_blas
 from tests.support.fast import is_fast, no_processes
 
@@ -37,6 +38,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if is_fast(item):
             item.add_marker("fast")
+
+
+@pytest.fixture(autouse=True)
+def _no_first_try(request, monkeypatch):
+    """Tests of this process make hundreds of tokenizers of their own: only its own test tries them in a process."""
+    if request.path.name != "test_first_try.py":
+        monkeypatch.setattr(first_try, "try_tokenizer", lambda folder: None)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -51,7 +51,8 @@ talk = [{"role": role, "content": text} for role, text in zip(("user", "assistan
 for template in filter(lambda each: isinstance(each, str), templates):
     made = 0
     try:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
+        environment = ImmutableSandboxedEnvironment(**settings)
         values = {"messages": talk, "add_generation_prompt": True, "bos_token": "", "eos_token": "", "tools": None}
         for piece in environment.from_string(template).generate(**values):
             made += len(piece)
@@ -61,7 +62,7 @@ for template in filter(lambda each: isinstance(each, str), templates):
         raise
     except Exception:
         pass  # it refuses this conversation, or is no template
-"""  # fmt: skip
+"""
 
 
 def try_tokenizer(folder: Path) -> None:

@@ -14,9 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm import utils as mlx_lm
 
-from mbf_mlx.base import unpack
+from mbf_mlx.base import first_try, unpack
 from mbf_mlx.base.fingerprint import fingerprint
-from mbf_mlx.base.first_try import try_tokenizer
 from mbf_mlx.base.folder import describe_quantization, vocabulary_rows
 from mbf_mlx.base.sources import check_folder, read_config, stated_config, translated_fields, weight_files
 from mbf_mlx.errors import InputError
@@ -156,7 +155,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
         InputError: the tokenizer files cannot be read, take too much time or memory, or a token has no row in the
             embedding.
     """
-    try_tokenizer(folder)
+    first_try.try_tokenizer(folder)
     ends = (config if config is not None else mlx_lm.load_config(folder)).get("eos_token_id")
     try:
         tokenizer = mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
