@@ -1,8 +1,8 @@
 """All printing of the commands: results to stdout, progress and warnings to stderr.
 
 Control characters are spelled out, as names may come from strangers. rich's markup is off, so a path or a prompt with
-[brackets] is printed as it is; colours come from the `style` argument. Lines are never wrapped, so that other programs
-can read them.
+[brackets] is printed as it is; colours come from the `style` argument. On a terminal, lines are wrapped between words;
+elsewhere never, so that other programs can read them.
 """
 
 import json
@@ -32,9 +32,10 @@ class _Console(Console):
 
 
 def _console(stderr: bool) -> Console:
-    # Without a terminal rich assumes 80 columns and would cut wide tables.
-    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 200
-    return _Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=True, width=width)
+    # Without a terminal rich assumes 80 columns and would cut wide tables; lines for programs are never wrapped.
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    width = None if terminal else 200
+    return _Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=not terminal, width=width)
 
 
 out = _console(stderr=False)

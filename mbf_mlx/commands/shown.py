@@ -43,7 +43,7 @@ def print_status(document: dict[str, Any]) -> None:
     from mbf_mlx.report.terminal import matrix, summary
 
     if document["tasks"]:
-        console.out.print(matrix(document, console.out.width))
+        console.out.print(matrix(document, console.out.width), soft_wrap=True)  # its title may be wider
     for line in summary(document):
         console.out.print(line)
 
