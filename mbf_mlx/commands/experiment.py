@@ -46,7 +46,7 @@ def experiment(
     Cells run one after another. A finished cell is never run again, and a killed run continues where it stopped. Start
     the same command in other processes to share the work: each takes cells that no other is running.
 
-    Example: mbf experiment benchmarks/experiments/first.toml --markdown
+    Example: mbf experiment first.toml --markdown
     """
     from mbf_mlx.experiment.plan_file import read_plan
 

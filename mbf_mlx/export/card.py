@@ -107,6 +107,9 @@ def _settings(status: dict[str, Any]) -> list[str]:
     """Return the table of settings: the stream's own, and those of its last task."""
     rows = [("Method", str(status["method"]))] if "method" in status else []
     rows += _flat({**status.get("method_options", {}), **status.get("settings", {})})
+    if any(name == WORDS["iters"] for name, _ in rows):  # they take the place of the epochs
+        rows = [(name, value) for name, value in rows if name != "Epochs"]
+    rows = list(dict.fromkeys(rows))  # the template is a setting of the stream and of its rows
     if not rows:
         return []
     lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]

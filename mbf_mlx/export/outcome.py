@@ -54,7 +54,8 @@ def fused_document(layers: list[Fused], bytes_base: int, bytes_out: int) -> Docu
 def check(job: Job, document: Document, planned: Callable[[Job, int], int]) -> None:
     """Refuse an export that lost too much, unless the user allowed it.
 
-    The agreement of its answers with the live adapter's decides. Without rows to ask, retention and error decide.
+    The agreement of its answers with the live adapter's decides. With no rows to ask, or too few, retention and error
+    decide, too.
 
     Args:
         job: The export.
@@ -65,18 +66,23 @@ def check(job: Job, document: Document, planned: Callable[[Job, int], int]) -> N
         InputError: with what was lost, and what the alternatives cost.
     """
     lost, quality = [], document["quality"]
-    if quality is None and document["retention"] < MIN_RETENTION:
-        lost.append(f"it keeps {document['retention']:.2f} of the update; expected at least {MIN_RETENTION}")
-    if quality is None and document["error"] > MAX_ERROR:
+    shown = 0.0 if quality is None else shown_agreement(quality["agreement"], quality["positions"])
+    few = "there are no rows" if quality is None else f"{quality['rows']} rows are too few"
+    if shown < ENOUGH and document["retention"] < MIN_RETENTION:
         lost.append(
-            f"its rounding is {document['error']:.1f} times as large as the update, and there are no rows to show that "
-            "the answers survive it; give some with --calibration"
+            f"it keeps {document['retention']:.2f} of the update; expected at least {MIN_RETENTION}, as {few} to show"
+            " that the answers survive"
+        )
+    if shown < ENOUGH and document["error"] > MAX_ERROR:
+        lost.append(
+            f"its rounding is {document['error']:.1f} times as large as the update, and {few} to show that the answers"
+            " survive it; give more with --calibration"
         )
     if quality is not None and quality["agreement"] < least_agreement(quality["positions"]):
         same = f"{100 * quality['agreement']:.1f} % of {quality['positions']} places"
         lost.append(f"it agrees with the live adapter at {same}; expected at least {100 * MIN_AGREEMENT:.0f} %")
     document["lost"] = lost
-    if quality is not None and (shown := shown_agreement(quality["agreement"], quality["positions"])) < ENOUGH:
+    if quality is not None and shown < ENOUGH:
         document["notes"].append(
             f"{quality['positions']} places in the answers of {quality['rows']} rows were compared: they show only that"
             f" at least {100 * shown:.0f} % of places stay as they are; --calibration FILE with more rows shows more"

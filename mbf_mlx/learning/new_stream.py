@@ -99,7 +99,7 @@ def check_fixed(
     identity = stream.identity
     asked: list[tuple[str, Any, Any]] = [("method", method, identity.method)]
     if options is not None:
-        asked.append(("method options", make(identity.method, options).options, identity.method_options))
+        asked.append(("method options", make(method or identity.method, options).options, identity.method_options))
     asked.append(("template", template, identity.template))
     given: dict[str, Any] = settings_of(lora) if isinstance(lora, LoRAConfig) else dict(lora or {})
     own = settings_of(lora_of(identity))

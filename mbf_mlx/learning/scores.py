@@ -196,6 +196,8 @@ def evaluate_stream(
             (score,) = score_all([record], None, learner, settings, events, tests)
             metric = record.metric
         elif isinstance(each, Task):
+            if each.held_out:
+                events.note(f"{each.name}: no test rows were given: {each.held_out} rows of it are scored")
             (score,) = score_all([], each, learner, settings, events, tests)
             metric = metric_of(tests.of_task(each, settings.data, settings.score_rows))
         rows.append(
