@@ -157,7 +157,7 @@ def absorb(
         )
     inputs = look(method, state, tuned.factors, source) if measures and look else None
     state = method.absorb(state, tuned.factors, inputs)
-    _check_finite(state, folder)
+    _check_finite(state, folder, stream.identity.scale)
     record = _record(name, state.t, folder, tuned.sha256, source, choose_metric or metric_by_words)
     settings = {"absorbed": str(folder)} | ({"data": {"date": stream.date()}} if stream.date() else {})
     stream.commit(started, state, record, started.manifest.base_path, settings)
@@ -279,9 +279,13 @@ def _basis_cosines(a: np.ndarray, other: np.ndarray) -> np.ndarray:
     return cosines
 
 
-def _check_finite(state: State, folder: Path) -> None:
+def _check_finite(state: State, folder: Path, scale: float) -> None:
     if bad := not_finite(state):
         raise InputError(f"{folder}: the merged factors of {bad[0]} are not finite; the stream is unchanged")
+    for layer, (a, b) in state.deployed.items():
+        largest = float(np.abs(b).max()) * float(np.abs(a).max()) * len(a) * scale
+        if largest > float(np.finfo(np.float32).max):
+            raise InputError(f"{folder}: the update of {layer} is beyond float32; the stream is unchanged")
 
 
 def metric_by_words(task: Task) -> str:

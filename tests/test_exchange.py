@@ -397,3 +397,15 @@ def test_verify_finds_numbers_that_are_not_finite(tmp_path):
         stream.commit(stream.current(), replace(state, t=2), record(2), "models/tiny", {})
     with pytest.raises(InputError, match="000002: holds numbers that are not finite, first in model.layers"):
         verify_all(stream)
+
+
+def test_an_update_beyond_float32_is_refused_even_if_forced(tmp_path):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    factors = {
+        name: Pair(np.full((4, inner), 1e30, np.float32), np.full((out, 4), 1e30, np.float32))
+        for name, (out, inner) in stream.identity.layers.items()
+    }
+    folder = write(peft.peft_files(factors, 2.0, base="tiny", num_blocks=2), tmp_path / "tuned")
+    with stream.writer(), pytest.raises(InputError, match="is beyond float32; the stream is unchanged|not finite"):
+        exchange.absorb(stream, folder, "mail", force=True)
+    assert stream.state().t == 1

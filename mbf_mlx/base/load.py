@@ -102,7 +102,7 @@ def _load_model(folder: Path, *, lazy: bool) -> tuple[nn.Module, dict[str, Any]]
         return model, config
     except InputError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, NameError, RuntimeError) as error:
         if method := _packed_by(folder):
             raise InputError(
                 f"{folder}: mlx-lm cannot read weights that {method} has quantized"
@@ -160,7 +160,9 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     try:
         tokenizer = mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
+        own_code = "trust_remote_code" in str(error)
+        said = "it needs its own Python code, which we never run" if own_code else _shortened(str(error))
+        raise InputError(f"{folder}: its tokenizer cannot be read: {said}") from error
     _check_vocabulary(folder, tokenizer)
     return tokenizer
 

@@ -12,6 +12,7 @@ from mbf_mlx.commands import console, stopped_by
 from mbf_mlx.commands.flags import Given, takes
 from mbf_mlx.commands.options import MovedBase, StreamPath
 from mbf_mlx.config import ServeConfig
+from mbf_mlx.errors import InputError
 
 _FLAGS = (
     *("host", "port", "allow_host", "allowed_origins", "api_key", "no_key"),
@@ -47,10 +48,14 @@ def serve(
                 console.warn(f"--host {config.host}: whoever reaches this machine can use the model; there is no key")
             console.err.print(f"listening on {server.url}, model {server.model!r}; Ctrl-C ends")
             server.serve_forever()
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, InputError) as error:
         # mlx has started threads for the generator. If one ends after Python has, it aborts the process.
-        name, code = stopped_by(error)
-        console.err.print(f"stopped by {name}")
+        if isinstance(error, InputError):
+            code = 1
+            console.err.print(f"error: {error}")
+        else:
+            name, code = stopped_by(error)
+            console.err.print(f"stopped by {name}")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

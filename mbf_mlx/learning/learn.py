@@ -7,7 +7,6 @@ of a team (worker.py, its start alone) all go it, with the same settings. They d
 A stream stays as it was until the commit. What training has done so far is saved in the stream's `working/`.
 """
 
-import datetime
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
-from mbf_mlx.base.chat_templates import writes_date
 from mbf_mlx.config import LearnConfig, settings_of
 from mbf_mlx.data.encode import Encoded, Encoder
 from mbf_mlx.data.task import Task
@@ -26,6 +24,7 @@ from mbf_mlx.learning.after_training import after_training, with_extra
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.learner import Learner, run_conditions
 from mbf_mlx.learning.progress import Progress, Tensors, Training, progress_of, progress_to_json
+from mbf_mlx.learning.prompt_date import with_date
 from mbf_mlx.learning.record import differences, notes_on, run_of, task_record, what_fell
 from mbf_mlx.learning.scores import TestRows, score_all
 from mbf_mlx.learning.team import Team
@@ -228,9 +227,7 @@ def learn_all(
     with stream.writer():
         learner = load()
         method = make(stream.identity.method, stream.identity.method_options)
-        settings, note = _dated(stream, learner, settings)
-        if note:
-            events.note(note)
+        settings = with_date(stream, learner.tokenizer, settings, events.note)
         tests = TestRows(learner.tokenizer, settings.data.template, stream.path, stream.path, date=settings.data.date)
         for number, task in enumerate(todo):
             if _skip(stream, task, settings, events):
@@ -238,24 +235,6 @@ def learn_all(
             chosen = replace(settings, restart=settings.restart and number == 0)
             records.append(learn_task(stream, learner, method, task, chosen, events, tests, team))
     return records
-
-
-def _dated(stream: StreamFolder, learner: Learner, settings: LearnConfig) -> tuple[LearnConfig, str]:
-    """Return the settings with the day that the chat template writes, and what the user should know about it.
-
-    It is the day that the user gave, else the stream's or that of the run to go on with, else today; none where the
-    template writes none.
-    """
-    given, kept = settings.data.date, stream.date()
-    if settings.data.template == "none" or not writes_date(learner.tokenizer.chat_template):
-        note = "--date without effect: prompts say no date with this base's chat template" if given else ""
-        return replace(settings, data=replace(settings.data, date="")), note
-    saved = None if settings.restart else stream.saves.load()
-    if saved and not (given or kept) and "date" not in saved.run:
-        return settings, ""  # a version of mbf-mlx that kept no date has begun this run
-    date = given or kept or (saved.run["date"] if saved else datetime.date.today().isoformat())
-    note = "" if date == kept else f"the chat template writes a date: prompts of this stream say {date} (--date)"
-    return replace(settings, data=replace(settings.data, date=date)), note
 
 
 def _skip(stream: StreamFolder, task: Task, settings: LearnConfig, events: Events) -> bool:
@@ -301,8 +280,7 @@ def learn_task(
     began = time.monotonic()
     stream.require_space()
     generation = stream.current()
-    working = stream.saves
-    working.check_place()
+    (working := stream.saves).check_place()
     run = run_of(task, generation.number, settings)
     restarted = settings.restart and working.drop()
     if (saved := working.load()) is not None:
@@ -313,8 +291,9 @@ def learn_task(
     if settings.restart and not restarted:
         notes.append("--restart without effect: no run was interrupted")
     if saved is not None:
-        notes.append(f"goes on after step {saved.progress['step']}")
-        notes += differences(saved.machine, run_conditions(team))
+        notes += [f"goes on after step {saved.progress['step']}", *differences(saved.machine, run_conditions(team))]
+    elif working.problems():
+        notes.append("the save of an interrupted run is damaged: the task starts over")
     learned = learn_rows(
         learner,
         method,

@@ -4,11 +4,6 @@ The loss is the cross-entropy over supervised tokens alone, plus the method's pe
 AdamW, a fresh one for each task, with warmup and cosine decay. Every random choice is a function of (seed, epoch) or
 (seed, step), so a run that goes on from a save ends with the same bits. Losses are per supervised token, in nats, and
 leave the penalty out. tuning.py decides what trains and how the model applies it.
-
-Clipping and the rate are computed here and not by mlx.optimizers, whose numbers differ in their last bits:
-`clip_grad_norm` divides by the norm + 1e-6, and its schedules compute in float32, which gives another rate at about
-half of the steps. Streams and experiments of before must go on to the same bits. A test holds both to mlx's own, within
-1e-6.
 """
 
 import math
@@ -29,10 +24,10 @@ from mbf_mlx.engine.engine import Arrays, Engine
 from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.learning.events import Step
 from mbf_mlx.learning.progress import Progress, SaveClock, Tensors, Trained, check_shapes
+from mbf_mlx.learning.step_rules import clipped, rate_at, seed_dropout
 from mbf_mlx.learning.team import Message, Team
 from mbf_mlx.learning.tuning import Tuning
 
-FLOOR = 0.1  # share of the peak rate at which the decay ends
 GUARD_RISE = 0.5  # nats: a run that ends with so much more loss, and GUARD_FACTOR times as much, has ruined the task
 GUARD_FACTOR, GUARD_STEPS = 3.0, 50  # a loss this many times the first, for so many steps, has exploded
 
@@ -137,35 +132,6 @@ class Sums:
         total, gradients = self([make_batch(self.rows, own) for rows in batches if (own := team.share(rows))])
         sums = team.add({"": np.array(total)} | {f".{name}": np.array(g) for name, g in gradients.items()})
         return mx.array(sums[""]), {name: mx.array(sums[f".{name}"]) for name in gradients}
-
-
-def seed_dropout(seed: int, step: int, rank: int = 0) -> None:
-    """Make a step's dropout depend on these numbers alone; processes that share a step drop different inputs."""
-    mx.random.seed((seed << 32) + (rank << 24) + step)
-
-
-def rate_at(config: TrainConfig, steps: int, step: int) -> float:
-    """Return the learning rate of a step: linear warmup, then cosine decay to a tenth of the peak.
-
-    Args:
-        config: The peak rate, and the share of the steps that warm up.
-        steps: All steps of the run.
-        step: The step, from 1.
-    """
-    warmup = max(1, round(config.warmup * steps))
-    if step <= warmup:
-        return config.learning_rate * step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return config.learning_rate * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def clipped(gradients: Arrays, most: float) -> tuple[Arrays, mx.array]:
-    """Return gradients whose common norm is at most `most` (0: any), and the norm that they had."""
-    norm = mx.sqrt(sum((mx.square(g).sum() for g in gradients.values()), mx.array(0.0)))
-    if not most:
-        return gradients, norm
-    share = mx.minimum(1.0, most / norm)
-    return {name: g * share for name, g in gradients.items()}, norm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,10 @@ from mbf_mlx.config import LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.learning.learn import start_task
 from mbf_mlx.learning.learner import Learner, load_learner
+from mbf_mlx.learning.step_rules import seed_dropout
 from mbf_mlx.learning.team import END, Message, Team
 from mbf_mlx.learning.team_task import rows_of, state_of
-from mbf_mlx.learning.train import Sums, seed_dropout
+from mbf_mlx.learning.train import Sums
 from mbf_mlx.methods import make
 
 

@@ -53,7 +53,7 @@ def check_origin(origins: Sequence[str], hosts: Sequence[str], config: ServeConf
     if not origins:
         return None
     origin = origins[0].strip().lower()
-    if len(origins) == 1:
+    if len(origins) == 1 and origin.isascii() and origin.isprintable():  # it is written into the answer's head
         if "*" in config.allowed_origins or origin in {each.lower().rstrip("/") for each in config.allowed_origins}:
             return origins[0].strip()
         if len(hosts) == 1 and origin == f"http://{hosts[0].strip().lower()}":

@@ -229,6 +229,11 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
         calls = message.get("tool_calls")
         if not (calls is None or (_is_list(calls, dict) and all(_is_function(call) for call in calls))):
             raise Refused(400, "messages: tool_calls must be a list of objects with a function that has a name")
+        if not all(_is_json(call["function"].get("arguments", "{}")) for call in calls or ()):
+            raise Refused(400, "messages: the arguments of tool_calls must be an object, or its JSON in a string")
+        parts = message.get("content")
+        if isinstance(parts, list) and not all(_is_text_part(part) for part in parts):
+            raise Refused(400, 'messages: content must be text, or a list of {"type": "text", "text": "…"}')
     try:
         process_message_content(messages)  # joins lists of texts
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -251,6 +256,19 @@ def _tools(fields: _Fields) -> list[dict[str, Any]]:
 def _is_function(value: dict[str, Any]) -> bool:
     function = value.get("function")
     return isinstance(function, dict) and isinstance(function.get("name"), str) and bool(function["name"])
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _is_json(arguments: Any) -> bool:
+    if isinstance(arguments, dict):
+        return True
+    try:
+        return isinstance(json.loads(arguments), dict)
+    except (ValueError, TypeError, RecursionError):
+        return False
 
 
 def _template_values(fields: _Fields) -> dict[str, Any]:
@@ -279,7 +297,7 @@ def _logit_bias(fields: _Fields, vocabulary: int) -> dict[int, float] | None:
     biases: dict[int, float] = {}
     given = fields.get("logit_bias", {}, dict, "an object of token ids and numbers")
     for token in given:
-        if not (token.isascii() and token.isdigit()) or len(token) > 12 or int(token) >= vocabulary:
+        if not (token.isascii() and token.isdigit()) or str(int(token[:12])) != token or int(token) >= vocabulary:
             raise Refused(400, f"logit_bias: token ids go from 0 to {vocabulary - 1}, got {_short(token)}")
         try:
             biases[int(token)] = float(_Fields(given).number(token, 0.0, -100, 100))

@@ -262,8 +262,8 @@ class StreamProvider(ModelProvider):
     def _check_export_template(self, fused: Path) -> None:
         """Refuse an export whose chat template is not the stream's; one of raw prompts is not rendered with any."""
         own, date = template_text(self.base.path), self.folder.date()
+        expected = template_sha256(with_date(own, date)) if own and date else self.folder.identity.template_sha256
         if self.folder.identity.template != "none":
-            expected = template_sha256(with_date(own, date)) if own and date else self.folder.identity.template_sha256
             check_template(fused, expected, self.folder.path)
 
     def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:

@@ -206,8 +206,7 @@ class StreamFolder:
 
     def date(self) -> str:
         """Return the day that the chat template writes into this stream's prompts; "" if none is kept."""
-        kept = self.current().manifest.settings.get("data", {}).get("date")
-        return kept if isinstance(kept, str) else ""
+        return str(self.current().manifest.settings.get("data", {}).get("date") or "")
 
     def interrupted(self) -> dict[str, Any] | None:
         """Return the task and step of an interrupted run that can go on, or None."""

@@ -14,7 +14,7 @@ from mbf_mlx.data.batches import make_batch  # noqa: E402
 from mbf_mlx.data.task import read_task  # noqa: E402
 from mbf_mlx.engine.lora_layers import write_factors  # noqa: E402
 from mbf_mlx.learning.progress import Progress  # noqa: E402
-from mbf_mlx.learning.train import FLOOR, clipped, rate_at  # noqa: E402
+from mbf_mlx.learning.step_rules import FLOOR, clipped, rate_at  # noqa: E402
 from tests.support import bench as a_bench  # noqa: E402
 from tests.support.bench import QUICK, Bench  # noqa: E402
 from tests.support.rows import rows_of  # noqa: E402

@@ -66,6 +66,10 @@ REFUSED = [
     {"messages": [{"role": "user", "content": "\ud800"}]},
     {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
     {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[["}}]}]},
+    {"logit_bias": {"1": 5, "01": -5}},
     {"messages": [{"role": "user", "content": "red " * 10_000}]},  # longer than the context
     {"stop": "\udfff"},
     {"frobnicate": 1},
