@@ -6,6 +6,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mbf_mlx.base.chat_templates import with_date
+from mbf_mlx.base.folder import check_template, template_sha256, template_text
 from mbf_mlx.base.load import load_to_answer
 from mbf_mlx.base.sources import BaseFolder, check_folder, read_config
 from mbf_mlx.errors import InputError, quoted
@@ -62,7 +64,7 @@ def prove_fused(stream: StreamFolder, base: BaseFolder, fused: Path) -> str:
     """Check that an export's logits are nearer to the live adapter's than to the base's; return a sentence on it.
 
     Raises:
-        InputError: they are not, or the export cannot be loaded.
+        InputError: they are not, the export cannot be loaded, or it has another chat template.
     """
     adapter = adapter_of(stream.current())
     if adapter is None:
@@ -80,6 +82,10 @@ def prove_fused(stream: StreamFolder, base: BaseFolder, fused: Path) -> str:
             f"--fused {fused}: it answers more like the base than like the adapter of {stream.path}"
             f"\nhint: mbf export {quoted(stream.path)} mlx {quoted(fused)} --force exports it again"
         )
+    own, date = template_text(base.path), stream.date()
+    expected = template_sha256(with_date(own, date)) if own and date else stream.identity.template_sha256
+    if stream.identity.template != "none":  # raw prompts are not rendered with any
+        check_template(fused, expected, stream.path)
     return f"{fused}, which answers like the adapter of {_tasks(stream)}, not like the base"
 
 

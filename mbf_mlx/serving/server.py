@@ -20,8 +20,7 @@ from typing import Any
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from mlx_lm.server import ModelProvider
 
-from mbf_mlx.base.chat_templates import dated, with_date
-from mbf_mlx.base.folder import check_template, template_sha256, template_text
+from mbf_mlx.base.chat_templates import dated
 from mbf_mlx.base.load import load_to_answer
 from mbf_mlx.base.sources import BaseFolder, read_config, stated_config, translated_fields
 from mbf_mlx.config import ServeConfig
@@ -243,7 +242,6 @@ class StreamProvider(ModelProvider):
         before, adapter = self.model_key, self.key(self._wanted)
         if before is None and self.fused is not None:
             proof = prove_fused(self.folder, self.base, self.fused)
-            self._check_export_template(self.fused)
         pair = super().load(self.cli_args.model, adapter)
         self.cli_args.chat_template_args = dated(self.tokenizer, self.folder.date())
         if self.model_key == before:
@@ -258,13 +256,6 @@ class StreamProvider(ModelProvider):
             raise
         self.say(f"{self.folder.path}: {proof}")
         return pair
-
-    def _check_export_template(self, fused: Path) -> None:
-        """Refuse an export whose chat template is not the stream's; one of raw prompts is not rendered with any."""
-        own, date = template_text(self.base.path), self.folder.date()
-        expected = template_sha256(with_date(own, date)) if own and date else self.folder.identity.template_sha256
-        if self.folder.identity.template != "none":
-            check_template(fused, expected, self.folder.path)
 
     def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
         adapter, folder = None if adapter_path is None else adapter_of(self._wanted), Path(model_path)
