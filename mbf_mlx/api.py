@@ -194,7 +194,7 @@ class Stream:
 
     def _choose_metric(self, task: Task) -> str:
         """Return the metric that `mbf learn` would score a task by; where base or mlx are missing, by its words."""
-        from mbf_mlx.exchange import metric_by_words
+        from mbf_mlx.data.words import metric_by_words
 
         try:
             backend.setup()

@@ -9,7 +9,6 @@ run on the unquantized model, so only the base's architecture, its layers and th
 weights.
 """
 
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,9 +20,8 @@ import numpy as np
 from mbf_mlx.adapters import mlx_lm as adapter
 from mbf_mlx.adapters import peft
 from mbf_mlx.base.sources import read_config
-from mbf_mlx.data.row import reference_text
 from mbf_mlx.data.task import Task, read_task
-from mbf_mlx.data.words import words_of
+from mbf_mlx.data.words import metric_by_words
 from mbf_mlx.device.machine import freed_memory_kept
 from mbf_mlx.device.threads import one_thread_each
 from mbf_mlx.errors import InputError, quoted
@@ -38,10 +36,9 @@ from mbf_mlx.stream.records import TaskRecord
 ChooseMetric = Callable[[Task], str]  # "exact_match", "rouge_l" or "loss"
 Look = Callable[[Method, State, Factors, str], dict[str, Seen]]
 
-SHORT_ANSWER_WORDS = 8  # words and marks of the longest answer that is scored by exact match; some 16 tokens
-_MARK = re.compile(r"[^\w\s]")
 FORMATS = ("peft", "mlx")
 PLAUSIBLE = 0.3  # an adapter with a smaller mean cosine between the start's A and the tuned A did not start from ours
+TOO_LARGE, MOST_HEADER = 16, 1 << 24  # times the bytes of the stream's factors, and bytes beside them
 START_BITS = 1e-6  # relative; a start that was handed out in another scale has other last bits
 SAME = {"mistral": "llama"}  # architectures that mlx-lm runs with the same code
 
@@ -170,6 +167,7 @@ def read_tuned(stream: StreamFolder, folder: Path, *, force: bool = False) -> Tu
     Raises:
         InputError: another architecture (unless `force`), rank, layers or shapes; the message names all of them.
     """
+    _check_size(stream, folder)
     if not (folder / peft.WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise InputError(f"{folder}: adapter_model.bin is a pickle, which can run code; save it as safetensors")
     if (folder / peft.WEIGHTS).exists():
@@ -201,6 +199,23 @@ def read_tuned(stream: StreamFolder, folder: Path, *, force: bool = False) -> Tu
     notes = (*notes, f"its scale is {scale:g}, the stream's {identity.scale:g}: the ratio goes into B")
     scaled = {layer: Pair(factors[layer].a, factors[layer].b * share) for layer in identity.layers}
     return TunedAdapter(scaled, digest, notes)
+
+
+def _check_size(stream: StreamFolder, folder: Path) -> None:
+    """Refuse a weights file that is far too large for the stream's factors, before it is read.
+
+    Raises:
+        InputError: with both sizes.
+    """
+    layers, rank = stream.identity.layers, stream.identity.rank
+    expected = sum(8 * rank * (out + inner) for out, inner in layers.values())  # in float64
+    for name in (peft.WEIGHTS, adapter.WEIGHTS):
+        size = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if size > TOO_LARGE * expected + MOST_HEADER:
+            raise InputError(
+                f"{folder / name}: expected factors of rank {rank}, at most {expected:,} bytes, got {size:,} bytes"
+                f"\nhint: it has to be trained from the start that mbf next {quoted(stream.path)} OUT writes"
+            )
 
 
 def _other_architecture(base: object, expected: str) -> list[str]:
@@ -286,18 +301,6 @@ def _check_finite(state: State, folder: Path, scale: float) -> None:
         largest = float(np.abs(b).max()) * float(np.abs(a).max()) * len(a) * scale
         if largest > float(np.finfo(np.float32).max):
             raise InputError(f"{folder}: the update of {layer} is beyond float32; the stream is unchanged")
-
-
-def metric_by_words(task: Task) -> str:
-    """Return the metric that fits a task's test rows, by its words: there is no tokenizer in a plain install.
-
-    A task of texts is scored by its loss, one of short answers by exact match, any other by ROUGE-L.
-    """
-    if not len(task.test) or task.test[0].kind == "text":
-        return "loss"
-    answers = (reference_text(row) for row in task.test)
-    longest = max(len(words_of(answer)) + len(_MARK.findall(answer)) for answer in answers)
-    return "exact_match" if longest <= SHORT_ANSWER_WORDS else "rouge_l"
 
 
 def _record(name: str, t: int, folder: Path, digest: str, source: str, choose_metric: ChooseMetric) -> TaskRecord:

@@ -409,3 +409,14 @@ def test_an_update_beyond_float32_is_refused_even_if_forced(tmp_path):
     with stream.writer(), pytest.raises(InputError, match="is beyond float32; the stream is unchanged|not finite"):
         exchange.absorb(stream, folder, "mail", force=True)
     assert stream.state().t == 1
+
+
+@pytest.mark.parametrize("kind", exchange.FORMATS)
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path, kind):
+    stream = learn(new_stream(tmp_path / "s"), 1)
+    folder, _ = trained(stream, tmp_path / "tuned", kind)
+    place = folder / (peft.WEIGHTS if kind == "peft" else adapter.WEIGHTS)
+    with open(place, "r+b") as file:
+        file.truncate(3 << 30)  # sparse
+    with stream.writer(), pytest.raises(InputError, match="expected factors of rank 4, at most .* got 3,221,225,472"):
+        exchange.absorb(stream, folder, "mail")
