@@ -156,7 +156,8 @@ def absorb(
     state = method.absorb(state, tuned.factors, inputs)
     _check_finite(state, folder, stream.identity.scale)
     record = _record(name, state.t, folder, tuned.sha256, source, choose_metric or metric_by_words)
-    settings = {"absorbed": str(folder)} | ({"data": {"date": stream.date()}} if stream.date() else {})
+    date = stream.date()
+    settings = {"absorbed": str(folder)} | ({"data": {"date": date}} if date else {})
     stream.commit(started, state, record, started.manifest.base_path, settings)
     return Absorbed(record=record, cosine=cosine, notes=tuned.notes)
 

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +20,7 @@ from mbf_mlx.config import LoRAConfig, ServeConfig, TrainConfig
 from mbf_mlx.errors import InputError
 from tests.conftest import ROOT
 from tests.support.rows import rows_of
+from tests.support.served import running
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 openai = pytest.importorskip("openai", reason="openai is not installed: pip install 'mbf-mlx[dev]'")
@@ -48,21 +48,6 @@ def make_stream(folder, base, **options):
     stream = Stream.open(folder / "assistant", base=str(base), lora=LoRAConfig(rank=4), **options)
     teach(stream, write_task(folder / "words", 0))
     return stream
-
-
-@contextlib.contextmanager
-def running(stream, **options):
-    """Serve a stream in this process; gives (server, what it said)."""
-    said = []
-    fused = options.pop("fused", None)
-    with stream.serving(ServeConfig(port=0, **options), fused=fused, say=said.append) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server, said
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def client_of(server):
