@@ -130,8 +130,8 @@ def absorb(
         InputError: an adapter that does not fit, a name that is taken, or no task file where the method needs one. The
             stream is unchanged.
     """
-    started, history = stream.current(), stream.history()
-    if not again and any(record.name == name for record in history):
+    started = stream.current()
+    if not again and stream.task_scores().contents_of(name):
         raise InputError(f"--name: {stream.path} has learned a task named {name!r}; choose another name, or --again")
     method, measures = _method(stream), wants_rows(stream)
     if measures and not (source and look):

@@ -80,7 +80,10 @@ FLAGS = {
         "EVERY",
         SAVING,
     ),
-    "score_tasks": Flag("After each task, score only the newest N tasks; 0: all.", group=SAVING),
+    "score_tasks": Flag(
+        "After each task, score only the newest N tasks; 0: all, of more than 100 the newest 50 and others in turns.",
+        group=SAVING,
+    ),
     "score_rows": Flag("Score these tasks on their first N test rows, now and later; 0: all rows.", group=SAVING),
     "again": Flag("Learn a task again that the stream has learned already.", group=AGAIN),
     "restart": Flag("Start an interrupted task over; what it has saved is dropped.", group=AGAIN),

@@ -29,13 +29,14 @@ def report(
     from mbf_mlx.export.place import fresh_file
     from mbf_mlx.files.storage import Files
     from mbf_mlx.report.results_page import results_page
-    from mbf_mlx.report.stream_page import stream_page
+    from mbf_mlx.report.stream_page import MOST, stream_page
 
     if (source / "stream.json").exists():
         from mbf_mlx.stream.folder import StreamFolder
-        from mbf_mlx.stream.status import status_document
+        from mbf_mlx.stream.status import course, status_document
 
-        kind, page = "stream", stream_page(status_document(StreamFolder.open(source)))
+        folder = StreamFolder.open(source)
+        kind, page = "stream", stream_page(status_document(folder), course(folder, MOST))
     elif (source / results.RESULTS).exists() or source.is_file():
         kind, rows = "experiment", results.read_results(source)
         name = (source.parent if source.is_file() else source).resolve().name.removesuffix("-results")

@@ -97,11 +97,12 @@ def make_job(stream: Any, out: Path, *, calibration: Path | None = None, **optio
     def read_rows() -> ExportRows:
         from mbf_mlx.base.load import load_tokenizer
         from mbf_mlx.export.quality.sample_rows import rows_of_file, rows_of_tasks
+        from mbf_mlx.stream.records import spans_to_score
 
         tokenizer = load_tokenizer(base.path)
         if calibration is not None:
             return rows_of_file(calibration, tokenizer, data)
-        return rows_of_tasks(stream.folder.history(), tokenizer, data, stream.folder.path)
+        return rows_of_tasks(stream.folder.tasks(spans_to_score(state.t)), tokenizer, data, stream.folder.path)
 
     return Job(
         base=base.path,

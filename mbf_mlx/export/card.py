@@ -10,6 +10,7 @@ from typing import Any
 from mbf_mlx import __version__
 from mbf_mlx.base.card import front_matter
 
+MOST_TASKS = 24  # that a card shows, the newest
 LIBRARIES = {"peft": "peft", "mlx": "mlx", "adapter": "mlx"}  # target -> the hub's name of what loads it
 WORDS = {
     "rank": "Rank",
@@ -87,10 +88,14 @@ def text(about: About, target: str, serve: list[str], survived: list[str]) -> st
 
 def _tasks(status: dict[str, Any]) -> list[str]:
     """Return the table of scores after each task, and the three numbers that sum it up."""
-    tasks, scores = status.get("tasks", []), status.get("scores", [])
+    tasks = status.get("tasks", [])[-MOST_TASKS:]
+    scores = [row[-len(tasks) :] for row in status.get("scores", [])[-len(tasks) :]]
     if not tasks:
         return []
-    lines = ["## Tasks", "", "| | " + " | ".join(_cell(task["name"]) for task in tasks) + " |"]
+    lines = ["## Tasks", ""]
+    if (learned := status.get("learned", len(tasks))) > len(tasks):
+        lines += [f"The newest {len(tasks)} of {learned:,} tasks. The numbers below the table count all of them.", ""]
+    lines += ["| | " + " | ".join(_cell(task["name"]) for task in tasks) + " |"]
     lines += ["|---|" + "---|" * len(tasks)]
     for task, row in zip(tasks, scores, strict=False):
         cells = ["" if score is None else f"{100 * score:.1f}" for score in row]

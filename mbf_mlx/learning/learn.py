@@ -33,8 +33,9 @@ from mbf_mlx.learning.train import train
 from mbf_mlx.learning.tuning import Tuning
 from mbf_mlx.methods import Method, State, make, not_finite
 from mbf_mlx.stream.folder import StreamFolder
-from mbf_mlx.stream.records import TaskRecord
+from mbf_mlx.stream.records import TaskRecord, spans_to_score, without_task
 from mbf_mlx.stream.saves import Saved, Working, check_same_run
+from mbf_mlx.stream.task_scores import digest
 
 Scores = TypeVar("Scores")
 
@@ -250,10 +251,10 @@ def already_learned(stream: StreamFolder, task: Task) -> bool:
     Raises:
         InputError: it has learned another task with this name.
     """
-    same_name = [record for record in stream.history() if record.name == task.name]
-    if not same_name:
+    contents = stream.task_scores().contents_of(task.name)
+    if not contents:
         return False
-    if any(record.sha256 == task.sha256 for record in same_name):
+    if digest(task.sha256) in contents:
         return True
     raise InputError(
         f"{task.path}: {stream.path} has learned a task named {task.name!r} with other content"
@@ -294,15 +295,18 @@ def learn_task(
         notes += [f"goes on after step {saved.progress['step']}", *differences(saved.machine, run_conditions(team))]
     elif working.problems():
         notes.append("the save of an interrupted run is damaged: the task starts over")
+    state = stream.state()
+    spans = spans_to_score(state.t + 1, settings.score_tasks)
+    earlier, before = stream.tasks(without_task(spans, state.t + 1)), stream.task_scores()
     learned = learn_rows(
         learner,
         method,
-        stream.state(),
+        state,
         TaskRows(name=task.name, train=rows, valid=valid, notes=notes),
         settings,
         events,
         find_place=lambda *_: TrainingPlace(working, run, saved),
-        score=lambda _: score_all(stream.history(), task, learner, settings, events, tests),
+        score=lambda _: score_all(earlier, task, learner, settings, events, tests),
         team=team,
     )
     record = task_record(
@@ -313,10 +317,11 @@ def learn_task(
         valid,
         test,
         settings,
+        spans,
         learned.scores,
         run_conditions(team),
     )
-    fell = what_fell(stream.history(), learned.scores, stream.path)
+    fell = what_fell([(record.name, before.newest(record.t)) for record in earlier], learned.scores, stream.path)
     fixed = {"train": settings_of(settings.train), "data": settings_of(settings.data)}
     stream.commit(generation, learned.state, record, str(learner.base.path), fixed)
     working.drop()

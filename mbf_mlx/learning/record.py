@@ -11,7 +11,7 @@ from mbf_mlx.data.token_rows import EncodedRows
 from mbf_mlx.errors import quoted
 from mbf_mlx.learning.evaluate import Score, metric_of
 from mbf_mlx.learning.progress import Training
-from mbf_mlx.stream.records import SCORE_DIGITS, TaskRecord
+from mbf_mlx.stream.records import ALL_SCORED, SCORE_DIGITS, TaskRecord, score_columns
 
 MUCH_WORSE = 0.2  # of a score in [0, 1]: an old task that loses more by a new one is named
 
@@ -61,18 +61,17 @@ def notes_on(task: Task, rows: EncodedRows, settings: LearnConfig, context: int 
     return notes
 
 
-def what_fell(history: Sequence[TaskRecord], scores: Sequence[Score | None], stream: Path) -> str:
+def what_fell(before: Sequence[tuple[str, float | None]], scores: Sequence[Score | None], stream: Path) -> str:
     """Return one line on the old tasks that a new one has made much worse, with the way back; nothing where none is.
 
     Args:
-        history: The tasks learned before; each has the scores that it ended with.
-        scores: The scores of all tasks now, the new one's last.
+        before: Name and score before of the old tasks that were scored again.
+        scores: Their scores now, and the new task's last.
         stream: The stream's folder.
     """
-    before = history[-1].scores if history else []
     fell = [
-        f"{record.name} from {100 * old:.0f} % to {100 * new.value:.0f} %"
-        for record, old, new in zip(history, before, scores)
+        f"{name} from {100 * old:.0f} % to {100 * new.value:.0f} %"
+        for (name, old), new in zip(before, scores)
         if old is not None and new is not None and new.value is not None and old - new.value > MUCH_WORSE
     ]
     way_back = f"mbf undo {quoted(stream)} goes back"
@@ -87,6 +86,7 @@ def task_record(
     valid: Sequence[Encoded],
     test: Sequence[Encoded],
     settings: LearnConfig,
+    spans: tuple[tuple[int, int], ...],
     scores: Sequence[Score | None],
     conditions: dict[str, Any],
 ) -> TaskRecord:
@@ -97,7 +97,8 @@ def task_record(
         training: How its training went.
         rows, valid, test: Its token rows.
         settings: The settings that it was learned with.
-        scores: The scores of every task so far, this one last; None where there is none.
+        spans: Which tasks were scored, as `spans_to_score` returns it; this one is the last of them.
+        scores: Their scores, in order; None where there is none.
         conditions: As `run_conditions` returns them.
     """
     newest = scores[-1]
@@ -126,8 +127,9 @@ def task_record(
         labels=task.labels,
         curve=list(training.curve),
         machine=conditions,
-        scores=[_rounded(score.value) if score else None for score in scores],
-        losses=[_rounded(score.loss) if score else None for score in scores],
+        scores=score_columns(t, spans, [_rounded(score.value) if score else None for score in scores]),
+        losses=score_columns(t, spans, [_rounded(score.loss) if score else None for score in scores]),
+        scored=spans if t > ALL_SCORED else None,
     )
 
 

@@ -16,7 +16,10 @@ from mbf_mlx.learning.evaluate import Score, metric_of, score
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.learner import Learner
 from mbf_mlx.stream.folder import StreamFolder
-from mbf_mlx.stream.records import TaskRecord
+from mbf_mlx.stream.records import ALL_SCORED, TaskRecord
+
+MOST_NAMED = 3  # tasks that could not be scored and are named one by one
+MOST_KEPT = 2 * ALL_SCORED  # tasks whose encoded test rows stay in memory
 
 
 def answers_alone(data: DataConfig) -> DataConfig:
@@ -68,6 +71,8 @@ class TestRows:
         if place not in self._rows:
             encoder = Encoder(self._tokenizer, answers_alone(replace(data, template=self._template)), self._spill)
             self._rows[place] = encoder.all(task.test[: place[2]], task.path)
+            if len(self._rows) > MOST_KEPT:
+                self._rows.pop(next(iter(self._rows)))
         return self._rows[place]
 
     def of_record(self, record: TaskRecord) -> EncodedRows | str:
@@ -86,43 +91,46 @@ class TestRows:
 
 
 def score_all(
-    history: Sequence[TaskRecord],
+    records: Sequence[TaskRecord],
     newest: Task | None,
     learner: Learner,
     settings: LearnConfig,
     events: Events,
     tests: TestRows,
 ) -> list[Score | None]:
-    """Score the model as it stands on every task.
+    """Score the model as it stands on tasks.
 
     Args:
-        history: The tasks that the stream has learned, in order.
-        newest: A task that is not in the history yet; scored last.
+        records: Tasks that the stream has learned.
+        newest: A task that the stream has no record of yet; scored last.
         learner: The model; it applies the factors that are to be scored.
-        settings: How many tasks are scored, and how `newest` is encoded.
+        settings: How `newest` is encoded.
         events: Told how far scoring is, and which rows are gone.
         tests: The test rows.
 
     Returns:
-        One score for each task, in order; None where its rows are gone, or where it is not among the newest
-        `settings.score_tasks`.
+        One score for each task, in order; None where its rows are gone.
     """
     sources: list[tuple[str, Callable[[], EncodedRows | str], str | None]] = [
-        (record.name, partial(tests.of_record, record), record.metric) for record in history
+        (record.name, partial(tests.of_record, record), record.metric) for record in records
     ]
     if newest is not None:
         read_newest = partial(tests.of_task, newest, settings.data, settings.score_rows)
         sources.append((newest.name, read_newest, None))
-    skipped = max(0, len(sources) - settings.score_tasks) if settings.score_tasks else 0
-    scores: list[Score | None] = [None] * skipped
-    for name, read, metric in sources[skipped:]:
+    scores: list[Score | None] = []
+    gone: list[str] = []
+    for name, read, metric in sources:
         rows = read()
         if isinstance(rows, str):
-            events.note(f"not scored: {rows}")
+            gone.append(rows)
         if isinstance(rows, str) or not len(rows):  # reading the task has said that it has none
             scores.append(None)
             continue
         scores.append(score_rows(learner, name, rows, metric or metric_of(rows), events))
+    for reason in gone[:MOST_NAMED]:
+        events.note(f"not scored: {reason}")
+    if len(gone) > MOST_NAMED:
+        events.note(f"not scored: {len(gone) - MOST_NAMED} more tasks, for reasons like these")
     return scores
 
 

@@ -109,6 +109,7 @@ class Forecaster:
             return self._for_tasks(stream, tasks, model, memory, make(DEFAULT_METHOD), 0)
         from mbf_mlx.base.sources import recorded_base
         from mbf_mlx.stream.folder import StreamFolder
+        from mbf_mlx.stream.records import spans_to_score
 
         opened = StreamFolder.open(stream)
         own = opened.identity
@@ -120,7 +121,7 @@ class Forecaster:
             model or str(recorded_base(opened.current().manifest.base_path, stream).path),
             memory,
             make(own.method, own.method_options),
-            sum(record.test_rows for record in opened.history()),
+            sum(record.test_rows for record in opened.tasks(spans_to_score(opened.current().manifest.t))),
         )
 
     def _for_tasks(

@@ -10,25 +10,27 @@ from mbf_mlx.report import page_parts as html
 from mbf_mlx.report import plots
 from mbf_mlx.report.plots import Curve
 from mbf_mlx.report.terminal import percent, summary
+from mbf_mlx.stream.records import ALL_SCORED
 
 Document = dict[str, Any]
 MOST = 24  # most tasks that the page shows; of more it shows so many, evenly spread
 
 
-def stream_page(document: Document) -> str:
+def stream_page(document: Document, course: Sequence[tuple[int, float | None]]) -> str:
     """Return the page of a stream.
 
     Args:
         document: The stream's status, as `mbf status --json` prints it.
+        course: The average accuracy after some tasks, as `course` returns it.
     """
-    places = shown_places(len(document["tasks"]))
+    places = shown_places(document["learned"], len(document["tasks"]))
     tasks = [document["tasks"][place] for place in places]
-    numbers = [place + 1 for place in places]
+    numbers = [task["t"] for task in tasks]
     names, numbered = [task["name"] for task in tasks], [f"{t}. {task['name']}" for t, task in zip(numbers, tasks)]
     lower = [[document["scores"][i][j] if j <= i else None for j in places] for i in places]
     parts = [html.big(_stream_numbers(document)), *(f"<p>{escape(line)}</p>" for line in _words(document))]
-    if len(tasks) < len(document["tasks"]):
-        parts += _averages(document, numbers)
+    if len(tasks) < document["learned"]:
+        parts += _averages(document, len(tasks), course)
     if any(value is not None for row in lower for value in row):
         parts += [
             html.section(
@@ -72,7 +74,7 @@ def stream_page(document: Document) -> str:
 
 
 def _stream_numbers(document: Document) -> list[tuple[str, str]]:
-    shown = [("tasks", str(len(document["tasks"])))]
+    shown = [("tasks", f"{document['learned']:,}")]
     if document["average_accuracy"] is not None:
         shown.append(("average accuracy", f"{percent(document['average_accuracy'])} %"))
     for name in ("backward_transfer", "forgetting"):
@@ -81,22 +83,30 @@ def _stream_numbers(document: Document) -> list[tuple[str, str]]:
     return [*shown, ("kept between tasks", units.size(document["kept_bytes"]))]
 
 
-def shown_places(count: int) -> list[int]:
-    """Return which of `count` tasks the page shows, from 0: all, or MOST of them, the first and the last among them."""
-    return list(range(count)) if count <= MOST else [round(i * (count - 1) / (MOST - 1)) for i in range(MOST)]
+def shown_places(learned: int, known: int) -> list[int]:
+    """Return the places of the tasks that the page shows, from 0: all, or MOST of them.
+
+    Args:
+        learned: How many tasks the stream has learned. Up to ALL_SCORED, those that are shown are evenly spread, the
+            first and the last among them. Of more, they are the newest: older ones are not scored after every task.
+        known: How many of them, the newest, the document has.
+    """
+    if learned <= MOST or learned > ALL_SCORED:
+        return list(range(max(0, known - MOST), known))
+    return [round(i * (learned - 1) / (MOST - 1)) for i in range(MOST)]
 
 
-def _averages(document: Document, numbers: Sequence[int]) -> list[str]:
-    """Return what the page says of all tasks where it shows only some: the mean score after those that are shown."""
-    means = []
-    for t in numbers:
-        known = [value for value in document["scores"][t - 1][:t] if value is not None]
-        means.append(sum(known) / len(known) if known else None)
+def _averages(document: Document, shown: int, course: Sequence[tuple[int, float | None]]) -> list[str]:
+    """Return what the page says of all tasks where it shows only some: the mean score of all of them over time."""
+    learned = document["learned"]
+    which = "evenly spread, with the first and the last" if learned <= ALL_SCORED else "the newest"
+    rest = "" if learned <= ALL_SCORED else " A task that was not scored again counts with its newest score."
+    all_scores = "mbf status --json has" if learned == len(document["tasks"]) else "The lines in history/ have"
     words = (
-        f"This stream has learned {len(document['tasks']):,} tasks. The page shows {len(numbers)} of them, evenly"
-        " spread, with the first and the last. The numbers above and the averages below count every task."
-        " mbf status --json has the scores of all tasks."
+        f"This stream has learned {learned:,} tasks. The page shows {shown} of them, {which}. The numbers above and the"
+        f" averages below count every task.{rest} {all_scores} the scores of all tasks."
     )
+    numbers, means = [t for t, _ in course], [mean for _, mean in course]
     parts = [html.section("All tasks", words)]
     if any(mean is not None for mean in means):
         curve = Curve("all tasks learned so far", numbers, means)

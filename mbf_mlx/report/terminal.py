@@ -18,10 +18,12 @@ def matrix(document: Document, width: int) -> Table:
         width: Characters of a line of the terminal. If they have no room for all tasks, or if there are more than
             MOST, only the newest tasks are shown; the mean of the others is the column "earlier".
     """
-    tasks, scores = document["tasks"], document["scores"]
-    first = _first_shown([task["name"] for task in tasks], width)
+    tasks, scores, learned = document["tasks"], document["scores"], document["learned"]
+    hidden = learned - len(tasks)  # tasks that the document leaves out
+    first = _first_shown([(task["t"], task["name"]) for task in tasks], width)
     title = "score on each task after each task, in %"
-    title += f", newest {len(tasks) - first} of {len(tasks)} (--json: all)" if first else ""
+    title += f", newest {len(tasks) - first} of {learned:,}" if first or hidden else ""
+    title += " (--json: all)" if first and not hidden else ""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("after learning", no_wrap=True)
     if first:
@@ -29,24 +31,25 @@ def matrix(document: Document, width: int) -> Table:
     for task in tasks[first:]:
         table.add_column(task["name"], justify="right", no_wrap=True)
     table.add_column("average", justify="right")
-    for t, (task, row) in enumerate(zip(tasks[first:], scores[first:], strict=True), start=first + 1):
-        cells = [Text("") if j >= t else _cell(value) for j, value in enumerate(row[first:], start=first)]
+    for at, (task, row) in enumerate(zip(tasks[first:], scores[first:], strict=True), start=first):
+        cells = [Text("") if j > at else _cell(value) for j, value in enumerate(row[first:], start=first)]
         earlier = [_mean(row[:first])] if first else []
-        table.add_row(f"{t}. {task['name']}", *earlier, *cells, _mean(row[:t]))
+        average = _mean(row[: at + 1]) if task["average"] is None else percent(task["average"])
+        table.add_row(f"{task['t']}. {task['name']}", *earlier, *cells, average)
     return table
 
 
-def _first_shown(names: list[str], width: int) -> int:
+def _first_shown(tasks: list[tuple[int, str]], width: int) -> int:
     """Return the index of the first task to show, so that it and all later ones fit into the width."""
     shown: list[str] = []
-    for name in reversed(names[-MOST:]):
+    for _, name in reversed(tasks[-MOST:]):
         more = [name, *shown]
-        label = max(len("after learning"), *(len(f"{len(names)}. {each}") for each in more))
+        label = max(len("after learning"), *(len(f"{tasks[-1][0]}. {each}") for each in more))
         needed = label + 4 + sum(max(len(each), len("100.0")) + 3 for each in [*more, "average", "earlier"])
         if shown and needed > width:
             break
         shown = more
-    return len(names) - len(shown)
+    return len(tasks) - len(shown)
 
 
 def _mean(row: list[float | None]) -> str:
@@ -76,8 +79,8 @@ def summary(document: Document) -> list[str]:
             if document[name] is not None:
                 parts.append(f"{name.replace('_', ' ')} {100 * document[name]:+.1f} points")
         lines.append(", ".join(parts))
-    count = len(document["tasks"])
-    lines.append(f"{count} task{'' if count == 1 else 's'} in one adapter of {document['adapter_bytes']:,} bytes")
+    count = document["learned"]
+    lines.append(f"{count:,} task{'' if count == 1 else 's'} in one adapter of {document['adapter_bytes']:,} bytes")
     lines.append(
         f"kept for the next task: {document['state_bytes']:,} bytes; all arrays together:"
         f" {document['kept_bytes']:,} bytes"

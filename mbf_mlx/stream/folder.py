@@ -4,6 +4,7 @@
     STREAM/current                link to the generation that counts; replacing it is the only commit
     STREAM/adapter                link to current/adapter, the deployed adapter
     STREAM/generations/000007/    manifest.json, stream.json again, history.jsonl, state.safetensors, adapter/
+    STREAM/history/               the record of tasks that are long past, in a stream of hundreds
     STREAM/working/               a task in training
 
 The current and the previous generation are kept. After a crash the current one is the old or the new one, and at most
@@ -11,7 +12,7 @@ one unfinished folder is left, which the next writer removes. This file knows no
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,20 +22,20 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
 from mbf_mlx.files.storage import Files, refusal, require_space
 from mbf_mlx.stream import links
-from mbf_mlx.stream.generations import Generation, Generations
+from mbf_mlx.stream.generations import Generation, Generations, HistoryFiles
+from mbf_mlx.stream.history import HistoryReader
 from mbf_mlx.stream.lock import HOLDER, LOCK, hold_lock
 from mbf_mlx.stream.records import (
-    HISTORY,
     IDENTITY,
     MANIFEST,
     STATE,
     Identity,
     NewerFormatError,
     TaskRecord,
-    parse,
     read_identity,
 )
 from mbf_mlx.stream.saves import Working
+from mbf_mlx.stream.task_scores import TaskScores
 from mbf_mlx.stream.unfinished import HALF_MADE, is_unfinished
 
 if TYPE_CHECKING:  # importing it loads NumPy, and `mbf status` must answer at once
@@ -49,7 +50,7 @@ class StreamFolder:
         self.generations = Generations(path, identity, files)
         self.working = path / "working"
         self.saves = Working(self.working, files)
-        self._parsed: tuple[bytes, list[TaskRecord]] = b"", []  # the part of the history read last, and its records
+        self._reader = HistoryReader(self.generations)
         self._made: str | None = None  # what this object created: the stream in an existing "folder", or "all" of it
 
     # Making and opening
@@ -81,7 +82,7 @@ class StreamFolder:
             try:
                 state = state_files.empty(identity, seed)
                 files.discard(stream.generations.folder(0))
-                stream.generations.write(0, state, b"", base_path, {})
+                stream.generations.write(0, state, HistoryFiles(), base_path, {})
                 files.replace_link(path / "adapter", "current/adapter")
                 stream.generations.make_current(0)
                 files.replace(path / IDENTITY, identity.to_json())
@@ -154,12 +155,14 @@ class StreamFolder:
         return self.generations.open(folder) if folder.exists() else None
 
     def verify(self, generation: Generation | None = None) -> None:
-        """Check every byte of a generation, of the current one by default.
+        """Check every byte of a generation, of the current one by default, and of the earlier history that it names.
 
         Raises:
             InputError: a file does not hold what was committed.
         """
-        self.generations.verify(generation or self.current())
+        generation = generation or self.current()
+        self.generations.verify(generation)
+        self._reader.verify(generation)
 
     def state(self) -> "State":
         """Return the state of the current generation.
@@ -192,17 +195,20 @@ class StreamFolder:
         return self.generations.read(_kept_bytes)
 
     def history(self) -> list[TaskRecord]:
-        """Return the records of the learned tasks, in order."""
-        return self.generations.read(self._history_of)
+        """Return the records of all learned tasks, in order."""
+        return self.generations.read(self._reader.all)
 
-    def _history_of(self, generation: Generation) -> list[TaskRecord]:
-        where, content = generation.folder / HISTORY, bytes(self.generations.content(generation, HISTORY))
-        known, records = self._parsed
-        if not content.startswith(known):
-            known, records = b"", []
-        records = records + [parse(TaskRecord, line, where) for line in content[len(known) :].splitlines()]
-        self._parsed = content, records
-        return list(records)
+    def newest_tasks(self) -> list[TaskRecord]:
+        """Return the records of the newest tasks, in order: all of a short stream, the last hundreds of a long one."""
+        return self.generations.read(self._reader.newest)
+
+    def tasks(self, spans: Sequence[tuple[int, int]]) -> list[TaskRecord]:
+        """Return the records of the tasks in `spans`, each of them the first and the last task, counted from 1."""
+        return self.generations.read(lambda generation: self._reader.tasks(generation, spans))
+
+    def task_scores(self) -> TaskScores:
+        """Return the newest score of every task, and what else the averages over all tasks need."""
+        return self.generations.read(self._reader.scores)
 
     def date(self) -> str:
         """Return the day that the chat template writes into this stream's prompts; "" if none is kept."""
@@ -222,7 +228,7 @@ class StreamFolder:
         """Return whether a saved run's task is the newest commit: the run was killed before it removed its save."""
         if run.get("generation") != self.current().number - 1:
             return False
-        last = self.history()[-1]
+        last = self.newest_tasks()[-1]
         return (last.name, last.sha256) == (run.get("task"), run.get("sha256"))
 
     # Writing
@@ -283,8 +289,8 @@ class StreamFolder:
         """
         self._check_unchanged(started)
         number = started.number + 1
-        history = (started.folder / HISTORY).read_bytes() + record.to_json()
         try:
+            history = self._reader.extended(started, record, self.files)
             self.generations.write(number, state, history, base_path, settings)
             self._check_unchanged(started)
             self.generations.make_current(number)
@@ -319,7 +325,7 @@ class StreamFolder:
         current = self.current()
         if current.number == 0:
             raise InputError(f"{self.path}: nothing to undo: it has learned no task")
-        undone = self.history()[-1]
+        undone = self.newest_tasks()[-1]
         previous = self.previous()
         if previous is None:
             raise InputError(

@@ -26,12 +26,15 @@ from mbf_mlx.files.storage import (
     sha256_file,
 )
 from mbf_mlx.stream.records import (
+    ALL_SCORED,
     CHANGED,
     FORMAT_VERSION,
     HISTORY,
     IDENTITY,
+    LONG_FORMAT_VERSION,
     MANIFEST,
     STATE,
+    TASK_SCORES,
     FileRecord,
     Identity,
     Manifest,
@@ -43,7 +46,8 @@ from mbf_mlx.stream.records import (
 if TYPE_CHECKING:  # importing it loads NumPy, and `mbf status` must answer at once
     from mbf_mlx.methods import State
 
-FILES = (IDENTITY, HISTORY, STATE, f"adapter/{WEIGHTS}", f"adapter/{CONFIG}")  # of a generation, without its manifest
+# Of a generation, without its manifest.
+FILES = (IDENTITY, HISTORY, TASK_SCORES, STATE, f"adapter/{WEIGHTS}", f"adapter/{CONFIG}")
 SMALL_FILE = 1 << 20  # bytes; smaller files are hashed at every opening, larger ones when they are read
 RETRIES = 20  # how often a reader looks again when a writer removes the generation that it reads
 SURE = 2  # after so many looks at an unchanged stream a problem is damage, not a writer at work
@@ -62,6 +66,19 @@ class Generation:
     def number(self) -> int:
         """Its place among the stream's generations; 0 is the empty stream."""
         return self.manifest.generation
+
+
+@dataclass(frozen=True)
+class HistoryFiles:
+    """The record of a stream's tasks as a generation keeps it. history.py makes and reads it."""
+
+    newest: bytes = b""  # the lines of the newest tasks, or of all of them
+    earlier: tuple[FileRecord, ...] = ()  # files outside of the generation, with the lines of the tasks before
+    table: Data | None = None  # scores of all tasks, where `earlier` has some
+
+    def contents(self) -> dict[str, Data]:
+        """Return the files inside the generation."""
+        return {HISTORY: self.newest} | ({} if self.table is None else {TASK_SCORES: self.table})
 
 
 class Generations:
@@ -242,13 +259,15 @@ class Generations:
 
     # Writing
 
-    def write(self, number: int, state: "State", history: bytes, base_path: str, settings: dict[str, Any]) -> None:
+    def write(
+        self, number: int, state: "State", history: HistoryFiles, base_path: str, settings: dict[str, Any]
+    ) -> None:
         """Write a generation; the caller makes it the current one.
 
         Args:
             number: Its number.
             state: The stream's state after the last task.
-            history: The lines of all tasks.
+            history: The record of all tasks.
             base_path: Where the base model lies.
             settings: What the last task was learned with.
 
@@ -260,7 +279,7 @@ class Generations:
         from mbf_mlx.stream import state_files
 
         identity = self.identity
-        contents = {IDENTITY: identity.to_json(), HISTORY: history, **state_files.contents(state, identity)}
+        contents = {IDENTITY: identity.to_json(), **history.contents(), **state_files.contents(state, identity)}
         require_space(self.path, sum(map(len, contents.values())) + (1 << 16), "a commit")
         building = self.path / "generations" / f"building-{number:06d}"
         self.files.discard(building)
@@ -271,7 +290,7 @@ class Generations:
                 for name, data in contents.items():
                     self.files.write(building / name, data)
             manifest = Manifest(
-                format_version=FORMAT_VERSION,
+                format_version=FORMAT_VERSION if state.t <= ALL_SCORED else LONG_FORMAT_VERSION,
                 written_by=f"mbf-mlx {__version__}",
                 stream=identity.id,
                 generation=number,
@@ -284,6 +303,7 @@ class Generations:
                 seed=state.seed,
                 files=dict(zip(contents, records)),
                 base_files=self._base_files(base_path),
+                earlier=history.earlier,
             ).sealed()
             self.files.write(building / MANIFEST, manifest.to_json())
             self.files.sync_folder(building / "adapter")

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from mbf_mlx import metrics
 from mbf_mlx.adapters.layout import WEIGHTS
 from mbf_mlx.errors import InputError
 from mbf_mlx.stream.folder import StreamFolder
@@ -15,23 +14,22 @@ def status_document(folder: StreamFolder) -> dict[str, Any]:
     Raises:
         InputError: a file is damaged.
     """
-    generation, history = folder.current(), folder.history()
+    generation, shown, table = folder.current(), folder.newest_tasks(), folder.task_scores()
     manifest, identity = generation.manifest, folder.identity
-    scores = [list(record.scores) for record in history]
-    square = [row + [None] * (len(history) - len(row)) for row in scores]
-    kinds = {record.metric for record in history if record.metric != "loss"}
+    averages, mixed = table.averages(), table.metrics()
     files = manifest.files
     can_undo, damage = _way_back(folder)
     weights = files.get(f"adapter/{WEIGHTS}")
     return {
         "stream": str(folder.path),
-        "tasks": [_task_of(record) for record in history],
-        "scores": square,
-        "losses": [list(record.losses) + [None] * (len(history) - len(record.losses)) for record in history],
-        "average_accuracy": metrics.average_accuracy(scores).value if kinds else None,
-        "backward_transfer": metrics.backward_transfer(scores).value if kinds else None,
-        "forgetting": metrics.forgetting(scores).value if kinds else None,
-        "mixed_metrics": len(kinds) > 1,
+        "learned": len(table),
+        "tasks": [_task_of(record) for record in shown],
+        "scores": [_row(shown, {task: score for task, score, _ in record.scored_tasks()}) for record in shown],
+        "losses": [_row(shown, {task: loss for task, _, loss in record.scored_tasks()}) for record in shown],
+        "average_accuracy": averages.accuracy if mixed else None,
+        "backward_transfer": averages.backward_transfer if mixed else None,
+        "forgetting": averages.forgetting if mixed else None,
+        "mixed_metrics": len(mixed) > 1,
         "adapter_bytes": weights.bytes if weights else 0,
         "state_bytes": files[STATE].bytes,
         "kept_bytes": folder.kept_bytes(),
@@ -62,8 +60,33 @@ def status_document(folder: StreamFolder) -> dict[str, Any]:
     }
 
 
+def course(folder: StreamFolder, most: int) -> list[tuple[int, float | None]]:
+    """Return the average accuracy after `most` tasks evenly spread over a stream, the first and the last among them.
+
+    Returns:
+        (task from 1, mean score of all tasks then) for each of them.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    count = folder.current().manifest.t
+    chosen = sorted({1 + round(i * (count - 1) / (most - 1)) for i in range(most)}) if count else []
+    return [(record.t, _average(record)) for record in folder.tasks([(t, t) for t in chosen])]
+
+
+def _average(record: TaskRecord) -> float | None:
+    if record.scored is not None:
+        return record.average
+    known = [score for score in record.scores if score is not None]
+    return sum(known) / len(known) if known else None
+
+
 def _task_of(record: TaskRecord) -> dict[str, Any]:
-    return record.model_dump(mode="json", exclude={"scores", "losses"})
+    return record.model_dump(mode="json", exclude={"scores", "losses", "scored"})
+
+
+def _row(shown: list[TaskRecord], values: dict[int, float | None]) -> list[float | None]:
+    return [values.get(record.t) for record in shown]
 
 
 def _way_back(folder: StreamFolder) -> tuple[bool, str | None]:

@@ -20,6 +20,7 @@ from mbf_mlx.config import LearnConfig, LoRAConfig, TrainConfig
 from mbf_mlx.errors import InputError
 from mbf_mlx.learning.events import Events
 from mbf_mlx.methods import make
+from mbf_mlx.stream.records import spans_to_score
 from tests.conftest import ROOT
 from tests.support.rows import rows_of
 from tests.support.streams import contents
@@ -156,6 +157,32 @@ def test_state_files_and_arrays_keep_their_size_from_task_2_to_task_12(tiny_llam
     assert stream.status()["tasks"][-1]["t"] == 12
     assert sizes() == after_two
     assert after_two[1] == after_two[0]["adapter/adapters.safetensors"] > 0
+
+
+def test_of_many_tasks_some_are_scored_and_the_missing_are_named_together(tiny_llama, tasks, tmp_path):
+    """A stream of 120 tasks, the newest of them gone, learns one more. The first two wait for their turn."""
+    stream = Stream.open(tmp_path / "s", base=str(tiny_llama), lora=LORA)
+    stream.learn(*tasks[:2], train=QUICK)
+    folder, second = stream.folder, stream.folder.history()[-1]
+    with folder.writer():
+        for t in range(3, 121):
+            copy = {"name": f"gone{t}", "t": t, "path": f"/gone/{t}", "scores": [0.5] * t, "losses": [1.0] * t}
+            state = dataclasses.replace(folder.state(), t=t)
+            folder.commit(folder.current(), state, second.model_copy(update=copy), str(tiny_llama), {})
+    events = Tuned()
+    (record,) = stream.learn(tasks[2], train=QUICK, events=events)
+    assert record.t == 121 and record.scored == spans_to_score(121) == ((51, 71), (72, 121))
+    assert [note for note in events.notes if "not scored" in note][-1] == (
+        "not scored: 67 more tasks, for reasons like these"
+    )
+    assert sum("not scored" in note for note in events.notes) == 4
+    assert record.scores[:-1] == [None] * 70 and record.scores[-1] is not None
+    assert Stream.open(tmp_path / "s").learn(tasks[0], tasks[2], train=QUICK) == []
+    status = Stream.open(tmp_path / "s").status()
+    assert status["learned"] == len(status["tasks"]) == 121 and status["scores"][-1][-1] == record.scores[-1]
+    undone = stream.undo()
+    (record,) = stream.learn(tasks[2], train=QUICK, score_tasks=2)
+    assert undone.t == 121 and record.scored == ((120, 121),) and len(record.scores) == 2
 
 
 def test_a_task_known_already_is_skipped_and_another_of_its_name_refused(tiny_llama, tasks, write_jsonl, tmp_path):

@@ -10,11 +10,11 @@ from html.parser import HTMLParser
 import pytest
 from typer.testing import CliRunner
 
-from mbf_mlx.api import status_document
 from mbf_mlx.commands import app
 from mbf_mlx.methods import make
 from mbf_mlx.report.results_page import results_page
 from mbf_mlx.report.stream_page import MOST, shown_places, stream_page
+from mbf_mlx.stream.status import course, status_document
 from tests.conftest import ROOT
 from tests.support.cells import row
 from tests.support.streams import learn, new_stream, record, tune
@@ -63,7 +63,7 @@ def stream(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(stream):
-    return stream_page(status_document(stream))
+    return stream_page(status_document(stream), course(stream, MOST))
 
 
 def cells():
@@ -80,7 +80,8 @@ def shown(names, width, scores=None):
 
     scores = scores or [[t / 100 if j <= t else None for j in range(len(names))] for t in range(len(names))]
     console = Console(width=width, soft_wrap=True, record=True, file=io.StringIO())
-    console.print(matrix({"tasks": [{"name": name} for name in names], "scores": scores}, width))
+    tasks = [{"name": name, "t": t, "average": None} for t, name in enumerate(names, 1)]
+    console.print(matrix({"tasks": tasks, "scores": scores, "learned": len(names)}, width))
     return console.export_text().splitlines()
 
 
@@ -139,27 +140,39 @@ def test_a_page_of_many_tasks_shows_some_of_them_and_says_so(stream):
     one = status_document(stream)
 
     def many(count):
-        tasks = [one["tasks"][0] | {"name": f"t{t}", "t": t, "sha256": f"{t:064d}"} for t in range(1, count + 1)]
-        scores = [[round(0.9 - 0.001 * (i - j), 6) if j <= i else None for j in range(count)] for i in range(count)]
-        return one | {"tasks": tasks, "scores": scores, "average_accuracy": 0.4, "forgetting": 0.1}
+        first = max(0, count - 200)  # a long stream's status has the newest tasks alone
+        tasks = [
+            one["tasks"][0] | {"name": f"t{t}", "t": t, "sha256": f"{t:064d}"} for t in range(first + 1, count + 1)
+        ]
+        scores = [[0.9 - 0.001 * (i - j) if j <= i else None for j in range(len(tasks))] for i in range(len(tasks))]
+        known = {"tasks": tasks, "scores": scores, "learned": count, "average_accuracy": 0.4, "forgetting": 0.1}
+        return stream_page(one | known, [(1, 0.9), (count // 2, 0.123), (count, 0.4)])
 
-    pages = {count: stream_page(many(count)) for count in (MOST, MOST + 1, 400)}
+    pages = {count: many(count) for count in (MOST, MOST + 1, 100, 400)}
     assert "evenly spread" not in pages[MOST] and "This stream has learned 400 tasks" in pages[400]
-    assert f"The page shows {MOST} of them" in pages[MOST + 1]
-    found = Page(pages[400])
-    for place in shown_places(400):
-        assert f"{place + 1}. t{place + 1}" in found.cells and f"{place + 1:064d}" in found.cells
-    assert "2. t2" not in found.cells and "1. t1" in found.cells and "400. t400" in found.cells
-    assert f"{100 * sum(many(400)['scores'][-1]) / 400:.1f}" in found.cells  # over all 400, not over those shown
-    assert found.tags.count("svg") == Page(pages[MOST]).tags.count("svg") + 1
+    assert f"The page shows {MOST} of them, evenly spread" in pages[MOST + 1]
+    assert f"The page shows {MOST} of them, the newest" in pages[400] and "history/" in pages[400]
+    found = {count: Page(page) for count, page in pages.items()}
+    for count, shown_tasks in ((100, [place + 1 for place in shown_places(100, 100)]), (400, range(377, 401))):
+        for t in shown_tasks:
+            assert f"{t}. t{t}" in found[count].cells and f"{t:064d}" in found[count].cells
+    assert "2. t2" not in found[100].cells and {"1. t1", "100. t100"} <= set(found[100].cells)
+    assert "376. t376" not in found[400].cells
+    assert "12.3" in found[400].cells and "12.3" not in found[MOST].cells  # the mean over all of them, over time
+    assert found[400].tags.count("svg") == found[MOST].tags.count("svg") + 1
     assert len(pages[400]) < 1.2 * len(pages[MOST])
 
 
-@pytest.mark.parametrize("count", [0, 1, MOST - 1, MOST, MOST + 1, 2 * MOST, 1000, 10_000])
+@pytest.mark.parametrize("count", [0, 1, MOST - 1, MOST, MOST + 1, 2 * MOST, 100])
 def test_shown_tasks_are_in_order_and_hold_the_first_and_the_last(count):
-    places = shown_places(count)
+    places = shown_places(count, count)
     assert places == sorted(set(places)) and len(places) == min(count, MOST)
     assert not count or (places[0], places[-1]) == (0, count - 1)
+
+
+def test_of_more_tasks_than_are_all_scored_the_newest_are_shown():
+    assert shown_places(101, 101) == list(range(101 - MOST, 101))
+    assert shown_places(10_000, 130) == list(range(130 - MOST, 130))
 
 
 def test_names_are_escaped_in_tables_and_plots(page):
@@ -199,7 +212,7 @@ def test_plots_beside_each_other_have_one_scale():
 
 
 def test_the_same_report_has_the_same_bytes_and_its_colours_are_the_pages(stream, page):
-    assert stream_page(status_document(stream)) == page
+    assert stream_page(status_document(stream), course(stream, MOST)) == page
     assert "var(--c0)" in page and "#0a0" not in page and "var(--heat)" in page
 
 
