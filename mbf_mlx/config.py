@@ -130,9 +130,7 @@ class LearnConfig:
 
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    score_tasks: int = (
-        0  # score so many of the newest tasks after each task; 0 is all, of many those of `spans_to_score`
-    )
+    score_tasks: int = 0  # score so many of the newest tasks after each task; 0 is what `spans_to_score` says
     score_rows: int = 0  # score a task on so many of its first test rows, now and later; 0 means all
     again: bool = False  # learn a task again that the stream already has
     restart: bool = False  # drop the save of an interrupted run
