@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -38,6 +38,7 @@ class Record(BaseModel):
     """A JSON object with exactly these fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    newest_format: ClassVar[int] = FORMAT_VERSION  # the newest version of the format that we read
 
     def to_json(self) -> bytes:
         """Return one line of JSON with sorted keys. The same record always gives the same bytes."""
@@ -86,6 +87,7 @@ class FileRecord(Record):
 class Manifest(Record):
     """One generation: its stream, the task it was made after, and its files."""
 
+    newest_format: ClassVar[int] = LONG_FORMAT_VERSION
     format_version: int
     written_by: str
     stream: str
@@ -247,11 +249,11 @@ def parse(kind: type[R], data: bytes, where: Path | str) -> R:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: damaged: not JSON ({error})") from error
     version = document.get("format_version", FORMAT_VERSION) if isinstance(document, dict) else FORMAT_VERSION
-    if isinstance(version, int) and version > LONG_FORMAT_VERSION:
+    if isinstance(version, int) and version > kind.newest_format:
         writer = document.get("written_by", "a newer mbf-mlx")
         raise NewerFormatError(
             f"{where}: format version {version}, written by {writer}; this mbf-mlx reads versions up to"
-            f" {LONG_FORMAT_VERSION}\nhint: upgrade with: pip install -U mbf-mlx"
+            f" {kind.newest_format}\nhint: upgrade with: pip install -U mbf-mlx"
         )
     try:
         return kind.model_validate(document)

@@ -32,7 +32,7 @@ def test_a_newer_format_is_refused_with_what_reads_it(quick_path):
     new_stream(quick_path / "s")
     where = quick_path / "s/stream.json"
     where.write_text(json.dumps(json.loads(where.read_text()) | {"format_version": 9, "novelty": 1}))
-    with pytest.raises(InputError, match="format version 9, .*reads versions up to 2\nhint: upgrade with: pip"):
+    with pytest.raises(InputError, match="format version 9, .*reads versions up to 1\nhint: upgrade with: pip"):
         StreamFolder.open(quick_path / "s")
 
 

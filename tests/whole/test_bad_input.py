@@ -221,7 +221,7 @@ STREAMS = {
                     " status STREAM --repair restores it"),
     "a newer generation": (lambda s: rewrite(s / CURRENT, format_version=3, written_by="mbf-mlx 4.1"),
                            f"STREAM/{CURRENT}: format version 3, written by mbf-mlx 4.1; this mbf-mlx reads versions up"
-                           " to 1\nhint: upgrade with: pip install -U mbf-mlx"),
+                           " to 2\nhint: upgrade with: pip install -U mbf-mlx"),
     "a field too many": (lambda s: rewrite(s / "stream.json", extra=1), "STREAM/stream.json: damaged: extra: extra inputs"
                          " are not permitted" + REPAIR),
     "a field too few": (lambda s: rewrite(s / "stream.json", rank=None), "STREAM/stream.json: damaged: rank: field"
