@@ -5,10 +5,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from mbf_mlx.errors import InputError
 
 TEMPLATES = ("chat", "none")
+PRECISIONS = ("auto", "float32", "bfloat16")
+Precision = Literal["float32", "bfloat16"]  # of the products with frozen weights
+
 SAMPLE_ROWS = 16  # training rows whose loss is compared before and after a task
 
 
@@ -95,6 +99,7 @@ class TrainConfig:
     val_every: int = 0  # steps between two validations; 0 means once an epoch
     patience: int = 0  # stop after so many validations without a better loss; 0 never stops early
     seed: int = 0
+    precision: str = "auto"  # of the products with frozen weights on a CPU; "auto" is what is faster here
     save_every: str = "60s"  # how often to save the run: "200" means steps, "60s" seconds, "0" never
 
     def __post_init__(self) -> None:
@@ -110,6 +115,7 @@ class TrainConfig:
             value = getattr(self, name)
             _check(self, name, _is_number(value) and value >= 0, "a number of at least 0")
         _check(self, "grad_checkpoint", isinstance(self.grad_checkpoint, bool), "true or false")
+        _check(self, "precision", self.precision in PRECISIONS, "auto, float32 or bfloat16")
         digits = self.save_every.removesuffix("s")
         _check(self, "save_every", digits.isascii() and digits.isdigit(), "steps as in 200 or seconds as in 60s")
 
@@ -198,4 +204,6 @@ def settings_of(config: LoRAConfig | DataConfig | TrainConfig) -> dict[str, obje
     values = {each.name: getattr(config, each.name) for each in fields(config)}
     if not values.get("date"):  # most templates write none
         values.pop("date", None)
+    if values.get("precision") != "bfloat16":  # what settings of before said nothing of
+        values.pop("precision", None)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -68,6 +68,12 @@ FLAGS = {
     "patience": Flag("Stop training after N validations without a better loss; 0: never.", group=TRAINING),
     "guard": Flag("Stop a run whose loss explodes.", group=TRAINING),
     "grad_checkpoint": Flag("Compute activations twice: less memory, more time.", group=MEMORY),
+    "precision": Flag(
+        "Products with the base's weights on a CPU: float32 or bfloat16.",
+        "NAME",
+        MEMORY,
+        default="auto: what is faster here",
+    ),
     "memory_limit": Flag(
         "Most memory that the run may take, such as 6GB; it stops before it takes more.",
         "SIZE",

@@ -17,8 +17,10 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from mbf_mlx.config import Precision
 from mbf_mlx.data.batches import IGNORED, Batch, LabelledTokens
 from mbf_mlx.device.budgets import LOGITS_COPIES
+from mbf_mlx.errors import InputError
 
 Arrays = dict[str, mx.array]  # by name: what is differentiated, and its gradients
 LossAndGrad = Callable[[Arrays, Batch], tuple[mx.array, Arrays]]
@@ -53,6 +55,18 @@ class Engine(ABC):
     @abstractmethod
     def vocabulary(self) -> int:
         """The number of tokens that the model knows, V."""
+
+    def multiply_in(self, precision: Precision) -> None:
+        """Multiply with the frozen weights in this precision, in training and in measuring; scores stay in float32.
+
+        Raises:
+            InputError: this engine or this machine cannot.
+        """
+        if precision == "bfloat16":
+            raise InputError(
+                "precision: expected float32, got bfloat16, which is for a Llama on a CPU without dropout whose weights"
+                " are unpacked"
+            )
 
     def loss_sum(self, batch: Batch) -> mx.array:
         """Return the sum of the cross-entropy over the batch's N supervised tokens: a float32 scalar.

@@ -94,7 +94,8 @@ def settings_of_cell(cell: Cell) -> dict[str, Any]:
 
 def _train_settings(cell: Cell) -> dict[str, Any]:
     """Return the training settings that decide a result; how often it is saved is none of them."""
-    return {name: value for name, value in asdict(cell.train).items() if name != "save_every"}
+    left_out = {"save_every"} if cell.train.precision == "bfloat16" else {"save_every", "precision"}
+    return {name: value for name, value in asdict(cell.train).items() if name not in left_out}
 
 
 def of_rows(rows: Sequence[Encoded]) -> list[Any]:

@@ -14,7 +14,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
-from mbf_mlx.config import LearnConfig, settings_of
+from mbf_mlx.config import LearnConfig, Precision, settings_of
 from mbf_mlx.data.encode import Encoded, Encoder
 from mbf_mlx.data.task import Task
 from mbf_mlx.data.token_rows import EncodedRows
@@ -22,7 +22,8 @@ from mbf_mlx.device import backend
 from mbf_mlx.errors import InputError
 from mbf_mlx.learning.after_training import after_training, with_extra
 from mbf_mlx.learning.events import Events
-from mbf_mlx.learning.learner import Learner, run_conditions
+from mbf_mlx.learning.learner import Learner, precision_of, run_conditions
+from mbf_mlx.learning.precision import chosen
 from mbf_mlx.learning.progress import Progress, Tensors, Training, progress_of, progress_to_json
 from mbf_mlx.learning.prompt_date import with_date
 from mbf_mlx.learning.record import differences, notes_on, run_of, task_record, what_fell
@@ -167,7 +168,8 @@ def _train(
     """Train, saving as the settings say; go on from the place's save where there is one."""
 
     def save(progress: Progress, tensors: Tensors) -> None:
-        place.working.save(progress.step, place.run, run_conditions(team), progress_to_json(progress), tensors)
+        conditions = run_conditions(team, precision_of(settings))
+        place.working.save(progress.step, place.run, conditions, progress_to_json(progress), tensors)
 
     trained = train(
         tuning,
@@ -282,9 +284,15 @@ def learn_task(
     stream.require_space()
     generation = stream.current()
     (working := stream.saves).check_place()
-    run = run_of(task, generation.number, settings)
     restarted = settings.restart and working.drop()
-    if (saved := working.load()) is not None:
+    saved = working.load()
+    begun: Precision | None = None
+    if saved is not None:
+        begun = "bfloat16" if saved.run.get("precision") == "bfloat16" else "float32"
+    precision = chosen(settings.train, learner, team, begun)
+    settings = replace(settings, train=replace(settings.train, precision=precision))
+    run, conditions = run_of(task, generation.number, settings), run_conditions(team, precision)
+    if saved is not None:
         check_same_run(saved, run, stream.working)
     encoder = Encoder(learner.tokenizer, settings.data, stream.path)
     rows, valid, test = _encoded(task, encoder, tests, settings)
@@ -292,7 +300,7 @@ def learn_task(
     if settings.restart and not restarted:
         notes.append("--restart without effect: no run was interrupted")
     if saved is not None:
-        notes += [f"goes on after step {saved.progress['step']}", *differences(saved.machine, run_conditions(team))]
+        notes += [f"goes on after step {saved.progress['step']}", *differences(saved.machine, conditions)]
     elif working.problems():
         notes.append("the save of an interrupted run is damaged: the task starts over")
     state = stream.state()
@@ -319,7 +327,7 @@ def learn_task(
         settings,
         spans,
         learned.scores,
-        run_conditions(team),
+        conditions,
     )
     fell = what_fell([(record.name, before.newest(record.t)) for record in earlier], learned.scores, stream.path)
     fixed = {"train": settings_of(settings.train), "data": settings_of(settings.data)}
