@@ -140,12 +140,14 @@ class LearnConfig:
     score_rows: int = 0  # score a task on so many of its first test rows, now and later; 0 means all
     again: bool = False  # learn a task again that the stream already has
     restart: bool = False  # drop the save of an interrupted run
+    throttle: float = 0.0  # seconds of rest after each optimizer step, for a machine that gets hot
     guard: bool = True  # stop a run if its loss explodes
     memory_limit: int = 0  # bytes that the process may hold; 0 means four fifths of what is available
 
     def __post_init__(self) -> None:
         for name in ("score_tasks", "score_rows"):
             _check(self, name, _is_count(getattr(self, name), 0), "a whole number of at least 0 (all)")
+        _check(self, "throttle", _is_number(self.throttle) and self.throttle >= 0, "seconds, at least 0")
         _check(self, "memory_limit", _is_count(self.memory_limit, 0), "bytes, or 0")
 
 

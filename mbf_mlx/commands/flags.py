@@ -66,6 +66,7 @@ FLAGS = {
     "mask_prompt": Flag("Train on the answers only, not on the prompts.", group=TRAINING),
     "val_every": Flag("Optimizer steps between two validations; 0: one an epoch.", group=TRAINING),
     "patience": Flag("Stop training after N validations without a better loss; 0: never.", group=TRAINING),
+    "throttle": Flag("Seconds of rest after each optimizer step, for a machine that gets hot.", "X", MEMORY),
     "guard": Flag("Stop a run whose loss explodes.", group=TRAINING),
     "grad_checkpoint": Flag("Compute activations twice: less memory, more time.", group=MEMORY),
     "precision": Flag(

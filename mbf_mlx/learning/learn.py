@@ -182,6 +182,7 @@ def _train(
         resume=place.resume(),
         guard=settings.guard,
         team=team,
+        throttle=settings.throttle,
     )
     return Training.of(trained, backend.peak_memory())
 

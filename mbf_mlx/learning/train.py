@@ -47,6 +47,7 @@ def train(
     resume: tuple[Progress, Tensors] | None = None,
     guard: bool = True,
     team: Team | None = None,
+    throttle: float = 0.0,
 ) -> Trained:
     """Tune the attached factors on `rows`; `tuning` holds the result, and its model applies it.
 
@@ -61,6 +62,7 @@ def train(
         resume: What `save` was called with last.
         guard: Stop a run whose loss has exploded, and refuse one that ends far worse than it began.
         team: The processes that share each step's rows; they have been told of the task.
+        throttle: Seconds of rest after each step.
 
     Raises:
         InputError: a loss or gradient that is not finite, or a loss that exploded; the step and its rows are named.
@@ -102,6 +104,8 @@ def train(
         if save and (clock.is_due(number, began) or number == run.steps or progress.stopped):
             save(progress, run.tensors())
             clock.saved(began, time.monotonic())
+        if throttle:
+            time.sleep(throttle)
     run.restore_best()
     loss_after = run.sample_loss(f"step {progress.step}: the loss after training")
     if guard and progress.loss_before is not None:

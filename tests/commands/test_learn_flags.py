@@ -67,6 +67,7 @@ TRIES = {
     "mask_prompt": Try(("--no-mask-prompt",), "factors"),
     "val_every": Try(("--val-every", "1"), "record", beside=(*STILL, "--patience", "1")),
     "patience": Try(("--patience", "1"), "record", beside=STILL),
+    "throttle": Try(("--throttle", "0.01"), "output", "rests 0.01 s after each step"),
     "guard": Try(
         ("--no-guard",),
         "exit code",
