@@ -40,6 +40,7 @@ class ByHand(Engine):
     """
 
     by_hand = True
+    notes_training = True
 
     def __init__(self, model: nn.Module, *, checkpoint: bool, logits_bytes: int) -> None:
         super().__init__(model, checkpoint=checkpoint, logits_bytes=logits_bytes)
@@ -100,19 +101,25 @@ class ByHand(Engine):
         # Copies without history: on arrays that mlx differentiates it would keep every intermediate result.
         factors = {name: without_history(value.astype(mx.float32)) for name, value in trained.items()}
         parts, handovers = self._parts(batch)
+        note = self.training_note
 
-        def run(part: Batch) -> tuple[np.ndarray, mx.array, Pass]:
+        def run(number: int, part: Batch) -> tuple[np.ndarray, mx.array, Pass]:
+            def pass_on(name: str, x: mx.array, gradients: mx.array) -> None:
+                if note is not None:
+                    note(number, len(parts), name, x, gradients, way.layout.rows_at(len(x)))
+
             way = Pass(
                 self.model,
                 factors,
                 part,
                 checkpoint=self.checkpoint,
                 handovers=handovers,
+                note=None if note is None else pass_on,
                 bfloat16=self._bfloat16,
             )
             return *self._loss_and_d_hidden(way.forward(), part.targets, len(parts)), way
 
-        done = cpu_ops.on_own_cores([partial(run, part) for part in parts])
+        done = cpu_ops.on_own_cores([partial(run, number, part) for number, part in enumerate(parts)])
         losses = np.concatenate([losses for losses, _, _ in done])
         value = mx.array(losses.sum(dtype=np.float64).astype(np.float32))
 

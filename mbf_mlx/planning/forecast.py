@@ -143,8 +143,9 @@ class Forecaster:
             note = "no tasks were named" if folder else "the model is not fetched: rows were not counted"
             return {**self.for_model(model, memory), "note": note}
         encoded = [self._encoded(task, folder) for task in read]
+        by_hand = (self.device or this_device()) == "cpu" and _is_llama(folder)
         works = [
-            work.work_of(train, valid, test, self.train, scored=len(read) - place, method=method)
+            work.work_of(train, valid, test, self.train, scored=len(read) - place, method=method, by_hand=by_hand)
             for place, (train, valid, test) in enumerate(encoded)
         ]
         loads = list(dict.fromkeys(load for each in works for load in each.loads))
