@@ -1,8 +1,8 @@
 """`apply_chat_template` of a loaded tokenizer, rendered under bounds.
 
 transformers prepares a conversation for its template: it leaves out what is None, makes plain data of objects, knows
-several names of one field. It does so here, too, but with a template of ours, which writes what it is given as JSON. From
-this the other process renders the model's own template (renderer.py).
+several names of one field. It does so here, too, but with a template of ours, which writes what it is given as JSON.
+From this the other process renders the model's own template (renderer.py).
 """
 
 import inspect
@@ -62,9 +62,8 @@ class _Bounded:
             own, conversation, tools, documents, _RECORD, add_generation_prompt=add_generation_prompt, tokenize=False
         )
         several = isinstance(recorded, list)
-        texts = renderer.render(
-            template, {**own.special_tokens_map, **values}, recorded if several else [recorded]
-        )  # a value of the caller's takes the place of a special token
+        given = {**own.special_tokens_map, **values}  # a value of the caller's takes the place of a special token
+        texts = renderer.render(template, given, recorded if several else [recorded])
         if not tokenize:
             return texts if several else texts[0]
         tokens = own(texts if several else texts[0], add_special_tokens=False)

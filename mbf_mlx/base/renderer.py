@@ -1,8 +1,8 @@
 """Renders chat templates in one process of its own, with bounds on time and memory.
 
-A chat template is a stranger's program: it may loop for ever or fill the memory, perhaps for certain conversations only.
-So none is compiled or rendered in this process. template_child.py runs in the other one, which is started with the first
-render, and again after one had to be ended. It ends by itself when this process does, in whatever way.
+A chat template is a stranger's program: it may loop for ever or fill the memory, perhaps for certain conversations
+only. So none is compiled or rendered in this process. template_child.py runs in the other one, which is started once,
+and again after it had to be ended. It ends by itself when this process does, in whatever way.
 """
 
 import atexit

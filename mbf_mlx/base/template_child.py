@@ -1,9 +1,9 @@
-"""The program of the process that renders chat templates; renderer.py starts it. It needs the standard library and jinja2.
+"""The program of the process that renders chat templates. renderer.py starts it; it needs jinja2 and nothing of ours.
 
-A request is a line of JSON: {"template", "values", "conversations", "now"}. The answer is a line of JSON: ["text", a text
-for each conversation], or "refused" with the reason, or "memory", or "long" with the letters that a text may have. A
-render that computes too long ends the process: the kernel sends SIGPROF. At the end of its input the process ends, so
-none stays behind when its parent is killed.
+A request is a line of JSON: {"template", "values", "conversations", "now"}. The answer is a line of JSON, too: ["text",
+a text for each conversation], or "refused" with the reason, or "memory", or "long" with the letters that a text may
+have. A render that computes too long ends the process: the kernel sends SIGPROF. At the end of its input the process
+ends, so none stays behind when its parent is killed.
 
 The environment is the one that transformers gives to chat templates; a test compares the two.
 """
@@ -33,10 +33,10 @@ def make_environment(now: Callable[[], datetime]) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
-    class Generation(Extension):
+    class Generation(Extension):  # type: ignore[misc]
         """`{% generation %}` marks what the assistant says; the text between the marks is written as it is."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
@@ -46,7 +46,7 @@ def make_environment(now: Callable[[], datetime]) -> Any:
         def _written(self, caller: Callable[[], str]) -> str:
             return caller()
 
-    class Names(Namespace):
+    class Names(Namespace):  # type: ignore[misc]
         """A namespace without names that lead into Python."""
 
         def __init__(*args: Any, **named: Any) -> None:
