@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm import utils as mlx_lm
 
 from mbf_mlx.base import first_try, unpack
+from mbf_mlx.base.apply_template import bound_template
 from mbf_mlx.base.fingerprint import fingerprint
 from mbf_mlx.base.folder import describe_quantization, vocabulary_rows
 from mbf_mlx.base.sources import check_folder, read_config, stated_config, translated_fields, weight_files
@@ -151,6 +152,8 @@ def _check_sizes(folder: Path) -> None:
 def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     """Return mlx-lm's tokenizer for a model folder. Code in the folder is never run.
 
+    Its chat template is rendered under bounds.
+
     Raises:
         InputError: the tokenizer files cannot be read, take too much time or memory, or a token has no row in the
             embedding.
@@ -164,6 +167,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
         said = "it needs its own Python code, which we never run" if own_code else _shortened(str(error))
         raise InputError(f"{folder}: its tokenizer cannot be read: {said}") from error
     _check_vocabulary(folder, tokenizer)
+    bound_template(tokenizer)
     return tokenizer
 
 
