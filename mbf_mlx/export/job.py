@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mbf_mlx.errors import InputError
 from mbf_mlx.export.card import About
 from mbf_mlx.methods import Factors
+
+if TYPE_CHECKING:
+    from mbf_mlx.export.weights.half_type import HalfType
 
 Show = Callable[[str, int | None, str], AbstractContextManager[Callable[..., None]]]  # title, total, unit -> update
 Count = Callable[[int], None]  # takes the bytes of a finished step
@@ -17,6 +21,20 @@ Count = Callable[[int], None]  # takes the bytes of a finished step
 def show_nothing(title: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Callable[..., None]]:
     """Show no progress."""
     return nullcontext(lambda done, **values: None)
+
+
+class LostTooMuchError(InputError):
+    """A written export that its check refuses; it is taken away again.
+
+    Args:
+        message: What the user is told.
+        lost: What was lost, as a part of a sentence.
+        allowed: Whether `--allow-loss` would write it all the same.
+    """
+
+    def __init__(self, message: str, lost: str, *, allowed: bool = True) -> None:
+        super().__init__(message)
+        self.lost, self.allowed = lost, allowed
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,7 @@ class Job:
     template: str = "chat"  # "chat", or "none" where the stream was taught on raw prompts
     chat_template: str | None = None  # the one that the export carries; None is the base's own
     bits: int | None = None  # of the layers with factors; None lets the target choose
+    half: "HalfType | None" = None  # what 16 bits are stored in; None lets the writer measure it
     kind: str | None = None  # a GGUF type, or "mlx" for LM Studio's MLX engine
     force: bool = False  # replace an earlier export
     allow_loss: bool = False  # write an export even where it lost too much
@@ -62,11 +81,15 @@ class Job:
         """Folders that the export must lie neither in nor around."""
         return (self.base, *self.forbidden)
 
+    def changed(self, **fields: Any) -> "Job":
+        """Return this job with other fields; the rows are still read once."""
+        return replace(self, read_rows=lambda: self.rows, **fields)
+
     @contextmanager
-    def counting(self, total: int) -> Iterator[Count]:
+    def counting(self, total: int, title: str = "fusing, writing, reading back") -> Iterator[Count]:
         """Give a function that counts bytes up to `total` and shows the percentage."""
         done = 0
-        with self.show("fusing, writing, reading back", 100, "percent") as update:
+        with self.show(title, 100, "percent") as update:
 
             def count(nbytes: int) -> None:
                 nonlocal done

@@ -1,6 +1,7 @@
 """The `mlx` target: a fused model folder that mlx-lm, LM Studio's MLX engine and mlx-swift load as it is.
 
-Untouched tensors are copied byte for byte. Layers with factors are fused (weights/fuse.py) and stored with more bits;
+Untouched tensors are copied byte for byte, unless the whole export is to have 16 or 32 bits. Layers with factors are
+fused (weights/fuse.py) and stored with more bits;
 `quantization` in config.json says so layer by layer. The tokenizer, chat template and licence files are the base's own.
 """
 
@@ -17,7 +18,7 @@ from mbf_mlx.base.sources import stated_config
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.job import Job
 from mbf_mlx.export.place import LICENCES, fresh_folder
-from mbf_mlx.export.weights.checkpoint import Checkpoint, Layer
+from mbf_mlx.export.weights.checkpoint import PARTS, Checkpoint, Layer, row_ranges
 from mbf_mlx.export.weights.fuse import (
     MAX_ERROR,
     MIN_RETENTION,
@@ -32,13 +33,14 @@ from mbf_mlx.export.weights.fuse import (
     store,
     touched_form,
 )
+from mbf_mlx.export.weights.half_type import FLOAT16, float_type
 from mbf_mlx.export.weights.rounding import Rounders, no_rounder
-from mbf_mlx.export.weights.tensors import Tensor, Writer
-from mbf_mlx.files.dtypes import CONFIG_NAMES
+from mbf_mlx.export.weights.tensors import Stored, Tensor, Writer
+from mbf_mlx.files.dtypes import CONFIG_NAMES, from_float32
 
 BITS = (4, 5, 6, 8, 16, 32)
+FLOAT_BITS = (16, 32)  # store floats, and no quantized layer
 MIXED_BITS = 6  # for layers whose update survives 6 bits; the others get 8
-PARTS = ("weight", "scales", "biases")  # tensors of a layer that change; a linear layer's own bias stays as it is
 COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", *LICENCES)
 INDEX = "model.safetensors.index.json"
 TEMPLATE = "chat_template.jinja"  # where transformers looks for it first
@@ -59,7 +61,7 @@ def write_mlx_folder(
     """Write the base with the adapter fused into it as a folder of its own.
 
     `job.bits` None stores layers with factors at 8 bits. 6 stores 6 where the update survives it, and 8 elsewhere.
-    16 and 32 dequantize the whole model.
+    16 and 32 dequantize the whole model and store all of it in one float type; weights/half_type.py chooses that of 16.
 
     Args:
         job: The export.
@@ -72,8 +74,9 @@ def write_mlx_folder(
     check_bits(job.bits)
     base = Checkpoint(job.base)
     touched = find_layers(base, job.factors)
-    forms = _forms(base, touched, job, job.bits)
-    plans = {path: _plan(base, forms, path) for path in base.files}
+    dtype = float_type(job) if job.bits in FLOAT_BITS else None
+    forms = _forms(base, touched, job, job.bits, dtype)
+    plans = {path: _plan(base, forms, path, dtype) for path in base.files}
     bytes_out = sum(tensor.nbytes for plan in plans.values() for tensor in plan.values())
     with fresh_folder(job.out, force=job.force, needs=bytes_out, forbidden=job.off_limits) as folder:
         fuse, layers = _Fuse(base, forms, touched, job, rounders), []
@@ -81,11 +84,11 @@ def write_mlx_folder(
             for path, plan in plans.items():
                 with Writer(folder / path.name, plan, base.metadata[path]) as writer:
                     for name in base.names_in(path):
-                        fused = fuse.write(name, writer)
+                        fused = fuse.write(name, plan, writer)
                         layers += [fused] if fused else []
                         count(base.tensors[name].nbytes)
         report = FolderReport(base.nbytes, bytes_out, layers)
-        _write_config(base, forms, job.bits, folder)
+        _write_config(base, forms, dtype, folder)
         _write_index(base, plans, folder)
         _copy_companions(job.base, folder, job.chat_template)
         if finish:
@@ -102,22 +105,25 @@ def check_bits(bits: int | None) -> None:
 def planned_bytes(job: Job, bits: int | None) -> int:
     """Return the bytes of tensors that the export would have with these bits."""
     base = Checkpoint(job.base)
-    forms = _forms(base, find_layers(base, job.factors), job, bits)
-    return sum(tensor.nbytes for path in base.files for tensor in _plan(base, forms, path).values())
+    dtype = {16: FLOAT16, 32: "F32"}.get(bits or 0)  # both types of 16 bits take as much
+    forms = _forms(base, find_layers(base, job.factors), job, bits, dtype)
+    return sum(tensor.nbytes for path in base.files for tensor in _plan(base, forms, path, dtype).values())
 
 
 def keeps_few_bits(job: Job) -> bool:
     """Return whether any layer with factors would stay at few bits, and so has to be rounded with care."""
     layers = find_layers(Checkpoint(job.base), job.factors)
-    return job.bits not in (16, 32) and any(
+    return job.bits not in FLOAT_BITS and any(
         keeps_grid(layer, touched_form(layer, job.bits)) for layer in layers.values()
     )
 
 
-def _forms(base: Checkpoint, touched: dict[str, Layer], job: Job, bits: int | None) -> dict[str, Form]:
-    """Return the new form of every layer that changes."""
+def _forms(
+    base: Checkpoint, touched: dict[str, Layer], job: Job, bits: int | None, dtype: str | None
+) -> dict[str, Form]:
+    """Return the new form of every layer that changes; `dtype` is the float type of the whole export, if it has one."""
     moved = [name for name in touched if np.any(job.factors[name].b)]
-    if bits not in (16, 32):
+    if dtype is None:
         forms = {name: touched_form(touched[name], bits) for name in moved}
         if bits == MIXED_BITS:
             for name, form in forms.items():
@@ -127,7 +133,7 @@ def _forms(base: Checkpoint, touched: dict[str, Layer], job: Job, bits: int | No
     forms = {}
     for name in base.layer_names():
         layer = touched.get(name) or base.layer(name)
-        form = Form(None, "F32" if bits == 32 else _half_type(base, layer))
+        form = Form(None, dtype)
         if name in moved or layer.setting or layer.dtype != form.dtype:
             forms[name] = form
     return forms
@@ -141,19 +147,15 @@ def _survives(layer: Layer, form: Form, delta: DeltaRows) -> bool:
     return survival.retention >= MIN_RETENTION and survival.error <= MAX_ERROR
 
 
-def _half_type(base: Checkpoint, layer: Layer) -> str:
-    if layer.dtype in ("F16", "BF16"):
-        return layer.dtype
-    stated = base.config.get("torch_dtype") or base.config.get("dtype")
-    return "BF16" if stated == CONFIG_NAMES["BF16"] else "F16"
-
-
-def _plan(base: Checkpoint, forms: dict[str, Form], path: Path) -> dict[str, Tensor]:
+def _plan(base: Checkpoint, forms: dict[str, Form], path: Path, dtype: str | None) -> dict[str, Tensor]:
     """Return the tensors of the new file for `path`. All parts of a changed layer go where its weight was."""
     plan: dict[str, Tensor] = {}
+    others = set(base.other_floats()) if dtype else set()
     for name in base.names_in(path):
         layer, part = _split(name)
-        if layer not in forms or part not in PARTS:
+        if name in others and dtype:
+            plan[name] = Tensor(dtype, base.tensors[name].shape)
+        elif layer not in forms or part not in PARTS:
             plan[name] = base.tensors[name]
         elif part == "weight":
             plan |= forms[layer].tensors(base.layer(layer))
@@ -173,15 +175,15 @@ class _Fuse:
     ) -> None:
         self._base, self._forms, self._touched, self._job, self._rounders = base, forms, touched, job, rounders
 
-    def write(self, name: str, writer: Writer) -> Fused | None:
+    def write(self, name: str, plan: dict[str, Tensor], writer: Writer) -> Fused | None:
         """Write the new form of one tensor of the base. Return what became of it if its layer has factors."""
         layer_name, part = _split(name)
         if layer_name not in self._forms:
-            writer.copy(name, self._base.tensors[name])
+            _carry(name, self._base.tensors[name], plan[name].dtype, writer)
             still = part == "weight" and layer_name in self._touched
             return _unmoved(self._touched[layer_name]) if still else None
         if part not in PARTS:
-            writer.copy(name, self._base.tensors[name])
+            _carry(name, self._base.tensors[name], plan[name].dtype, writer)
         if part != "weight":
             return None
         layer = self._touched.get(layer_name) or self._base.layer(layer_name)
@@ -195,6 +197,15 @@ class _Fuse:
         return _fused(layer, form, survival) if pair else None
 
 
+def _carry(name: str, stored: Stored, dtype: str, writer: Writer) -> None:
+    """Write a tensor that has learned nothing, in a type."""
+    if stored.dtype == dtype:
+        writer.copy(name, stored)
+        return
+    for first, last in row_ranges(stored.shape):
+        writer.write(name, from_float32(stored.floats(first, last), dtype), first)
+
+
 def _fused(layer: Layer, form: Form, survival: Survival) -> Fused:
     bytes_after = sum(tensor.nbytes for tensor in form.tensors(layer).values())
     before = str(Form(layer.setting, layer.dtype))
@@ -206,16 +217,13 @@ def _unmoved(layer: Layer) -> Fused:
     return _fused(layer, Form(layer.setting, layer.dtype), Survival())
 
 
-def _write_config(base: Checkpoint, forms: dict[str, Form], bits: int | None, folder: Path) -> None:
+def _write_config(base: Checkpoint, forms: dict[str, Form], dtype: str | None, folder: Path) -> None:
     """Write config.json with the base's keys in their order. Where nothing changes, copy the base's own file."""
     config, quantized = dict(base.config), {name: form.setting for name, form in forms.items() if form.setting}
-    if bits in (16, 32):
+    if dtype:
         config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
-        stored = {form.dtype for form in forms.values()}
-        for key in ("torch_dtype", "dtype"):
-            if config.get(key) and len(stored) == 1:
-                config[key] = CONFIG_NAMES[stored.pop()]
-                break
+        stated = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
+        config.update(dict.fromkeys(stated, CONFIG_NAMES[dtype]))
     elif quantized:
         entries = {name: asdict(setting) for name, setting in quantized.items()}
         for key in ("quantization", "quantization_config"):

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from mbf_mlx.base.card import CARD
-from mbf_mlx.errors import InputError
 from mbf_mlx.export import card
-from mbf_mlx.export.job import Job
+from mbf_mlx.export.job import Job, LostTooMuchError
 from mbf_mlx.export.place import LICENCES
 from mbf_mlx.export.weights.fuse import MAX_ERROR, MIN_RETENTION, Fused
+from mbf_mlx.export.weights.half_type import FLOAT16
 from mbf_mlx.files.storage import Data
 
 # An export with less agreement, or beyond the limits of weights/fuse.py, is refused. One answer in twenty that changes,
@@ -63,7 +63,7 @@ def check(job: Job, document: Document, planned: Callable[[Job, int], int]) -> N
         planned: (job, bits) -> bytes of an export with so many bits.
 
     Raises:
-        InputError: with what was lost, and what the alternatives cost.
+        LostTooMuchError: with what was lost, and what the alternatives cost.
     """
     lost, quality = [], document["quality"]
     shown = 0.0 if quality is None else shown_agreement(quality["agreement"], quality["positions"])
@@ -90,11 +90,40 @@ def check(job: Job, document: Document, planned: Callable[[Job, int], int]) -> N
     if lost and not job.allow_loss:
         has = job.bits or (4 if (job.kind or "").upper().startswith("Q4") else 8)
         costs = [f"  --bits {bits}: {planned(job, bits) / 1e6:,.1f} MB" for bits in (8, 16, 32) if bits > has]
-        raise InputError(
-            f"{job.out} was not written: {'; '.join(lost)} (it would have {document['bytes'] / 1e6:,.1f} MB)\n"
+        said = "; ".join(lost)
+        raise LostTooMuchError(
+            f"{job.out} was not written: {said} (it would have {document['bytes'] / 1e6:,.1f} MB)\n"
             + "\n".join([*costs, "  the adapter target: nothing is lost, and the base stays as it is"])
-            + "\nhint: --allow-loss writes it anyway"
+            + "\nhint: --allow-loss writes it anyway",
+            said,
         )
+
+
+def in_best_half_type(job: Job, write: Callable[[Job], Document]) -> Document:
+    """Write an export; one in float16 that its check refuses is written in bfloat16, if that passes.
+
+    What a layer gives may be beyond float16 though every weight is not, so the weights alone do not decide.
+
+    Args:
+        job: The export, with the type of its 16 bits.
+        write: Writes and checks it, and returns its document.
+
+    Raises:
+        LostTooMuchError: neither type passes; about float16.
+    """
+    if job.half is None or job.half.dtype != FLOAT16:
+        return write(job)
+    try:
+        return write(job.changed(allow_loss=False))
+    except LostTooMuchError as error:
+        refused = error
+    other = job.changed(half=job.half.instead(refused.lost))
+    try:
+        return write(other.changed(allow_loss=False))
+    except LostTooMuchError:
+        if not job.allow_loss:
+            raise refused from None
+    return write(job if refused.allowed else other)
 
 
 def least_agreement(positions: int) -> float:
@@ -125,6 +154,8 @@ def survived(document: Document) -> list[str]:
             f"{document['retention_lowest']:.3f}); {document['bytes'] / 1e6:,.1f} MB, the base "
             f"{document['bytes_base'] / 1e6:,.1f} MB"
         )
+    if half := document.get("half_type"):
+        sentences.append(_half_sentence(**half))
     if quality:
         same, right, live = (f"{100 * quality[key]:.1f} %" for key in ("agreement", "exported", "live"))
         sentences.append(
@@ -132,6 +163,14 @@ def survived(document: Document) -> list[str]:
             f"KL divergence {quality['kl']:.4f} nats, {right} of {quality['rows']} rows right (live {live})"
         )
     return sentences
+
+
+def _half_sentence(chosen: str, errors: dict[str, float], why_not_float16: str | None) -> str:
+    """Return which 16-bit type an export has, and what of the update that costs."""
+    kept = f"Stored in {chosen}. The update keeps {100 * max(0.0, 1 - errors[chosen]):.0f} %"
+    rounded = f"{chosen} rounds by {errors[chosen]:.2f} of it"
+    others = [f"{name} would by {error:.2f}" for name, error in errors.items() if name != chosen]
+    return f"{kept}: {', '.join([rounded, *others])}" + (f"; {why_not_float16}" if why_not_float16 else "")
 
 
 def add_card(job: Job, folder: Path, target: str, document: Document, commands: Commands) -> None:

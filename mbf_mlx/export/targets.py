@@ -20,21 +20,23 @@ from mbf_mlx.export.adapter_folder import read_back, write_files
 from mbf_mlx.export.job import Job
 from mbf_mlx.export.mlx_folder import MIXED_BITS, TEMPLATE, FolderReport, check_bits, write_mlx_folder
 from mbf_mlx.export.outcome import (
-    Commands,
     Document,
     add_card,
     check,
     fused_document,
+    in_best_half_type,
     next_commands,
     small_document,
 )
 from mbf_mlx.export.place import check_folder_place, check_place
+from mbf_mlx.export.weights.half_type import FLOAT16, with_half_type
+from mbf_mlx.files.dtypes import CONFIG_NAMES
 from mbf_mlx.files.storage import Data
 
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank takes; the first is its default
 MUCH_LARGER = 0.2  # an export that is larger than the base by more than this names a smaller one
 MUCH_SMALLER = 0.98  # ... which has to take less than this share of its bytes
-COARSE = 0.05  # an error in lengths of the update that a user of --bits 16 is told of
+COARSE = 0.05  # an error in lengths of the update that a user of 16 bits is told of
 
 
 def mlx(job: Job) -> Document:
@@ -43,19 +45,25 @@ def mlx(job: Job) -> Document:
 
     check_bits(job.bits)
     check_folder_place(job.out, force=job.force, forbidden=job.off_limits)
-    live, document = Live(job, mlx_folder.keeps_few_bits(job)), Document()
+    job = with_half_type(job)
+    live = Live(job, mlx_folder.keeps_few_bits(job))
 
     def commands(out: str, base: str) -> list[str]:
         return _mlx_lm(f"--model {quoted(out)}")
 
-    def finish(folder: Path, report: FolderReport) -> None:
-        document.update(_folder_document(job, live, folder, report))
-        document["next"] = next_commands(job, commands)
-        check(job, document, mlx_folder.planned_bytes)
-        add_card(job, folder, "mlx", document, commands)
+    def write(job: Job) -> Document:
+        document = Document()
 
-    write_mlx_folder(job, live.rounder, finish)
-    return document
+        def finish(folder: Path, report: FolderReport) -> None:
+            document.update(_folder_document(job, live, folder, report))
+            document["next"] = next_commands(job, commands)
+            check(job, document, mlx_folder.planned_bytes)
+            add_card(job, folder, "mlx", document, commands)
+
+        write_mlx_folder(job, live.rounder, finish)
+        return document
+
+    return in_best_half_type(job, write)
 
 
 def plain_adapter(job: Job) -> Document:
@@ -124,24 +132,30 @@ def peft_adapter(job: Job) -> Document:
 
 def gguf(job: Job) -> Document:
     """Write the whole model as one GGUF file."""
-    from mbf_mlx.export.gguf import write
     from mbf_mlx.export.gguf.adapter import is_ours
+    from mbf_mlx.export.gguf.write import GGUFReport, has_float_type, planned_bytes, quantize_line, write_gguf
 
     check_place(job.out, force=job.force, needs=0, forbidden=job.off_limits, is_ours=is_ours)
-    live, document = _live_for_gguf(job), Document()
+    job = with_half_type(job)
+    live = _live_for_gguf(job)
 
     def commands(out: str, base: str) -> list[str]:
         return [f"llama-server -m {quoted(out)}"]
 
-    def finish(path: Path, report: write.GGUFReport) -> None:
-        document.update(_gguf_document(job, live, path, report))
-        document["next"] = next_commands(job, commands)
-        if write.has_float_type(job):
-            document["next"].append(write.quantize_line(job.out))
-        check(job, document, write.planned_bytes)
+    def write(job: Job) -> Document:
+        document = Document()
 
-    write.write_gguf(job, live.rounder, finish)
-    return document
+        def finish(path: Path, report: GGUFReport) -> None:
+            document.update(_gguf_document(job, live, path, report))
+            document["next"] = next_commands(job, commands)
+            if has_float_type(job):
+                document["next"].append(quantize_line(job.out))
+            check(job, document, planned_bytes)
+
+        write_gguf(job, live.rounder, finish)
+        return document
+
+    return in_best_half_type(job, write)
 
 
 def gguf_adapter(job: Job) -> Document:
@@ -161,17 +175,23 @@ def ollama(job: Job) -> Document:
     from mbf_mlx.export.ollama import OllamaReport, commands, write_ollama
 
     check_folder_place(job.out, force=job.force, forbidden=job.off_limits)
-    live, document = _live_for_gguf(job), Document()
+    job = with_half_type(job)
+    live = _live_for_gguf(job)
 
-    def finish(folder: Path, report: OllamaReport) -> None:
-        document.update(_gguf_document(job, live, folder / f"{job.out.name}.gguf", report.gguf))
-        document.update(template=report.template, next=next_commands(job, commands))
-        document["notes"] += report.notes
-        check(job, document, planned_bytes)
-        add_card(job, folder, "ollama", document, commands)
+    def write(job: Job) -> Document:
+        document = Document()
 
-    write_ollama(job, live.rounder, finish)
-    return document
+        def finish(folder: Path, report: OllamaReport) -> None:
+            document.update(_gguf_document(job, live, folder / f"{job.out.name}.gguf", report.gguf))
+            document.update(template=report.template, next=next_commands(job, commands))
+            document["notes"] += report.notes
+            check(job, document, planned_bytes)
+            add_card(job, folder, "ollama", document, commands)
+
+        write_ollama(job, live.rounder, finish)
+        return document
+
+    return in_best_half_type(job, write)
 
 
 def lmstudio(job: Job) -> Document:
@@ -181,28 +201,31 @@ def lmstudio(job: Job) -> Document:
     from mbf_mlx.export.quality.live_model import Live
 
     check_folder_place(job.out, force=job.force, forbidden=job.off_limits)
-    document, planned = Document(), planned_bytes
-    commands: Commands = lmstudio.gguf_commands
+    planned, commands = planned_bytes, lmstudio.gguf_commands
     if lmstudio.for_mlx(job):
         check_bits(job.bits)
-        live = Live(job, mlx_folder.keeps_few_bits(job))
-        commands, planned = lmstudio.mlx_commands, mlx_folder.planned_bytes
-    else:
-        live = _live_for_gguf(job)
+        planned, commands = mlx_folder.planned_bytes, lmstudio.mlx_commands
+    job = with_half_type(job)
+    live = Live(job, mlx_folder.keeps_few_bits(job)) if lmstudio.for_mlx(job) else _live_for_gguf(job)
 
-    def finish(folder: Path, report: lmstudio.LMStudioReport) -> None:
-        written, model = report.written, folder / report.model
-        if isinstance(written, GGUFReport):
-            document.update(_gguf_document(job, live, model, written))
-        else:
-            document.update(_folder_document(job, live, model, written))
-        document["next"] = next_commands(job, commands)
-        check(job, document, planned)
-        # LM Studio's MLX engine is given the model's folder alone.
-        add_card(job, model if model.is_dir() else folder, "lmstudio", document, commands)
+    def write(job: Job) -> Document:
+        document = Document()
 
-    lmstudio.write_lmstudio(job, live.rounder, finish)
-    return document
+        def finish(folder: Path, report: lmstudio.LMStudioReport) -> None:
+            written, model = report.written, folder / report.model
+            if isinstance(written, GGUFReport):
+                document.update(_gguf_document(job, live, model, written))
+            else:
+                document.update(_folder_document(job, live, model, written))
+            document["next"] = next_commands(job, commands)
+            check(job, document, planned)
+            # LM Studio's MLX engine is given the model's folder alone.
+            add_card(job, model if model.is_dir() else folder, "lmstudio", document, commands)
+
+        lmstudio.write_lmstudio(job, live.rounder, finish)
+        return document
+
+    return in_best_half_type(job, write)
 
 
 # target -> the function that writes it; the names are those of `export.TARGETS`
@@ -224,16 +247,30 @@ def _live_for_gguf(job: Job) -> Any:
     return Live(job, keeps_few_bits(job))
 
 
-def _folder_document(job: Job, live: Any, folder: Path, report: FolderReport) -> Document:
+def _is_float16(job: Job) -> bool:
+    """Return whether float16 was chosen for the whole export."""
+    return job.half is not None and job.half.dtype == FLOAT16
+
+
+def _fused_document(job: Job, report: Any) -> Document:
+    """Return the document of a fused export, with what its 16-bit type costs."""
     document = fused_document(report.layers, report.bytes_base, report.bytes_out)
-    document["quality"] = live.compare(folder)
+    document["half_type"] = job.half.document() if job.half else None
+    halves = {layer.after for layer in report.layers} & {"F16", "BF16"}
+    if halves and document["error"] > COARSE:
+        more = "" if job.half else "--bits 16 takes the 16-bit type that keeps most of it, "
+        document["notes"].append(
+            f"{100 * document['error']:.0f} % of the update is lost to the rounding of"
+            f" {' and '.join(CONFIG_NAMES[each] for each in sorted(halves))}; {more}--bits 32 keeps all of it"
+        )
+    return document
+
+
+def _folder_document(job: Job, live: Any, folder: Path, report: FolderReport) -> Document:
+    document = _fused_document(job, report)
+    document["quality"] = live.compare(folder, in_float16=_is_float16(job))
     document["notes"] += job.rows.notes
     more = report.bytes_out / report.bytes_base - 1
-    if job.bits == 16 and document["error"] > COARSE:
-        document["notes"].append(
-            f"{100 * document['error']:.0f} % of the update is lost to the rounding of bfloat16, the base's own type;"
-            " --bits 32 keeps all of it"
-        )
     mixed = mlx_folder.planned_bytes(job, MIXED_BITS)
     if job.bits is None and more > MUCH_LARGER and mixed < report.bytes_out * MUCH_SMALLER:
         document["notes"].append(
@@ -247,8 +284,9 @@ def _folder_document(job: Job, live: Any, folder: Path, report: FolderReport) ->
 def _gguf_document(job: Job, live: Any, path: Path, report: Any) -> Document:
     from mbf_mlx.export.gguf.read_back import stored_matrices
 
-    document = fused_document(report.layers, report.bytes_base, report.bytes_out)
+    document = _fused_document(job, report)
     document["types"] = report.types
-    document["quality"] = live.compare(job.base, stored_matrices(path, report.matrices))
+    stored = stored_matrices(path, report.matrices)
+    document["quality"] = live.compare(job.base, stored, in_float16=_is_float16(job))
     document["notes"] += [*report.notes, *job.rows.notes]
     return document

@@ -11,7 +11,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.export.gguf import tensor_types as types
 from mbf_mlx.export.gguf.rope import Rope
 from mbf_mlx.export.gguf.tensor_types import Type
-from mbf_mlx.export.weights.checkpoint import CHUNK_ELEMENTS, Checkpoint, Layer
+from mbf_mlx.export.weights.checkpoint import CHUNK_ELEMENTS, COMPUTED, Checkpoint, Layer
 from mbf_mlx.export.weights.fuse import SAFE_BITS, delta_rows, find_layers
 from mbf_mlx.methods import Factors, Pair
 
@@ -19,7 +19,6 @@ FOUR_BITS = (Type.Q4_0, Type.Q4_1)
 LARGE_UPDATE = 0.1  # of the weights' length; a larger one gets a new grid
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 ROPE_FREQS = "rope_freqs.weight"
-COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.freqs")  # in some folders, though config.json suffices
 
 
 @dataclass(frozen=True)

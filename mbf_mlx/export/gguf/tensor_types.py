@@ -14,7 +14,7 @@ from mbf_mlx.export.weights.checkpoint import Layer
 
 Type = gguf.GGMLQuantizationType
 TYPES = {kind.name: kind for kind in (Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_1, Type.Q4_0)}
-BITS = {4: Type.Q4_1, 8: Type.Q8_0, 16: Type.F16, 32: Type.F32}  # --bits -> type
+BITS = {4: Type.Q4_1, 8: Type.Q8_0, 16: Type.F16, 32: Type.F32}  # --bits -> type; 16 may be BF16, too
 FLOAT_TYPES = {"F32": Type.F32, "F64": Type.F32, "F16": Type.F16, "BF16": Type.BF16}
 FILE_TYPES = {
     Type.F32: gguf.LlamaFileType.ALL_F32,
@@ -112,7 +112,7 @@ def encode_rows(weight: np.ndarray, kind: gguf.GGMLQuantizationType, name: str) 
     """
     largest = np.abs(weight).max(initial=0)
     if not np.isfinite(weight).all() or (kind not in (Type.F32, Type.BF16) and largest > np.finfo(np.float16).max):
-        raise InputError(f"{name}: weights up to {largest} are not finite in {kind.name}; try --bits 32")
+        raise InputError(f"{name}: weights up to {largest} are not finite in {kind.name}; try --bits 16 or 32")
     return np.ascontiguousarray(quants.quantize(np.ascontiguousarray(weight), kind)).view(np.uint8)
 
 

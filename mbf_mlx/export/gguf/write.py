@@ -26,6 +26,7 @@ from mbf_mlx.export.job import Count, Job
 from mbf_mlx.export.place import fresh_file
 from mbf_mlx.export.weights.checkpoint import Checkpoint
 from mbf_mlx.export.weights.fuse import Fused, codes_on_grid, delta_rows
+from mbf_mlx.export.weights.half_type import float_type
 from mbf_mlx.export.weights.rounding import Rounders, no_rounder
 from mbf_mlx.files.storage import flush
 
@@ -51,7 +52,8 @@ def write_gguf(
 ) -> GGUFReport:
     """Write the base with the adapter fused into it as one GGUF file, called as the file is without its suffix.
 
-    `job.kind` or `job.bits` name the type of every matrix; with 4 bits the embeddings get 8. Without them each layer
+    `job.kind` or `job.bits` name the type of every matrix; with 4 bits the embeddings get 8, and 16 are F16 or BF16,
+    whichever weights/half_type.py chooses. Without them each layer
     keeps its own type, and layers with factors get 8 bits, or 16 where the base is not quantized.
 
     Args:
@@ -122,10 +124,12 @@ def quantize_line(path: Path, kind: str = "Q4_K_M") -> str:
 
 
 def _type(job: Job) -> gguf.GGMLQuantizationType | None:
-    """Return the GGUF type that --type or --bits names; None where neither is given."""
+    """Return the GGUF type that --type or --bits names; None where neither is given. That of 16 bits is measured."""
     if job.kind is None:
         if job.bits is not None and job.bits not in types.BITS:
             raise InputError(f"--bits: expected one of {', '.join(map(str, types.BITS))} for GGUF, got {job.bits}")
+        if job.bits == 16:
+            return types.FLOAT_TYPES[float_type(job)]
         return None if job.bits is None else types.BITS[job.bits]
     name = job.kind.upper()
     if name in types.TYPES:

@@ -23,6 +23,10 @@ TOKENS = 1024  # in one forward pass
 LOGITS_BYTES = 64 << 20  # in one forward pass, if the architecture computes logits at every position
 
 
+class NotFiniteError(ArithmeticError):
+    """A model that was compared has logits that are not finite."""
+
+
 @dataclass(frozen=True)
 class Quality:
     """The result of a comparison."""
@@ -66,11 +70,17 @@ class Reference:
             raise InputError("the live model's logits are not finite; its adapter is broken")
 
     def compare(self, model: Any, advance: Callable[[int], None] = lambda rows: None) -> Quality:
-        """Return the comparison of another model with the live one on the same rows."""
+        """Return the comparison of another model with the live one on the same rows.
+
+        Raises:
+            NotFiniteError: the other model's logits are not finite.
+        """
         forward = Forward(model)
         total = same = count = rows = live = exported = 0.0
         for batch, ours in zip(self._batches, self._kept, strict=True):
             theirs = _log_probabilities(forward, batch)
+            if not np.isfinite(theirs).all():
+                raise NotFiniteError("its logits are not finite")
             total += float((np.exp(ours) * (ours - theirs)).sum(dtype=np.float64))
             mine, other = ours.argmax(-1), theirs.argmax(-1)
             same += float((mine == other).sum())

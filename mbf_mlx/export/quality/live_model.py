@@ -16,9 +16,8 @@ from mbf_mlx.base.load import load_base
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.device import backend
 from mbf_mlx.engine.lora_layers import attach, lora_layers, write_factors
-from mbf_mlx.errors import InputError
-from mbf_mlx.export.job import Job
-from mbf_mlx.export.quality.compare import Reference
+from mbf_mlx.export.job import Job, LostTooMuchError
+from mbf_mlx.export.quality.compare import NotFiniteError, Reference
 from mbf_mlx.export.quality.input_moments import Shelf, moments
 from mbf_mlx.export.quality.layers_on_disk import Rows, leave_on_disk
 from mbf_mlx.export.weights.checkpoint import Checkpoint
@@ -78,26 +77,36 @@ class Live:
             self._last = (place, Rounder(self._moments.get(layer)))
         return self._last[1]
 
-    def compare(self, folder: Path, stored: Mapping[str, Rows] | None = None) -> dict[str, Any] | None:
+    def compare(
+        self, folder: Path, stored: Mapping[str, Rows] | None = None, *, in_float16: bool = False
+    ) -> dict[str, Any] | None:
         """Load an export and return its comparison with the live model; None if there are no rows.
 
         Args:
             folder: An MLX model folder.
             stored: Layer -> its weight in an export that is not such a folder; replaces the folder's own.
+            in_float16: Compute in float16, as other programs do with an export in float16: what a layer gives may be
+                beyond that type though no weight is. Otherwise the export is computed as the live model was.
 
         Raises:
-            InputError: the export's logits are not finite.
+            LostTooMuchError: the export's logits are not finite.
         """
+        on_disk = {**_plain_layers(folder), **(stored or {})}
         with _little_spare_memory():
-            return self._compare(folder, {**_plain_layers(folder), **(stored or {})})
+            try:
+                return self._compare(folder, on_disk, in_float16)
+            except NotFiniteError as error:
+                message = f"{self._job.out} was not written: {error}; try --bits 32"
+                raise LostTooMuchError(message, str(error), allowed=False) from error
 
-    def _compare(self, folder: Path, on_disk: Mapping[str, Rows]) -> dict[str, Any] | None:
-        exported = load_base(
-            folder, dtype=_dtype(), prepare=lambda unread: leave_on_disk(unread, on_disk, _mx_dtype())
-        ).model
+    def _compare(self, folder: Path, on_disk: Mapping[str, Rows], in_float16: bool) -> dict[str, Any] | None:
+        dtype, mx_dtype = (None, mx.float16) if in_float16 else (_dtype(), _mx_dtype())
+        exported = load_base(folder, dtype=dtype, prepare=lambda unread: leave_on_disk(unread, on_disk, mx_dtype)).model
+        if in_float16:  # norms have the base's type where an export is no folder
+            exported.set_dtype(mx.float16)
         unpack.step_by_step(exported)
         if not np.isfinite(np.array(exported(mx.array([[1, 2, 3]])).astype(mx.float32))).all():
-            raise InputError(f"{self._job.out} was not written: its logits are not finite; try --bits 32")
+            raise NotFiniteError("its logits are not finite")
         if self._reference is None:
             return None
         with self._job.show("asking the export", len(self._job.rows.compare), "rows") as update:

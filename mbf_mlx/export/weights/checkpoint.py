@@ -4,6 +4,7 @@ A layer is named by its path in the MLX model, which is also how its tensors are
 `<layer>.weight`, and `.scales` and `.biases` where it is quantized. Nothing is written here.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from mbf_mlx.files.dtypes import FLOATS
 
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # mode -> its only bits and group size
 CHUNK_ELEMENTS = 1 << 23  # of a layer in memory at a time: 32 MB in float32
+PARTS = ("weight", "scales", "biases")  # tensors of a layer; a linear layer's own bias is not one of them
+COMPUTED = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.freqs",
+)  # in some folders, though config.json suffices; nobody reads them
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,7 @@ class Layer:
 
     def chunks(self) -> list[tuple[int, int]]:
         """Return ranges of rows, each small enough to be in memory."""
-        out, inner = self.shape
-        step = max(1, CHUNK_ELEMENTS // inner)
-        return [(first, min(first + step, out)) for first in range(0, out, step)]
+        return row_ranges(self.shape)
 
     def rows(self, first: int = 0, last: int | None = None) -> np.ndarray:
         """Return rows `first` to `last` of W in float32, (rows, in)."""
@@ -87,6 +91,13 @@ class Layer:
         group_size, bits, mode = self.setting.group_size, self.setting.bits, self.setting.mode
         weight = mx.dequantize(words, scales, group_size=group_size, bits=bits, mode=mode, dtype=mx.float32)
         return np.array(weight)
+
+
+def row_ranges(shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return ranges of a tensor's rows, each small enough to be in memory."""
+    count, *inner = shape
+    step = max(1, CHUNK_ELEMENTS // max(1, math.prod(inner)))
+    return [(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 class Checkpoint:
@@ -127,6 +138,16 @@ class Checkpoint:
         """Return every layer with a weight of two dimensions, in the order of the files."""
         named = [name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")]
         return [name for name in named if len(self.tensors[f"{name}.weight"].shape) == 2]
+
+    def other_floats(self) -> list[str]:
+        """Return the tensors of floats that are no part of a layer: norms, and linear layers' own biases."""
+        layers = {f"{name}.weight" for name in self.layer_names()}
+        return [
+            name
+            for name, tensor in self.tensors.items()
+            if name not in layers and tensor.dtype in FLOATS and tensor.shape
+            if not name.endswith((".scales", ".biases", *COMPUTED))
+        ]
 
     def layer(self, name: str, inner: int | None = None) -> Layer:
         """Return a layer.

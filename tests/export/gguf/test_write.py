@@ -382,7 +382,7 @@ def test_types_that_only_llama_cpp_makes_are_answered_with_its_command(half_llam
 
 def test_weights_that_a_type_cannot_hold_are_refused_and_leave_nothing(half_llama, tmp_path):
     factors = make_factors(half_llama, size=1e7)
-    with pytest.raises(InputError, match="are not finite in F16; try --bits 32"):
+    with pytest.raises(InputError, match="are not finite in F16; try --bits 16 or 32"):
         write_gguf(job_of(half_llama, factors, tmp_path / "m.gguf", kind="F16"))
     assert list(tmp_path.iterdir()) == []
 
