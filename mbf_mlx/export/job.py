@@ -5,14 +5,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mbf_mlx.errors import InputError
 from mbf_mlx.export.card import About
+from mbf_mlx.export.weights.checkpoint import Checkpoint
+from mbf_mlx.export.weights.half_type import HalfType, choose_half_type
 from mbf_mlx.methods import Factors
-
-if TYPE_CHECKING:
-    from mbf_mlx.export.weights.half_type import HalfType
 
 Show = Callable[[str, int | None, str], AbstractContextManager[Callable[..., None]]]  # title, total, unit -> update
 Count = Callable[[int], None]  # takes the bytes of a finished step
@@ -62,7 +61,7 @@ class Job:
     template: str = "chat"  # "chat", or "none" where the stream was taught on raw prompts
     chat_template: str | None = None  # the one that the export carries; None is the base's own
     bits: int | None = None  # of the layers with factors; None lets the target choose
-    half: "HalfType | None" = None  # what 16 bits are stored in; None lets the writer measure it
+    half: HalfType | None = None  # what 16 bits are stored in; None lets the writer measure it
     kind: str | None = None  # a GGUF type, or "mlx" for LM Studio's MLX engine
     force: bool = False  # replace an earlier export
     allow_loss: bool = False  # write an export even where it lost too much
@@ -84,6 +83,26 @@ class Job:
     def changed(self, **fields: Any) -> "Job":
         """Return this job with other fields; the rows are still read once."""
         return replace(self, read_rows=lambda: self.rows, **fields)
+
+    def with_half_type(self) -> "Job":
+        """Return the job with the type that 16 bits are stored in, measured; with other bits, the job as it is.
+
+        Raises:
+            InputError: the adapter does not fit the base.
+        """
+        if self.bits != 16 or self.half:
+            return self
+        base = Checkpoint(self.base)
+        with self.counting(base.nbytes, "comparing float16 and bfloat16") as count:
+            return self.changed(half=choose_half_type(base, self.factors, self.scale, count))
+
+    def float_type(self) -> str:
+        """Return the type of an export of 16 or 32 bits; the one of 16 is measured if the job does not name it."""
+        if self.bits == 32:
+            return "F32"
+        half = self.with_half_type().half
+        assert half, f"an export of {self.bits} bits has no float type"
+        return half.dtype
 
     @contextmanager
     def counting(self, total: int, title: str = "fusing, writing, reading back") -> Iterator[Count]:

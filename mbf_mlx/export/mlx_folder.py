@@ -33,7 +33,7 @@ from mbf_mlx.export.weights.fuse import (
     store,
     touched_form,
 )
-from mbf_mlx.export.weights.half_type import FLOAT16, float_type
+from mbf_mlx.export.weights.half_type import FLOAT16
 from mbf_mlx.export.weights.rounding import Rounders, no_rounder
 from mbf_mlx.export.weights.tensors import Stored, Tensor, Writer
 from mbf_mlx.files.dtypes import CONFIG_NAMES, from_float32
@@ -74,7 +74,7 @@ def write_mlx_folder(
     check_bits(job.bits)
     base = Checkpoint(job.base)
     touched = find_layers(base, job.factors)
-    dtype = float_type(job) if job.bits in FLOAT_BITS else None
+    dtype = job.float_type() if job.bits in FLOAT_BITS else None
     forms = _forms(base, touched, job, job.bits, dtype)
     plans = {path: _plan(base, forms, path, dtype) for path in base.files}
     bytes_out = sum(tensor.nbytes for plan in plans.values() for tensor in plan.values())

@@ -67,17 +67,16 @@ def check(job: Job, document: Document, planned: Callable[[Job, int], int]) -> N
     """
     lost, quality = [], document["quality"]
     shown = 0.0 if quality is None else shown_agreement(quality["agreement"], quality["positions"])
-    few = "there are no rows" if quality is None else f"{quality['rows']} rows are too few"
     if shown < ENOUGH and document["retention"] < MIN_RETENTION:
-        lost.append(
-            f"it keeps {document['retention']:.2f} of the update; expected at least {MIN_RETENTION}, as {few} to show"
-            " that the answers survive"
-        )
+        lost.append(f"it keeps {document['retention']:.2f} of the update; expected at least {MIN_RETENTION}")
     if shown < ENOUGH and document["error"] > MAX_ERROR:
         lost.append(
-            f"its rounding is {document['error']:.1f} times as large as the update, and {few} to show that the answers"
-            " survive it; give more with --calibration"
+            f"its rounding is {document['error']:.1f} times as large as the update; expected at most {MAX_ERROR:g}"
         )
+    if lost:
+        count = 0 if quality is None else quality["rows"]
+        rows = {0: "there are no rows", 1: "1 row is too few"}.get(count, f"{count} rows are too few")
+        lost[-1] += f", as {rows} to show that the answers survive all the same (--calibration FILE gives more)"
     if quality is not None and quality["agreement"] < least_agreement(quality["positions"]):
         same = f"{100 * quality['agreement']:.1f} % of {quality['positions']} places"
         lost.append(f"it agrees with the live adapter at {same}; expected at least {100 * MIN_AGREEMENT:.0f} %")

@@ -29,7 +29,7 @@ from mbf_mlx.export.outcome import (
     small_document,
 )
 from mbf_mlx.export.place import check_folder_place, check_place
-from mbf_mlx.export.weights.half_type import FLOAT16, with_half_type
+from mbf_mlx.export.weights.half_type import FLOAT16
 from mbf_mlx.files.dtypes import CONFIG_NAMES
 from mbf_mlx.files.storage import Data
 
@@ -45,7 +45,7 @@ def mlx(job: Job) -> Document:
 
     check_bits(job.bits)
     check_folder_place(job.out, force=job.force, forbidden=job.off_limits)
-    job = with_half_type(job)
+    job = job.with_half_type()
     live = Live(job, mlx_folder.keeps_few_bits(job))
 
     def commands(out: str, base: str) -> list[str]:
@@ -136,7 +136,7 @@ def gguf(job: Job) -> Document:
     from mbf_mlx.export.gguf.write import GGUFReport, has_float_type, planned_bytes, quantize_line, write_gguf
 
     check_place(job.out, force=job.force, needs=0, forbidden=job.off_limits, is_ours=is_ours)
-    job = with_half_type(job)
+    job = job.with_half_type()
     live = _live_for_gguf(job)
 
     def commands(out: str, base: str) -> list[str]:
@@ -175,7 +175,7 @@ def ollama(job: Job) -> Document:
     from mbf_mlx.export.ollama import OllamaReport, commands, write_ollama
 
     check_folder_place(job.out, force=job.force, forbidden=job.off_limits)
-    job = with_half_type(job)
+    job = job.with_half_type()
     live = _live_for_gguf(job)
 
     def write(job: Job) -> Document:
@@ -205,7 +205,7 @@ def lmstudio(job: Job) -> Document:
     if lmstudio.for_mlx(job):
         check_bits(job.bits)
         planned, commands = mlx_folder.planned_bytes, lmstudio.mlx_commands
-    job = with_half_type(job)
+    job = job.with_half_type()
     live = Live(job, mlx_folder.keeps_few_bits(job)) if lmstudio.for_mlx(job) else _live_for_gguf(job)
 
     def write(job: Job) -> Document:

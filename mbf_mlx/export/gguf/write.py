@@ -26,7 +26,6 @@ from mbf_mlx.export.job import Count, Job
 from mbf_mlx.export.place import fresh_file
 from mbf_mlx.export.weights.checkpoint import Checkpoint
 from mbf_mlx.export.weights.fuse import Fused, codes_on_grid, delta_rows
-from mbf_mlx.export.weights.half_type import float_type
 from mbf_mlx.export.weights.rounding import Rounders, no_rounder
 from mbf_mlx.files.storage import flush
 
@@ -129,7 +128,7 @@ def _type(job: Job) -> gguf.GGMLQuantizationType | None:
         if job.bits is not None and job.bits not in types.BITS:
             raise InputError(f"--bits: expected one of {', '.join(map(str, types.BITS))} for GGUF, got {job.bits}")
         if job.bits == 16:
-            return types.FLOAT_TYPES[float_type(job)]
+            return types.FLOAT_TYPES[job.float_type()]
         return None if job.bits is None else types.BITS[job.bits]
     name = job.kind.upper()
     if name in types.TYPES:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from mbf_mlx.export.job import Job
 from mbf_mlx.export.weights.checkpoint import Checkpoint, Layer, row_ranges
 from mbf_mlx.export.weights.fuse import DeltaRows, delta_rows, find_layers
 from mbf_mlx.files.dtypes import CONFIG_NAMES, from_float32, to_float32
@@ -40,28 +39,6 @@ class HalfType:
         """Return plain values for the export's document; the types are called as config.json calls them."""
         errors = {CONFIG_NAMES[dtype]: error for dtype, error in self.errors.items()}
         return {"chosen": CONFIG_NAMES[self.dtype], "errors": errors, "why_not_float16": self.why_not_float16 or None}
-
-
-def float_type(job: Job) -> str:
-    """Return the type of an export of 16 or 32 bits; the one of 16 is measured if the job does not name it."""
-    if job.bits == 32:
-        return "F32"
-    half = with_half_type(job).half
-    assert half, f"an export of {job.bits} bits has no float type"
-    return half.dtype
-
-
-def with_half_type(job: Job) -> Job:
-    """Return the job with the type that 16 bits are stored in, measured; with other bits, the job as it is.
-
-    Raises:
-        InputError: as `choose_half_type`.
-    """
-    if job.bits != 16 or job.half:
-        return job
-    base = Checkpoint(job.base)
-    with job.counting(base.nbytes, "comparing float16 and bfloat16") as count:
-        return job.changed(half=choose_half_type(base, job.factors, job.scale, count))
 
 
 def choose_half_type(
