@@ -12,16 +12,20 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm import tokenizer_utils
 from mlx_lm import utils as mlx_lm
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mbf_mlx.base import first_try, unpack
+from mbf_mlx.base import first_try, light_tokenizer, unpack
 from mbf_mlx.base.fingerprint import fingerprint
 from mbf_mlx.base.folder import describe_quantization, vocabulary_rows
 from mbf_mlx.base.sources import check_folder, read_config, stated_config, translated_fields, weight_files
+from mbf_mlx.device.lighter_imports import complete
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
 
 SHOWN = 8  # lines of a message of mlx-lm's
+_NO_CODE = {"trust_remote_code": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,13 +162,31 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     first_try.try_tokenizer(folder)
     ends = (config if config is not None else mlx_lm.load_config(folder)).get("eos_token_id")
     try:
-        tokenizer = mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
+        tokenizer = _light(folder, ends) or mlx_lm.load_tokenizer(folder, _NO_CODE, eos_token_ids=ends)
     except Exception as error:  # the tokenizers library raises plain Exception
         own_code = "trust_remote_code" in str(error)
         said = "it needs its own Python code, which we never run" if own_code else _shortened(str(error))
         raise InputError(f"{folder}: its tokenizer cannot be read: {said}") from error
     _check_vocabulary(folder, tokenizer)
     return tokenizer
+
+
+def _light(folder: Path, ends: Any) -> Any:
+    """Return mlx-lm's wrapper of a tokenizer that needs no transformers; None where a folder needs it."""
+
+    def full() -> Any:
+        complete()
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder, **_NO_CODE)
+
+    tokenizer = light_tokenizer.read(folder, full)
+    if tokenizer is None or tokenizer_utils._infer_tool_parser(tokenizer) is not None:
+        return None
+    ends = [ends] if isinstance(ends, int) else ends
+    wrapped = TokenizerWrapper(tokenizer, tokenizer_utils.BPEStreamingDetokenizer, eos_token_ids=ends)
+    wrapped.has_chat_template = tokenizer.chat_template is not None
+    return wrapped
 
 
 def _check_vocabulary(folder: Path, tokenizer: Any) -> None:

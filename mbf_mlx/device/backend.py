@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from mbf_mlx.device import machine
 from mbf_mlx.device.blas import load_blas
+from mbf_mlx.device.lighter_imports import import_mlx_lm
 from mbf_mlx.errors import InputError, MissingPackageError
 
 OPEN_FILES = 4096  # the hard limit that mlx-lm sets
@@ -66,6 +67,7 @@ def setup(device: str | None = None) -> Device:
     except ImportError as error:  # `pip install mlx` on Linux installs mlx without its library
         raise MissingPackageError(f"mlx does not load: {error}; {install_hint()}") from error
 
+    import_mlx_lm()
     kind, reason = _pick(wanted)
     mx.set_default_device(mx.cpu if kind == "cpu" else mx.gpu)
     memory = _memory(kind)
