@@ -7,6 +7,7 @@ more rarely (tools, documents, padding) is asked of transformers' own tokenizer,
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -23,7 +24,7 @@ _KNOWN = {*_NAMED, "chat_template", "tokenizer_class", "added_tokens_decoder"} |
 }
 # Files by which transformers would change what tokenizer.json says, or that hold further templates.
 _OTHER_FILES = ("added_tokens.json", "special_tokens_map.json", "additional_chat_templates", "chat_template.json")
-_NEEDS_MORE = ("generation", "namespace", "dict(")  # what transformers has added to jinja for templates
+_NEEDS_MORE = re.compile(r"\{%[-+]?\s*generation\b|\bnamespace\b|\bdict\s*\(")  # what transformers adds to jinja
 
 
 def read(folder: Path, full: Callable[[], Any]) -> "LightTokenizer | None":
@@ -105,11 +106,13 @@ class LightTokenizer:
     ) -> Any:
         """Return the tokens of one text or of several, as "input_ids", with their places as "offset_mapping"."""
         texts = [text] if isinstance(text, str) else text
-        if more or return_attention_mask or not all(isinstance(each, str) for each in texts) or not texts:
+        if more or not all(isinstance(each, str) for each in texts) or not texts:
             more |= {"add_special_tokens": add_special_tokens, "return_offsets_mapping": return_offsets_mapping}
             return self._full()(text, return_attention_mask=return_attention_mask, verbose=verbose, **more)
         found = self._backend.encode_batch(texts, add_special_tokens=add_special_tokens)
         answer = {"input_ids": [each.ids for each in found]}
+        if return_attention_mask:
+            answer["attention_mask"] = [each.attention_mask for each in found]
         if return_offsets_mapping:
             answer["offset_mapping"] = [each.offsets for each in found]
         return {key: value[0] for key, value in answer.items()} if isinstance(text, str) else answer
@@ -171,7 +174,9 @@ class LightTokenizer:
             return self._full().apply_chat_template(conversation, tokenize=tokenize, return_dict=return_dict, **values)
         given = {**self.special_tokens_map, **values, "tools": tools, "documents": None}
         texts = [
-            compiled.render(messages=[dict(each) for each in talk], add_generation_prompt=add_generation_prompt, **given)
+            compiled.render(
+                messages=[dict(each) for each in talk], add_generation_prompt=add_generation_prompt, **given
+            )
             for talk in talks
         ]
         if not tokenize:
@@ -210,13 +215,15 @@ def _compiled(template: str) -> Any:
     from jinja2 import ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    if any(word in template for word in _NEEDS_MORE) or jinja2.__version__ < "3.1.6":
+    if _NEEDS_MORE.search(template) or jinja2.__version__ < "3.1.6":
         return None
 
     def raise_exception(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
-    def as_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    def as_json(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols])

@@ -67,9 +67,9 @@ def setup(device: str | None = None) -> Device:
     except ImportError as error:  # `pip install mlx` on Linux installs mlx without its library
         raise MissingPackageError(f"mlx does not load: {error}; {install_hint()}") from error
 
-    import_mlx_lm()
     kind, reason = _pick(wanted)
     mx.set_default_device(mx.cpu if kind == "cpu" else mx.gpu)
+    import_mlx_lm()  # it takes the default device as its own
     memory = _memory(kind)
     mx.set_memory_limit(int(MEMORY_SHARE * memory))
     if kind == "metal":
