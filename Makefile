@@ -116,9 +116,10 @@ $(READY)-dev: pyproject.toml | venv
 
 # torch goes first, in its own call: peft alone would bring the newest one, with CUDA. PIP_EXTRA_INDEX_URL names another index.
 $(READY)-all: $(READY)-dev
-	@echo "installing torch and peft, which only tests use"
+	@echo "installing torch, peft and MKL, which only tests use"
 	@$(PIP) install 'torch==2.13.0'
 	@$(PIP) install 'peft>=0.21'
+	@$(PIP) install --editable '.[bf16]'
 	@touch $@
 
 venv:

@@ -46,7 +46,7 @@ CURVE_STEPS, CURVE_TOLERANCE = 20, 1e-3
 
 
 def ours(model: Path, keys: list[str]) -> Any:
-    from mbf_mlx.device import backend
+    from mbf_mlx.device import backend, bfloat16
 
     device = backend.setup("cpu" if sys.platform == "linux" else None)
     import mlx.core as mx
@@ -63,6 +63,8 @@ def ours(model: Path, keys: list[str]) -> Any:
     base = load_base(model, dequantize=device.kind == "cpu", dtype=device.dtype)
     attach(base.model, LoRAConfig(rank=RANK, scale=SCALE, keys=tuple(keys)))
     engine, optimizer = prepare(base.model), optim.AdamW(learning_rate=RATE)
+    if engine.by_hand and bfloat16.is_faster():  # as `mbf learn` does
+        engine.multiply_in("bfloat16")
     loss_and_grad = nn.value_and_grad(base.model, engine.loss_sum)
 
     def step(rows: list[Any]) -> tuple[float, float]:

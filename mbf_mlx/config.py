@@ -5,10 +5,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from mbf_mlx.errors import InputError
 
 TEMPLATES = ("chat", "none")
+PRECISIONS = ("auto", "float32", "bfloat16")
+Precision = Literal["float32", "bfloat16"]  # of the products with frozen weights
+
 SAMPLE_ROWS = 16  # training rows whose loss is compared before and after a task
 
 
@@ -95,6 +99,7 @@ class TrainConfig:
     val_every: int = 0  # steps between two validations; 0 means once an epoch
     patience: int = 0  # stop after so many validations without a better loss; 0 never stops early
     seed: int = 0
+    precision: str = "auto"  # of the products with frozen weights on a CPU; "auto" is what is faster here
     save_every: str = "60s"  # how often to save the run: "200" means steps, "60s" seconds, "0" never
 
     def __post_init__(self) -> None:
@@ -110,6 +115,7 @@ class TrainConfig:
             value = getattr(self, name)
             _check(self, name, _is_number(value) and value >= 0, "a number of at least 0")
         _check(self, "grad_checkpoint", isinstance(self.grad_checkpoint, bool), "true or false")
+        _check(self, "precision", self.precision in PRECISIONS, "auto, float32 or bfloat16")
         digits = self.save_every.removesuffix("s")
         _check(self, "save_every", digits.isascii() and digits.isdigit(), "steps as in 200 or seconds as in 60s")
 
@@ -134,12 +140,14 @@ class LearnConfig:
     score_rows: int = 0  # score a task on so many of its first test rows, now and later; 0 means all
     again: bool = False  # learn a task again that the stream already has
     restart: bool = False  # drop the save of an interrupted run
+    throttle: float = 0.0  # seconds of rest after each optimizer step, for a machine that gets hot
     guard: bool = True  # stop a run if its loss explodes
     memory_limit: int = 0  # bytes that the process may hold; 0 means four fifths of what is available
 
     def __post_init__(self) -> None:
         for name in ("score_tasks", "score_rows"):
             _check(self, name, _is_count(getattr(self, name), 0), "a whole number of at least 0 (all)")
+        _check(self, "throttle", _is_number(self.throttle) and self.throttle >= 0, "seconds, at least 0")
         _check(self, "memory_limit", _is_count(self.memory_limit, 0), "bytes, or 0")
 
 
@@ -198,4 +206,6 @@ def settings_of(config: LoRAConfig | DataConfig | TrainConfig) -> dict[str, obje
     values = {each.name: getattr(config, each.name) for each in fields(config)}
     if not values.get("date"):  # most templates write none
         values.pop("date", None)
+    if values.get("precision") != "bfloat16":  # what settings of before said nothing of
+        values.pop("precision", None)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -7,13 +7,11 @@ more rarely (tools, documents, padding) is asked of transformers' own tokenizer,
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mbf_mlx.base.renderer import renderer
 from mbf_mlx.files.documents import read_object
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -24,7 +22,6 @@ _KNOWN = {*_NAMED, "chat_template", "tokenizer_class", "added_tokens_decoder"} |
 }
 # Files by which transformers would change what tokenizer.json says, or that hold further templates.
 _OTHER_FILES = ("added_tokens.json", "special_tokens_map.json", "additional_chat_templates", "chat_template.json")
-_NEEDS_MORE = re.compile(r"\{%[-+]?\s*generation\b|\bnamespace\b|\bdict\s*\(")  # what transformers adds to jinja
 
 
 def read(folder: Path, full: Callable[[], Any]) -> "LightTokenizer | None":
@@ -162,27 +159,20 @@ class LightTokenizer:
         return_dict: bool = True,
         **values: Any,
     ) -> Any:
-        """Return a conversation, or each of several, as text or as tokens."""
-        template = chat_template or self.chat_template
+        """Return a conversation, or each of several, as text or as tokens; it is rendered under bounds."""
+        template = self.chat_template if chat_template is None else chat_template
         several = isinstance(conversation, list) and bool(conversation) and isinstance(conversation[0], list)
         talks = conversation if several else [conversation]
-        compiled = None
-        if isinstance(template, str) and tools is None and not (tokenize and return_dict) and _simple(talks, values):
-            compiled = _compiled(template)
-        if compiled is None:
+        plain = isinstance(template, str) and tools is None and not (tokenize and return_dict)
+        if not plain or not _simple(talks, values):
             values |= {"tools": tools, "chat_template": chat_template, "add_generation_prompt": add_generation_prompt}
             return self._full().apply_chat_template(conversation, tokenize=tokenize, return_dict=return_dict, **values)
-        given = {**self.special_tokens_map, **values, "tools": tools, "documents": None}
-        texts = [
-            compiled.render(
-                messages=[dict(each) for each in talk], add_generation_prompt=add_generation_prompt, **given
-            )
-            for talk in talks
-        ]
+        common = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        written = [json.dumps({"messages": talk, **common}, ensure_ascii=False) for talk in talks]
+        texts = renderer.render(str(template), {**self.special_tokens_map, **values}, written)
         if not tokenize:
             return texts if several else texts[0]
-        found = self(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        return found if several else found[0]
+        return self(texts if several else texts[0], add_special_tokens=False)["input_ids"]
 
     def _full(self) -> Any:
         if self._loaded is None:
@@ -206,29 +196,3 @@ def _simple(talks: Sequence[Any], values: Mapping[str, Any]) -> bool:
         and all(type(value) is str for each in talk for value in each.values())
         for talk in talks
     )
-
-
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> Any:
-    """Return a chat template ready to render, in jinja's sandbox; None where it takes what transformers adds."""
-    import jinja2
-    from jinja2 import ext
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    if _NEEDS_MORE.search(template) or jinja2.__version__ < "3.1.6":
-        return None
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    def as_json(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols])
-    environment.filters["tojson"] = as_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    del environment.globals["dict"], environment.globals["namespace"]
-    return environment.from_string(template)

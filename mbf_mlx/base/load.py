@@ -17,10 +17,10 @@ from mlx_lm import utils as mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mbf_mlx.base import first_try, light_tokenizer, unpack
+from mbf_mlx.base.apply_template import bound_template
 from mbf_mlx.base.fingerprint import fingerprint
 from mbf_mlx.base.folder import describe_quantization, vocabulary_rows
 from mbf_mlx.base.sources import check_folder, read_config, stated_config, translated_fields, weight_files
-from mbf_mlx.device.lighter_imports import complete
 from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
 
@@ -155,6 +155,8 @@ def _check_sizes(folder: Path) -> None:
 def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     """Return mlx-lm's tokenizer for a model folder. Code in the folder is never run.
 
+    Its chat template is rendered under bounds.
+
     Raises:
         InputError: the tokenizer files cannot be read, take too much time or memory, or a token has no row in the
             embedding.
@@ -168,6 +170,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
         said = "it needs its own Python code, which we never run" if own_code else _shortened(str(error))
         raise InputError(f"{folder}: its tokenizer cannot be read: {said}") from error
     _check_vocabulary(folder, tokenizer)
+    bound_template(tokenizer)
     return tokenizer
 
 
@@ -175,16 +178,15 @@ def _light(folder: Path, ends: Any) -> Any:
     """Return mlx-lm's wrapper of a tokenizer that needs no transformers; None where a folder needs it."""
 
     def full() -> Any:
-        complete()
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder, **_NO_CODE)
+        loaded = mlx_lm.load_tokenizer(folder, _NO_CODE, eos_token_ids=ends)
+        bound_template(loaded)
+        return loaded._tokenizer
 
     tokenizer = light_tokenizer.read(folder, full)
     if tokenizer is None or tokenizer_utils._infer_tool_parser(tokenizer) is not None:
         return None
-    ends = [ends] if isinstance(ends, int) else ends
-    wrapped = TokenizerWrapper(tokenizer, tokenizer_utils.BPEStreamingDetokenizer, eos_token_ids=ends)
+    numbers = [ends] if isinstance(ends, int) else ends
+    wrapped = TokenizerWrapper(tokenizer, tokenizer_utils.BPEStreamingDetokenizer, eos_token_ids=numbers)
     wrapped.has_chat_template = tokenizer.chat_template is not None
     return wrapped
 

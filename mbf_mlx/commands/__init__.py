@@ -122,6 +122,13 @@ class _Commands(TyperGroup):
             raise SystemExit(141) from error
         except OSError as error:
             _refused(error)
+        except RuntimeError as error:
+            from mbf_mlx.device import watchdog  # `mbf --help` does without
+
+            if not watchdog.has_stopped(error):
+                raise
+            _say(f"error: {watchdog.HINT}")
+            raise SystemExit(1) from error
         except MemoryError as error:
             _say("error: there is not enough memory\nhint: close other programs, or take less at a time")
             raise SystemExit(1) from error

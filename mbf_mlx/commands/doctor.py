@@ -15,7 +15,7 @@ from typing import Any
 from mbf_mlx import __version__, units
 from mbf_mlx.commands import console
 from mbf_mlx.commands.options import Json
-from mbf_mlx.device import backend, machine
+from mbf_mlx.device import backend, bfloat16, machine
 from mbf_mlx.device.blas import PACKAGE
 from mbf_mlx.errors import InputError
 
@@ -57,6 +57,7 @@ def examine() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "device": None,
         "matmul_gflops": None,
+        "bfloat16": None,
         "problem": None,
     }
     try:
@@ -75,6 +76,8 @@ def examine() -> dict[str, Any]:
         "reasons": list(device.reasons),
     }
     report["matmul_gflops"] = round(measure_matmul(), 1)
+    if device.kind == "cpu":
+        report["bfloat16"] = measure_bfloat16()
     return report
 
 
@@ -92,6 +95,16 @@ def measure_matmul() -> float:
     return 2 * MATMUL_SIZE**3 / best / 1e9
 
 
+def measure_bfloat16() -> dict[str, Any]:
+    """Return what multiplies in bfloat16 on this CPU, and how fast one core is in 10^9 operations a second."""
+    found: dict[str, Any] = {"library": bfloat16.reason(), "units": bfloat16.has_units(), "is_taken": False}
+    if bfloat16.library() is not None:
+        trial = bfloat16.trial()
+        found["gflops_of_one_core"] = {"bfloat16": round(trial.bfloat16, 1), "float32": round(trial.float32, 1)}
+        found["is_taken"] = bfloat16.is_faster()
+    return found
+
+
 def _wanted_packages() -> tuple[str, ...]:
     return (*PACKAGES, PACKAGE) if sys.platform == "linux" and not machine.has_nvidia() else PACKAGES
 
@@ -101,6 +114,15 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _bfloat16_line(found: dict[str, Any]) -> str:
+    if "gflops_of_one_core" not in found:
+        return f"no: {found['library']}"
+    speeds = found["gflops_of_one_core"]
+    said = f"{speeds['bfloat16']} GFLOP/s of one core with {found['library']}, {speeds['float32']} in float32"
+    units = "" if found["units"] else "; this CPU has no units for it"
+    return f"{said}{units}: training takes {'bfloat16' if found['is_taken'] else 'float32'}"
 
 
 def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -124,6 +146,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
             lines.append(
                 ("weights", f"unpacked to float32 up to {size(report['available_bytes'] / 2)}, else left packed")
             )
+            lines.append(("bfloat16", _bfloat16_line(report["bfloat16"])))
             lines.append(("compiler", report["compiler"] or "none: mx.compile falls back silently and is slower"))
     else:
         lines.append(("device", f"none: {report['problem']}"))

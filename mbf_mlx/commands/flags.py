@@ -66,8 +66,15 @@ FLAGS = {
     "mask_prompt": Flag("Train on the answers only, not on the prompts.", group=TRAINING),
     "val_every": Flag("Optimizer steps between two validations; 0: one an epoch.", group=TRAINING),
     "patience": Flag("Stop training after N validations without a better loss; 0: never.", group=TRAINING),
+    "throttle": Flag("Seconds of rest after each optimizer step, for a machine that gets hot.", "X", MEMORY),
     "guard": Flag("Stop a run whose loss explodes.", group=TRAINING),
     "grad_checkpoint": Flag("Compute activations twice: less memory, more time.", group=MEMORY),
+    "precision": Flag(
+        "Products with the base's weights on a CPU: float32 or bfloat16.",
+        "NAME",
+        MEMORY,
+        default="auto: what is faster here",
+    ),
     "memory_limit": Flag(
         "Most memory that the run may take, such as 6GB; it stops before it takes more.",
         "SIZE",

@@ -24,7 +24,7 @@ _FLAGS = (
     *("epochs", "learning_rate", "batch_size", "max_seq_length", "rank", "seed"),
     *("scale", "keys", "num_layers", "dropout", "template"),
     *("iters", "grad_accumulation_steps", "warmup", "weight_decay", "max_grad_norm", "mask_prompt"),
-    *("val_every", "patience", "guard", "grad_checkpoint", "memory_limit"),
+    *("val_every", "patience", "guard", "grad_checkpoint", "precision", "memory_limit", "throttle"),
     *("save_every", "score_tasks", "score_rows", "again", "restart", "date"),
 )
 

@@ -14,7 +14,7 @@ from mbf_mlx.errors import InputError
 
 _FLAGS = (
     *("epochs", "batch_size", "max_seq_length", "rank", "keys", "num_layers"),
-    *("iters", "grad_accumulation_steps", "mask_prompt", "grad_checkpoint"),
+    *("iters", "grad_accumulation_steps", "mask_prompt", "grad_checkpoint", "precision"),
 )
 
 

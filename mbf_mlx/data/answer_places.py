@@ -36,8 +36,8 @@ def render(rows: Sequence[Row], template: ChatTemplate, pieces: PieceTokenizer) 
     """
     talks = [_Conversation(row, template, pieces) for row in rows]
     answers = [(talk, place) for talk in talks for place in talk.places]
-    prompts = template.texts([(talk.messages[:place], talk.tools) for talk, place in answers], ask=True)
-    wholes = template.texts([(talk.messages[: place + 1], talk.tools) for talk, place in answers], ask=False)
+    prompts = template.texts([(talk.row, talk.messages[:place], talk.tools) for talk, place in answers], ask=True)
+    wholes = template.texts([(talk.row, talk.messages[: place + 1], talk.tools) for talk, place in answers], ask=False)
     texts = iter(zip(prompts, wholes, strict=True))
     return [talk.rendered([next(texts) for _ in talk.places]) for talk in talks]
 
@@ -52,7 +52,7 @@ class _Conversation:
     """The messages of one row; it finds the assistant's in the template's text."""
 
     def __init__(self, row: Row, template: ChatTemplate, pieces: PieceTokenizer):
-        self.messages, self.tools = messages_of(row), row.tools
+        self.row, self.messages, self.tools = row, messages_of(row), row.tools
         self.places = [place for place, message in enumerate(self.messages) if is_learned(message)]
         self._template, self._pieces = template, pieces
 
@@ -131,7 +131,7 @@ class _Conversation:
         mark = next(mark for mark in MARKS if mark not in text)
         messages = list(self.messages[:count])
         messages[place] = _with_mark(messages[place], mark)
-        marked = self._template.text(messages, self.tools, ask=ask)
+        marked = self._template.text((self.row, messages, self.tools), ask=ask)
         if isinstance(marked, BadRow) or mark not in marked:
             return None
         return _Marked(marked.partition(mark)[0], marked.rpartition(mark)[2])

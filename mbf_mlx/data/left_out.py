@@ -45,8 +45,8 @@ class LeftOut:
     def _is_written(self, row: Row, messages: Messages, tools: Any) -> bool:
         if self._template is None:
             return False
-        with_it = self._template.text(messages_of(row), row.tools, ask=False)
-        without = self._template.text(messages, tools, ask=False)
+        with_it = self._template.text((row, messages_of(row), row.tools), ask=False)
+        without = self._template.text((row, messages, tools), ask=False)
         # A row that the template refuses is told of elsewhere; a part that it asks for, it reads.
         return not isinstance(with_it, str) or with_it != without
 

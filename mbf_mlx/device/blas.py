@@ -101,7 +101,7 @@ def _reference(why: str) -> Blas:
 
 def _find_openblas() -> Iterator[tuple[str, str]]:
     """Yield the path of each libopenblas and where it comes from."""
-    for name, path in _files_of(PACKAGE).items():
+    for name, path in files_of(PACKAGE).items():
         if name == "libopenblas.so.0":
             yield path, f"the package {PACKAGE}"
     if system := ctypes.util.find_library("openblas"):
@@ -134,7 +134,7 @@ def _load_fortran() -> None:
         return
     except OSError:
         pass
-    files = _files_of("mlx-cpu")
+    files = files_of("mlx-cpu")
     for name in sorted(files, reverse=True):  # libquadmath, which the runtime itself needs, before libgfortran
         if name.startswith("libquadmath"):
             ctypes.CDLL(files[name])
@@ -147,7 +147,7 @@ def _load_fortran() -> None:
                 ctypes.CDLL(f"/proc/self/fd/{copy.fileno()}")
 
 
-def _files_of(package: str) -> dict[str, str]:
+def files_of(package: str) -> dict[str, str]:
     """Return name -> path of the files that an installed package lists and that exist."""
     try:
         files = importlib.metadata.files(package) or []

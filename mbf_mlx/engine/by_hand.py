@@ -13,14 +13,17 @@ import numpy as np
 from mlx import nn
 
 from mbf_mlx.base.unpack import evaluate, evaluated, with_gradient, without_history
+from mbf_mlx.config import Precision
 from mbf_mlx.data.batches import Batch, LabelledTokens, make_batch, split
+from mbf_mlx.device import bfloat16
 from mbf_mlx.device.blas import load_blas
 from mbf_mlx.engine import cpu_ops
+from mbf_mlx.engine.bfloat16_weights import Bfloat16Weights
 from mbf_mlx.engine.engine import KNOWN_WELL, Engine, Note
 from mbf_mlx.engine.llama_attention import PrefixHandover
-from mbf_mlx.engine.llama_pass import Head, Pass
+from mbf_mlx.engine.llama_pass import Head, Pass, base_of, linears_of
 from mbf_mlx.engine.lora_layers import trained_arrays
-from mbf_mlx.errors import MemoryLimitError
+from mbf_mlx.errors import InputError, MemoryLimitError
 
 WATCHED_TOKENS = 384  # watch more rows at a time only while they have at most so many tokens together
 
@@ -37,15 +40,27 @@ class ByHand(Engine):
     """
 
     by_hand = True
+    notes_training = True
 
     def __init__(self, model: nn.Module, *, checkpoint: bool, logits_bytes: int) -> None:
         super().__init__(model, checkpoint=checkpoint, logits_bytes=logits_bytes)
         self.cores = min(cpu_ops.CORES, load_blas().threads)
         self._head = Head(model)
+        self._bfloat16: Bfloat16Weights | None = None  # what training and measuring multiply with; None is float32
+        self._packed: Bfloat16Weights | None = None  # made once, where a run has asked for it
 
     @property
     def vocabulary(self) -> int:
         return self._head.vocabulary
+
+    def multiply_in(self, precision: Precision) -> None:
+        if precision == "bfloat16" and self._packed is None:
+            if (library := bfloat16.library()) is None:
+                raise InputError(f"precision: expected float32, got bfloat16: {bfloat16.reason()}")
+            frozen = [base_of(each) for block in self.model.layers for each in linears_of(block)]
+            frozen.append(self._head.module)
+            self._packed = Bfloat16Weights(library, (m for m in frozen if type(m) in (nn.Linear, nn.Embedding)))
+        self._bfloat16 = self._packed if precision == "bfloat16" else None
 
     def watched_together(self, rows: Sequence[LabelledTokens], start: int, batch_size: int) -> list[Batch]:
         """Return the next rows to watch, split into a batch for each core.
@@ -86,12 +101,25 @@ class ByHand(Engine):
         # Copies without history: on arrays that mlx differentiates it would keep every intermediate result.
         factors = {name: without_history(value.astype(mx.float32)) for name, value in trained.items()}
         parts, handovers = self._parts(batch)
+        note = self.training_note
 
-        def run(part: Batch) -> tuple[np.ndarray, mx.array, Pass]:
-            way = Pass(self.model, factors, part, checkpoint=self.checkpoint, handovers=handovers)
+        def run(number: int, part: Batch) -> tuple[np.ndarray, mx.array, Pass]:
+            def pass_on(name: str, x: mx.array, gradients: mx.array) -> None:
+                if note is not None:
+                    note(number, len(parts), name, x, gradients, way.layout.rows_at(len(x)))
+
+            way = Pass(
+                self.model,
+                factors,
+                part,
+                checkpoint=self.checkpoint,
+                handovers=handovers,
+                note=None if note is None else pass_on,
+                bfloat16=self._bfloat16,
+            )
             return *self._loss_and_d_hidden(way.forward(), part.targets, len(parts)), way
 
-        done = cpu_ops.on_own_cores([partial(run, part) for part in parts])
+        done = cpu_ops.on_own_cores([partial(run, number, part) for number, part in enumerate(parts)])
         losses = np.concatenate([losses for losses, _, _ in done])
         value = mx.array(losses.sum(dtype=np.float64).astype(np.float32))
 
@@ -116,7 +144,8 @@ class ByHand(Engine):
             def pass_on(name: str, x: mx.array, gradients: mx.array) -> None:
                 note(place, name, x, gradients, way.layout.row_of(len(x)))
 
-            way = Pass(self.model, factors, batch, checkpoint=self.checkpoint, note=pass_on)
+            checkpoint, halves = self.checkpoint, self._bfloat16
+            way = Pass(self.model, factors, batch, checkpoint=checkpoint, note=pass_on, bfloat16=halves)
             losses, d_hidden = self._loss_and_d_hidden(way.forward(), batch.targets, len(batches))
             of_rows = np.bincount(batch.row_of, losses if logarithm else None)[batch.row_of]
             sizes = of_rows + KNOWN_WELL if logarithm else of_rows
@@ -142,10 +171,10 @@ class ByHand(Engine):
         losses, gradients = [], []
         for start, stop in self.chunks(len(targets), sharing):
             part = hidden[start:stop]
-            logits = self._head(part)
+            logits = self._head(part, self._bfloat16)
             mx.eval(logits)
             losses.append(cpu_ops.cross_entropy_(logits, targets[start:stop]))
-            gradient = self._head.backward(part, logits)
+            gradient = self._head.backward(part, logits, self._bfloat16)
             mx.eval(gradient)
             gradients.append(gradient)
         return np.concatenate(losses), evaluated(mx.concatenate(gradients))

@@ -17,8 +17,10 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from mbf_mlx.config import Precision
 from mbf_mlx.data.batches import IGNORED, Batch, LabelledTokens
 from mbf_mlx.device.budgets import LOGITS_COPIES
+from mbf_mlx.errors import InputError
 
 Arrays = dict[str, mx.array]  # by name: what is differentiated, and its gradients
 LossAndGrad = Callable[[Arrays, Batch], tuple[mx.array, Arrays]]
@@ -26,6 +28,9 @@ KNOWN_WELL = 1e-6  # nats, added to a loss before its logarithm is taken
 # Arguments: the batch's place in the list, the layer's name, its inputs (T, in), the gradients with respect to its
 # outputs (T, out), and the row of the batch that each token belongs to (T,).
 Note = Callable[[int, str, mx.array, mx.array, np.ndarray], None]
+# Arguments: a part's number in its batch, how many parts the batch has, the layer's name, its inputs (T, in), the
+# gradients with respect to its outputs (T, out), and the part's row of each token, -1 for the shared prefix (T,).
+TrainingNote = Callable[[int, int, str, mx.array, mx.array, np.ndarray], None]
 
 
 class Engine(ABC):
@@ -39,12 +44,16 @@ class Engine(ABC):
 
     Attributes:
         before: Called with each batch, and whether it is trained on, before it is computed. Raises to refuse the batch.
+        training_note: Called for each trained layer in a training's backward pass, if `notes_training`.
     """
 
     by_hand: ClassVar[bool]  # whether llama_pass.py computes the pass; memory/formula.py counts that pass differently
 
+    notes_training: ClassVar[bool] = False  # whether a backward pass in training calls `training_note`
+
     def __init__(self, model: nn.Module, *, checkpoint: bool, logits_bytes: int) -> None:
         self.model = model
+        self.training_note: TrainingNote | None = None
         self.checkpoint = checkpoint
         self.logits_bytes = logits_bytes
         self.before: Callable[[Batch, bool], None] = lambda batch, training: None
@@ -53,6 +62,18 @@ class Engine(ABC):
     @abstractmethod
     def vocabulary(self) -> int:
         """The number of tokens that the model knows, V."""
+
+    def multiply_in(self, precision: Precision) -> None:
+        """Multiply with the frozen weights in this precision, in training and in measuring; scores stay in float32.
+
+        Raises:
+            InputError: this engine or this machine cannot.
+        """
+        if precision == "bfloat16":
+            raise InputError(
+                "precision: expected float32, got bfloat16, which is for a Llama on a CPU without dropout whose weights"
+                " are unpacked"
+            )
 
     def loss_sum(self, batch: Batch) -> mx.array:
         """Return the sum of the cross-entropy over the batch's N supervised tokens: a float32 scalar.

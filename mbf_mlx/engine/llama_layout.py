@@ -80,6 +80,16 @@ class Layout:
         angles = angles[0][shared + chosen], angles[1][shared + chosen]
         self.supervised = Tokens(own=rows, prefix=None, turn=angles)
 
+    def rows_at(self, tokens: int) -> np.ndarray:
+        """Return the row of each token, -1 for those of the prefix: of all tokens, or of the supervised ones.
+
+        Args:
+            tokens: How many tokens there are, which says which of the two is meant.
+        """
+        own = self.all.own.lengths if tokens == len(self.tokens) else self.supervised.own.lengths
+        rows = np.repeat(np.arange(len(own)), own)
+        return np.concatenate([np.full(tokens - len(rows), -1), rows])
+
     def row_of(self, tokens: int) -> np.ndarray:
         """Return the row of each token after the prefix: of all tokens, or of the supervised ones if they are as many.
 

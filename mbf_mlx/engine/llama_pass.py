@@ -27,6 +27,7 @@ from mbf_mlx.base.unpack import UnpackingEmbedding, UnpackingLinear, product, pr
 from mbf_mlx.data.batches import Batch
 from mbf_mlx.engine import cpu_ops
 from mbf_mlx.engine import llama_attention as attention
+from mbf_mlx.engine.bfloat16_weights import Bfloat16Weights, Rounded, rounded
 from mbf_mlx.engine.cpu_ops import blank, view
 from mbf_mlx.engine.engine import Arrays
 from mbf_mlx.engine.llama_attention import PrefixHandover, failing_together
@@ -48,17 +49,15 @@ def fits(model: nn.Module) -> bool:
 
 
 def _block_fits(block: nn.Module) -> bool:
-    attention, mlp = block.self_attn, block.mlp
-    names = ("q_proj", "k_proj", "v_proj", "o_proj")
-    linears = [attention[name] for name in names] + [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     # Dropout is left to mlx. Its layer stores the share of inputs that it keeps: 1 means no dropout.
+    linears = linears_of(block)
     bases = [each.linear if type(each) is LoRALinear and each.dropout._p_1 == 1 else each for each in linears]
-    rope = attention.rope
+    rope = block.self_attn.rope
     return (
         type(block) is llama.TransformerBlock
         and not block.use_sliding
         and all(type(base) in LINEAR for base in bases)
-        and (type(rope) in ROPES and not rope.traditional and rope.dims == attention.head_dim)
+        and (type(rope) in ROPES and not rope.traditional and rope.dims == block.self_attn.head_dim)
     )
 
 
@@ -74,6 +73,7 @@ class Pass:
         handovers: For each block, how the parts of a batch share its prefix, if `batch` is one of several parts. They
             have to run at the same time, each in a thread of its own.
         note: Called for each trained layer in the backward pass.
+        bfloat16: The frozen weights to multiply with in bfloat16; None multiplies in float32.
     """
 
     def __init__(
@@ -86,11 +86,14 @@ class Pass:
         keep: bool = True,
         handovers: Sequence[PrefixHandover] = (),
         note: LayerNote | None = None,
+        bfloat16: Bfloat16Weights | None = None,
     ):
         heads = model.layers[0].self_attn
         self.checkpoint, self.keep = checkpoint, keep
         self.norm = model.model.norm
-        self.blocks = [_Block(block, f"model.layers.{i}", factors, note) for i, block in enumerate(model.layers)]
+        self.blocks = [
+            _Block(block, f"model.layers.{i}", factors, note, bfloat16) for i, block in enumerate(model.layers)
+        ]
         self.first = next((i for i, block in enumerate(self.blocks) if block.is_trained), len(self.blocks))
         self.layout = Layout(batch, _angles(heads, batch))
         self.embed = model.model.embed_tokens
@@ -153,12 +156,16 @@ class Head:
         """The number of tokens that the model knows, V."""
         return int(self.module.weight.shape[0])
 
-    def __call__(self, hidden: mx.array) -> mx.array:
+    def __call__(self, hidden: mx.array, bfloat16: Bfloat16Weights | None = None) -> mx.array:
         """Return the logits (N, V) of hidden states (N, D)."""
+        if bfloat16 and (packed := bfloat16.of(self.module)):
+            return packed.product(hidden)
         return product(self.module, hidden) if self.unpacks else self.call(hidden)
 
-    def backward(self, hidden: mx.array, d_logits: mx.array) -> mx.array:
+    def backward(self, hidden: mx.array, d_logits: mx.array, bfloat16: Bfloat16Weights | None = None) -> mx.array:
         """Return the gradient of the hidden states (N, D)."""
+        if bfloat16 and (packed := bfloat16.of(self.module)):
+            return packed.product_back(d_logits)
         if self.unpacks:
             return product_back(self.module, d_logits)
         if type(self.module) in (nn.Embedding, nn.Linear):
@@ -170,9 +177,17 @@ class Head:
 class _Linear:
     """One linear layer: a frozen weight, and its factors if it has some."""
 
-    def __init__(self, module: nn.Module, name: str, factors: Arrays, note: LayerNote | None):
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        factors: Arrays,
+        note: LayerNote | None,
+        bfloat16: Bfloat16Weights | None,
+    ):
         self.note = note
-        self.base = module.linear if isinstance(module, LoRALinear) else module
+        self.base = base_of(module)
+        self.packed = bfloat16.of(self.base) if bfloat16 else None
         self.name = name
         self.is_trained = f"{name}.lora_a" in factors or f"{name}.lora_b" in factors
         self.has_factors = isinstance(module, LoRALinear)
@@ -182,9 +197,12 @@ class _Linear:
             self.a = factors.get(f"{name}.lora_a", module.lora_a)
             self.b = self.scale * factors.get(f"{name}.lora_b", module.lora_b)
 
-    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
-        """Return x (T, in) through the layer, (T, out), added to `onto`."""
-        if type(self.base) is nn.Linear:
+    def __call__(self, x: mx.array, onto: mx.array | None = None, halves: Rounded | None = None) -> mx.array:
+        """Return x (T, in) through the layer, (T, out), added to `onto`; `halves` is x rounded to bfloat16."""
+        if self.packed:
+            y = self.packed.product(x if halves is None else halves, onto)
+            y = y + self.base.bias if "bias" in self.base else y
+        elif type(self.base) is nn.Linear:
             weight = self.base.weight.astype(mx.float32).T
             y = x @ weight if onto is None else mx.addmm(onto, x, weight)
             y = y + self.base.bias if "bias" in self.base else y
@@ -197,7 +215,9 @@ class _Linear:
 
     def d_input(self, d_y: mx.array, onto: mx.array | None = None) -> mx.array:
         """Return the gradient of x, (T, in), given that of the output, added to `onto`."""
-        if type(self.base) is nn.Linear:
+        if self.packed:
+            d_x = self.packed.product_back(d_y, onto)
+        elif type(self.base) is nn.Linear:
             weight = self.base.weight.astype(mx.float32)
             d_x = d_y @ weight if onto is None else mx.addmm(onto, d_y, weight)
         elif type(self.base) is UnpackingLinear:
@@ -237,15 +257,23 @@ class _Saved:
 
 
 class _Block:
-    def __init__(self, block: nn.Module, name: str, factors: Arrays, note: LayerNote | None):
+    def __init__(
+        self,
+        block: nn.Module,
+        name: str,
+        factors: Arrays,
+        note: LayerNote | None,
+        bfloat16: Bfloat16Weights | None,
+    ):
         heads, mlp = block.self_attn, block.mlp
         self.block, self.size, self.groups = block, heads.head_dim, heads.n_kv_heads
         self.q, self.k, self.v, self.o = (
-            _Linear(heads[each], f"{name}.self_attn.{each}", factors, note)
+            _Linear(heads[each], f"{name}.self_attn.{each}", factors, note, bfloat16)
             for each in ("q_proj", "k_proj", "v_proj", "o_proj")
         )
         self.gate, self.up, self.down = (
-            _Linear(mlp[each], f"{name}.mlp.{each}", factors, note) for each in ("gate_proj", "up_proj", "down_proj")
+            _Linear(mlp[each], f"{name}.mlp.{each}", factors, note, bfloat16)
+            for each in ("gate_proj", "up_proj", "down_proj")
         )
         self.is_trained = any(
             each.is_trained for each in (self.q, self.k, self.v, self.o, self.gate, self.up, self.down)
@@ -258,15 +286,18 @@ class _Block:
         queries = layout.supervised if picked else layout.all
         norm = self.block.input_layernorm
         normed, inverse = cpu_ops.rms_norm(x, _weight(norm), norm.eps)
-        k, v = self.k(normed), self.v(normed)
-        middle, normed_q = (x[mx.array(layout.picked)], normed[mx.array(layout.picked)]) if picked else (x, normed)
-        q = self.q(normed_q)
+        if picked:
+            middle, normed_q = x[mx.array(layout.picked)], normed[mx.array(layout.picked)]
+            (k, v), (q,) = _together(normed, self.k, self.v), _together(normed_q, self.q)
+        else:
+            middle, normed_q = x, normed
+            k, v, q = _together(normed, self.k, self.v, self.q)
         mx.eval(q, k, v)
         mixed, attended = attention.attend(q, k, v, queries, layout.all, self.groups, self.size, handover)
         middle = self.o(mixed, onto=middle)
         norm = self.block.post_attention_layernorm
         middle_normed, middle_inverse = cpu_ops.rms_norm(middle, _weight(norm), norm.eps)
-        gate, up = self.gate(middle_normed), self.up(middle_normed)
+        gate, up = _together(middle_normed, self.gate, self.up)
         mx.eval(gate, up)
         acted = cpu_ops.swiglu(gate, up)
         out = self.down(acted, onto=middle)
@@ -333,6 +364,24 @@ class _Block:
             d_normed = self.q.d_input(d_q, onto=d_normed)
         weight = _weight(self.block.input_layernorm)
         return cpu_ops.rms_norm_backward_(d_normed, saved.x, saved.inverse, weight, d_middle)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """Return the frozen layer of a linear layer, which may have factors."""
+    return module.linear if isinstance(module, LoRALinear) else module
+
+
+def linears_of(block: nn.Module) -> list[nn.Module]:
+    """Return a block's linear layers: those of attention, then those of the MLP."""
+    attention, mlp = block.self_attn, block.mlp
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    return [*(attention[name] for name in names), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _together(x: mx.array, *layers: _Linear) -> list[mx.array]:
+    """Return x (T, in) through each of several layers; it is rounded once for all that multiply in bfloat16."""
+    halves = rounded(x) if any(layer.packed for layer in layers) else None
+    return [layer(x, halves=halves) for layer in layers]
 
 
 def _angles(heads: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from mbf_mlx.experiment.workbench import TaskScore, Workbench
 from mbf_mlx.learning.after_training import after_training
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.learn import Learned, TaskRows, check_finite, learn_rows, start_task
-from mbf_mlx.learning.learner import Learner, run_conditions
+from mbf_mlx.learning.learner import Learner, precision_of, run_conditions
 from mbf_mlx.methods import Method, State, empty_state, make
 
 
@@ -141,7 +141,7 @@ class RunningCell:
             "scored_on": plan.file.score_on,
             "task_hashes": [plan.tasks[name].sha256 for name in cell.tasks],
             "base": {"name": self.bench.source.name, "fingerprint": str(self.bench.always["base"])},
-            "machine": run_conditions(),
+            "machine": run_conditions(precision=precision_of(self.settings)),
         }
 
 

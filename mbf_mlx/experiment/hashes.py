@@ -7,7 +7,7 @@ labels. A new setting may enter only where it is not at its default: the hashes 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -65,8 +65,9 @@ def of_training(
     tuning: Tuning,
     rows: Sequence[Encoded],
     valid: Sequence[Encoded],
+    directions: Mapping[str, np.ndarray],
 ) -> str:
-    """Return the hash of all that determines the result of a training."""
+    """Return the hash of all that determines the result of a training; `directions` is what it measures inputs in."""
     start = tuning.named()
     added = tuning.has_penalty or not tuning.is_plain
     lora = {name: value for name, value in settings_of(cell.lora).items() if name != "rank"}
@@ -80,6 +81,7 @@ def of_training(
         {name: rate for name, rate in tuning.rates.items() if rate != 1},
         # What a method adds to training is a function of its options and of all that it keeps.
         [method.name, method.options, _of_state(state)] if added else [],
+        *([dict(directions)] if directions else []),
     )
 
 
@@ -94,7 +96,8 @@ def settings_of_cell(cell: Cell) -> dict[str, Any]:
 
 def _train_settings(cell: Cell) -> dict[str, Any]:
     """Return the training settings that decide a result; how often it is saved is none of them."""
-    return {name: value for name, value in asdict(cell.train).items() if name != "save_every"}
+    left_out = {"save_every"} if cell.train.precision == "bfloat16" else {"save_every", "precision"}
+    return {name: value for name, value in asdict(cell.train).items() if name not in left_out}
 
 
 def of_rows(rows: Sequence[Encoded]) -> list[Any]:

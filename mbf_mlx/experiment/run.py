@@ -7,6 +7,7 @@ continues from its last save.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import cast
@@ -22,6 +23,7 @@ from mbf_mlx.experiment.results import RESULTS, CellRow
 from mbf_mlx.experiment.workbench import Workbench
 from mbf_mlx.files.log import Log
 from mbf_mlx.learning.learner import LoadLearner, load_learner
+from mbf_mlx.learning.precision import expected
 from mbf_mlx.methods import empty_state, make
 
 POLL = 1.0  # seconds between two looks at cells that another process is running
@@ -43,8 +45,9 @@ class Experiment:
     def __init__(
         self, plan: ExperimentPlan, folder: Path, watch: Watch | None = None, load: LoadLearner = load_learner
     ) -> None:
-        self.plan, self.folder, self.watch = plan, folder, watch or Watch()
+        self.folder, self.watch = folder, watch or Watch()
         self.bench = Workbench(plan, folder, load)
+        self.plan = replace(plan, cells=tuple(map(self._decided, plan.cells)))
         self.results = Log(folder / RESULTS)
         self._check()
 
@@ -70,6 +73,11 @@ class Experiment:
         """
         plan = read_plan(Path(file), Path(tasks) if tasks is not None else None)
         return cls(plan, Path(out) if out is not None else plan.results_folder, watch)
+
+    def _decided(self, cell: Cell) -> Cell:
+        """Return a cell whose precision is decided, for it decides the result."""
+        precision = expected(cell.train, cell.lora, self.bench.source.path)
+        return replace(cell, train=replace(cell.train, precision=precision))
 
     def _check(self) -> None:
         """Refuse layers that the base does not have and methods that do not fit them, before anything runs.

@@ -8,7 +8,7 @@ Each is computed once and kept under a hash of all that decides it (hashes.py):
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -31,15 +31,17 @@ from mbf_mlx.files.safetensors_file import safetensors_bytes
 from mbf_mlx.files.storage import Data, Files, read_large, sha256
 from mbf_mlx.learning.evaluate import LOSS, metric_of
 from mbf_mlx.learning.events import Events
+from mbf_mlx.learning.inputs_in_training import InputsInTraining
 from mbf_mlx.learning.learn import TrainingPlace
 from mbf_mlx.learning.learner import Learner, LoadLearner, run_conditions
 from mbf_mlx.learning.progress import Tensors, Training
 from mbf_mlx.learning.scores import answers_alone, score_rows
 from mbf_mlx.learning.tuning import Tuning
-from mbf_mlx.methods import Factors, Method, State
+from mbf_mlx.methods import Factors, Inputs, Method, Seen, State
 from mbf_mlx.stream.saves import Working
 
 FORMAT = 1  # of what is hashed; a change in what a cell computes has to change it
+_MEASURED = "measured."  # ahead of a layer's name: what training has measured of its inputs
 DRAW = 0  # the seed that draws a task's rows where the file limits their number: the same rows for all cells
 
 
@@ -148,10 +150,12 @@ class Workbench:
         tuning: Tuning,
         rows: Sequence[Encoded],
         valid: Sequence[Encoded],
+        measure: InputsInTraining | None,
     ) -> "SharedTraining":
         """Return where a training of a cell is saved, and kept for the other cells."""
-        key = of_training(self.always, cell, method, state, tuning, rows, valid)
-        return SharedTraining(key, self.cache, self.files)
+        directions = measure.directions if measure else {}
+        key = of_training(self.always, cell, method, state, tuning, rows, valid, directions)
+        return SharedTraining(key, self.cache, self.files, directions)
 
 
 def _is_whole(row: dict[str, Any]) -> bool:
@@ -171,16 +175,17 @@ class SharedTraining(TrainingPlace):
         key: The hash.
         cache: The folder.
         files: The operations to write with.
+        directions: P (k, in) for each layer whose inputs are measured in training.
     """
 
-    def __init__(self, key: str, cache: Path, files: Files) -> None:
+    def __init__(self, key: str, cache: Path, files: Files, directions: Mapping[str, np.ndarray]) -> None:
+        self._directions = directions
         working = Working(cache / f"{key}.working", files)
         super().__init__(working, {"key": key}, working.load())
         self.key, self._files = key, files
         self._arrays, self._figures = cache / f"{key}.safetensors", cache / f"{key}.json"
 
-    def finished(self) -> tuple[Training, Tensors] | None:
-        """Return the figures of this training and the arrays that it left, if a cell has done it before."""
+    def finished(self) -> tuple[Training, Tensors, Inputs | None] | None:
         if not (self._figures.exists() and self._arrays.exists()):
             return None
         known: dict[str, Any] = {"best_step": 0, "computed_tokens": 0}  # what was not kept in the beginning
@@ -189,12 +194,15 @@ class SharedTraining(TrainingPlace):
         if expected is not None and (sha256(data) != expected or known.pop("checksum") != digest(known)):
             return None  # a bit has changed on the disk: train again
         training = Training(**{each.name: known[each.name] for each in fields(Training)})
-        return training, adapter.decode_tensors(data, self._arrays)
+        arrays = adapter.decode_tensors(data, self._arrays)
+        moments = {name: arrays.pop(_MEASURED + name) for name in self._directions if _MEASURED + name in arrays}
+        inputs = {name: Seen(self._directions[name], array) for name, array in moments.items()}
+        return training, arrays, inputs or None
 
-    def keep(self, training: Training, tuning: Tuning) -> None:
-        """Keep a training that has just ended."""
+    def keep(self, training: Training, tuning: Tuning, inputs: Inputs | None) -> None:
         arrays = {name: np.array(array) for name, array in tuning.arrays.items()}
-        data = safetensors_bytes(arrays)
+        moments = {_MEASURED + name: np.asarray(seen.moments) for name, seen in (inputs or {}).items()}
+        data = safetensors_bytes(arrays | moments)
         figures = {"key": self.key, "arrays_sha256": sha256(data), **asdict(training)}
         self._replace(self._arrays, data)
         self._replace(self._figures, json.dumps(figures | {"checksum": digest(figures)}).encode())

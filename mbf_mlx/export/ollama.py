@@ -5,13 +5,16 @@ the text that it makes of a conversation, and write the Go template that makes t
 adapter from us: its converter reorders the factors of q and k wrongly and ignores the scale.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mbf_mlx.base.chat_templates import with_date, writes_date
+from mbf_mlx.base.renderer import Refused, renderer
 from mbf_mlx.base.sources import read_config
 from mbf_mlx.errors import MissingPackageError, quoted
 from mbf_mlx.export.gguf.vocabulary import Vocabulary, read_vocabulary
@@ -224,34 +227,23 @@ def _fill(go: str, before: str, lead: str, alone: str) -> str:
 
 def _jinja(vocabulary: Vocabulary) -> Callable[[list[dict[str, str]]], str | None]:
     """Return a function that renders the chat template up to where an answer begins; it returns None on an error."""
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise MissingPackageError("reading a chat template needs jinja2: pip install jinja2") from None
+    if find_spec("jinja2") is None:
+        raise MissingPackageError("reading a chat template needs jinja2: pip install jinja2")
     template = vocabulary.chat_template
     if isinstance(template, list):
         template = next((one["template"] for one in template if one["name"] == "default"), "")
+    today = with_date(str(template), date.today().isoformat())
     special = {
         f"{kind}_token": vocabulary.tokens[vocabulary.special[kind]]
         for kind in ("bos", "eos", "unk", "pad")
         if kind in vocabulary.special
     }
 
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
     def render(messages: list[dict[str, str]]) -> str | None:
-        # Chat templates are written for these settings of transformers.
-        settings = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
-        environment = ImmutableSandboxedEnvironment(**settings)
-        environment.globals["raise_exception"] = refuse
+        talk = json.dumps({"messages": messages, "add_generation_prompt": True})
         try:
-            text: str = environment.from_string(with_date(str(template), date.today().isoformat())).render(
-                messages=messages, add_generation_prompt=True, **special
-            )
-        except (TemplateError, TypeError, ValueError, KeyError):
+            return renderer.render(today, special, [talk])[0]
+        except Refused:
             return None
-        return text
 
     return render

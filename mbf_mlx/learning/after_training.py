@@ -14,7 +14,7 @@ from mbf_mlx.data.encode import Encoded
 from mbf_mlx.engine.engine import Engine
 from mbf_mlx.learning.measure import Advance, measured_inputs, squared_gradients
 from mbf_mlx.learning.tuning import Tuning
-from mbf_mlx.methods import Method, State, TokenRow, Tuned
+from mbf_mlx.methods import Inputs, Method, State, TokenRow, Tuned
 
 KEPT = Path("(a row that the stream keeps)")
 
@@ -42,6 +42,7 @@ def after_training(
     rows: Sequence[Encoded],
     batch_size: int,
     advance: Advance = lambda done, total: None,
+    inputs: Inputs | None = None,
 ) -> State:
     """Return the state after a task.
 
@@ -52,12 +53,13 @@ def after_training(
         rows: The task's own training rows, without those that the method mixed in.
         batch_size: How many rows there is memory for at the same time.
         advance: Called with the number of rows that are measured, and of all that will be, if the method measures any.
+        inputs: The layers' inputs, if they were measured in training.
     """
     tuned = tuning.named()
     tuning.model.eval()
-    inputs, shown = None, list[TokenRow]()
+    shown = list[TokenRow]()
     gradients: Tuned = {}
-    if "inputs" in method.needs:
+    if "inputs" in method.needs and inputs is None:
         inputs = measured_inputs(method, state, tuning, engine, rows, batch_size, advance)
     if "rows" in method.needs:
         shown = [TokenRow(row.tokens, row.supervised) for row in rows]

@@ -14,7 +14,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
-from mbf_mlx.config import LearnConfig, settings_of
+from mbf_mlx.config import LearnConfig, Precision, settings_of
 from mbf_mlx.data.encode import Encoded, Encoder
 from mbf_mlx.data.task import Task
 from mbf_mlx.data.token_rows import EncodedRows
@@ -22,7 +22,9 @@ from mbf_mlx.device import backend
 from mbf_mlx.errors import InputError
 from mbf_mlx.learning.after_training import after_training, with_extra
 from mbf_mlx.learning.events import Events
-from mbf_mlx.learning.learner import Learner, run_conditions
+from mbf_mlx.learning.inputs_in_training import InputsInTraining, inputs_in_training
+from mbf_mlx.learning.learner import Learner, precision_of, run_conditions
+from mbf_mlx.learning.precision import chosen
 from mbf_mlx.learning.progress import Progress, Tensors, Training, progress_of, progress_to_json
 from mbf_mlx.learning.prompt_date import with_date
 from mbf_mlx.learning.record import differences, notes_on, run_of, task_record, what_fell
@@ -31,7 +33,7 @@ from mbf_mlx.learning.team import Team
 from mbf_mlx.learning.team_task import task_message
 from mbf_mlx.learning.train import train
 from mbf_mlx.learning.tuning import Tuning
-from mbf_mlx.methods import Method, State, make, not_finite
+from mbf_mlx.methods import Inputs, Method, State, make, not_finite
 from mbf_mlx.stream.folder import StreamFolder
 from mbf_mlx.stream.records import TaskRecord, spans_to_score, without_task
 from mbf_mlx.stream.saves import Saved, Working, check_same_run
@@ -62,16 +64,20 @@ class TrainingPlace:
             return None
         return progress_of(self.saved.progress, self.working.folder), self.saved.tensors
 
-    def finished(self) -> tuple[Training, Tensors] | None:
-        """Return a training that has been done before and the arrays that it left, or None."""
+    def finished(self) -> tuple[Training, Tensors, Inputs | None] | None:
+        """Return a training that has been done before, or None.
+
+        Returns:
+            Its figures, the arrays that it left, and the layers' inputs if it has measured them.
+        """
         return None
 
-    def keep(self, training: Training, tuning: Tuning) -> None:
-        """Called when a training has just ended; `tuning` holds its result."""
+    def keep(self, training: Training, tuning: Tuning, inputs: Inputs | None) -> None:
+        """Called when a training has just ended; `tuning` holds its result, `inputs` what it has measured."""
 
 
-# From what trains, the training rows and the validation rows.
-FindPlace = Callable[[Tuning, Sequence[Encoded], Sequence[Encoded]], TrainingPlace]
+# From what trains, the training rows, the validation rows, and what is measured in training.
+FindPlace = Callable[[Tuning, Sequence[Encoded], Sequence[Encoded], InputsInTraining | None], TrainingPlace]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,18 +140,24 @@ def learn_rows(
         events.note(f"{rows.name}: trains on {extra} kept rows of earlier tasks, too")
     backend.reset_peak_memory()
     tuning = start_task(learner, method, state, settings)
-    place = find_place(tuning, everything, rows.valid)
+    measure = None
+    if len(everything) == len(rows.train) and not len(rows.valid):  # or another step's factors may be kept
+        config, start = settings.train, tuning.named()
+        measure = inputs_in_training(method, state, start, learner.engine, config, len(everything), team)
+    place = find_place(tuning, everything, rows.valid, measure)
     if (finished := place.finished()) is not None:
-        training, arrays = finished
+        training, arrays, inputs = finished
         tuning.update(arrays)
     else:
         if team is not None:
             team.say(task_message(learner.described(), method, state, everything, settings))
-        training = _train(learner, tuning, everything, rows, settings, events, place, team)
-        place.keep(training, tuning)
+        training, inputs = _train(learner, tuning, everything, rows, settings, events, place, team, measure)
+        place.keep(training, tuning, inputs)
     began = perf_counter()
     advance = partial(events.measuring, rows.name)
-    after = after_training(method, state, tuning, learner.engine, rows.train, settings.train.batch_size, advance)
+    after = after_training(
+        method, state, tuning, learner.engine, rows.train, settings.train.batch_size, advance, inputs
+    )
     merge_seconds = perf_counter() - began
     check_finite(after, rows.name)
     training = replace(training, peak_memory_bytes=max(training.peak_memory_bytes, backend.peak_memory()))
@@ -163,11 +175,17 @@ def _train(
     events: Events,
     place: TrainingPlace,
     team: Team | None,
-) -> Training:
-    """Train, saving as the settings say; go on from the place's save where there is one."""
+    measure: InputsInTraining | None,
+) -> tuple[Training, Inputs | None]:
+    """Train, saving as the settings say; go on from the place's save where there is one.
+
+    Returns:
+        The figures, and the layers' inputs if they were measured.
+    """
 
     def save(progress: Progress, tensors: Tensors) -> None:
-        place.working.save(progress.step, place.run, run_conditions(team), progress_to_json(progress), tensors)
+        conditions = run_conditions(team, precision_of(settings))
+        place.working.save(progress.step, place.run, conditions, progress_to_json(progress), tensors)
 
     trained = train(
         tuning,
@@ -180,8 +198,10 @@ def _train(
         resume=place.resume(),
         guard=settings.guard,
         team=team,
+        throttle=settings.throttle,
+        measure=measure,
     )
-    return Training.of(trained, backend.peak_memory())
+    return Training.of(trained, backend.peak_memory()), trained.inputs
 
 
 def check_finite(state: State, name: str) -> None:
@@ -282,9 +302,15 @@ def learn_task(
     stream.require_space()
     generation = stream.current()
     (working := stream.saves).check_place()
-    run = run_of(task, generation.number, settings)
     restarted = settings.restart and working.drop()
-    if (saved := working.load()) is not None:
+    saved = working.load()
+    begun: Precision | None = None
+    if saved is not None:
+        begun = "bfloat16" if saved.run.get("precision") == "bfloat16" else "float32"
+    precision = chosen(settings.train, learner, team, begun)
+    settings = replace(settings, train=replace(settings.train, precision=precision))
+    run, conditions = run_of(task, generation.number, settings), run_conditions(team, precision)
+    if saved is not None:
         check_same_run(saved, run, stream.working)
     encoder = Encoder(learner.tokenizer, settings.data, stream.path)
     rows, valid, test = _encoded(task, encoder, tests, settings)
@@ -292,7 +318,7 @@ def learn_task(
     if settings.restart and not restarted:
         notes.append("--restart without effect: no run was interrupted")
     if saved is not None:
-        notes += [f"goes on after step {saved.progress['step']}", *differences(saved.machine, run_conditions(team))]
+        notes += [f"goes on after step {saved.progress['step']}", *differences(saved.machine, conditions)]
     elif working.problems():
         notes.append("the save of an interrupted run is damaged: the task starts over")
     state = stream.state()
@@ -319,7 +345,7 @@ def learn_task(
         settings,
         spans,
         learned.scores,
-        run_conditions(team),
+        conditions,
     )
     fell = what_fell([(record.name, before.newest(record.t)) for record in earlier], learned.scores, stream.path)
     fixed = {"train": settings_of(settings.train), "data": settings_of(settings.data)}

@@ -12,8 +12,8 @@ import numpy as np
 from mbf_mlx.base.decisive_files import decisive_files
 from mbf_mlx.base.load import Base, load_base
 from mbf_mlx.base.sources import unpacked_bytes
-from mbf_mlx.config import LearnConfig, LoRAConfig
-from mbf_mlx.device import backend
+from mbf_mlx.config import LearnConfig, LoRAConfig, Precision
+from mbf_mlx.device import backend, bfloat16
 from mbf_mlx.engine.choose import prepare
 from mbf_mlx.engine.engine import Engine
 from mbf_mlx.engine.lora_layers import attach, write_factors
@@ -50,9 +50,15 @@ class Learner:
         return base | {"lora": asdict(self.lora), "packed": self.packed}
 
     def apply_limits(self, settings: LearnConfig) -> None:
-        """Let the engine keep to the settings' memory: whether it recomputes activations, and where it stops."""
+        """Let the engine keep to the settings: its precision, whether it recomputes activations, where it stops.
+
+        Raises:
+            InputError: the settings ask for products in bfloat16, which cannot be had here.
+        """
         checkpoint, by_hand = settings.train.grad_checkpoint, self.engine.by_hand
-        limit = limit_of(self.base.path, self.lora, by_hand, self.packed, checkpoint, settings.memory_limit)
+        precision, most = precision_of(settings), settings.memory_limit
+        self.engine.multiply_in(precision)
+        limit = limit_of(self.base.path, self.lora, by_hand, self.packed, checkpoint, precision == "bfloat16", most)
         self.engine.checkpoint = checkpoint
         self.engine.before = limit or (lambda batch, training: None)
 
@@ -85,15 +91,30 @@ def load_learner(folder: Path, lora: LoRAConfig, keep_quantized: bool = False) -
     return Learner(base, layers, prepare(base.model), lora, packed)
 
 
-def run_conditions(team: Team | None = None) -> dict[str, Any]:
-    """Return what a bit-identical continuation needs besides the same run: device, threads, processes, versions."""
+def precision_of(settings: LearnConfig) -> Precision:
+    """Return the precision of settings in which it is decided (`precision.chosen`); undecided is float32."""
+    return "bfloat16" if settings.train.precision == "bfloat16" else "float32"
+
+
+def run_conditions(team: Team | None = None, precision: Precision = "float32") -> dict[str, Any]:
+    """Return what a bit-identical continuation needs besides the same run: device, threads, processes, versions.
+
+    Args:
+        team: The processes that share each step, if there are several.
+        precision: Of the products with frozen weights; for bfloat16 the library that multiplies is named.
+    """
     device = backend.setup()
     processes = {"processes": team.size} if team else {}
-    return processes | {
-        "device": device.kind,
-        "processor": platform.machine(),
-        "threads": device.threads,
-        "dtype": device.dtype or "the model's",
-        "mlx": importlib.metadata.version("mlx"),
-        "mlx_lm": importlib.metadata.version("mlx-lm"),
-    }
+    products = {"products": bfloat16.reason()} if precision == "bfloat16" else {}
+    return (
+        processes
+        | products
+        | {
+            "device": device.kind,
+            "processor": platform.machine(),
+            "threads": device.threads,
+            "dtype": device.dtype or "the model's",
+            "mlx": importlib.metadata.version("mlx"),
+            "mlx_lm": importlib.metadata.version("mlx-lm"),
+        }
+    )

@@ -1,6 +1,6 @@
 """Where a training run stands, how it ended, and when it is saved."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from mbf_mlx.errors import InputError
+from mbf_mlx.methods import Seen
 
 CURVE_POINTS = 24
 SAVE_SHARE = 0.02  # saves that come every so many seconds take at most this share of a run's time
@@ -90,6 +91,7 @@ class Trained:
 
     progress: Progress
     loss_after: float | None
+    inputs: Mapping[str, Seen] | None = None  # of the layers, if they were measured in training
 
     @property
     def curve(self) -> list[tuple[int, float]]:

@@ -58,6 +58,8 @@ def notes_on(task: Task, rows: EncodedRows, settings: LearnConfig, context: int 
             notes.append(
                 f"{' and '.join(unused)} without effect: the task has no valid rows (valid.jsonl beside train)"
             )
+    if settings.throttle:
+        notes.append(f"rests {settings.throttle:g} s after each step")
     return notes
 
 

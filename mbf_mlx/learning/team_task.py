@@ -37,6 +37,7 @@ def task_message(
         "method": [method.name, method.options],
         "state": {"t": state.t, "rank": state.rank, "seed": state.seed, "layers": state.layers},
         "checkpoint": settings.train.grad_checkpoint,
+        "precision": settings.train.precision,
         "memory_limit": settings.memory_limit,
         "seed": settings.train.seed,
     }

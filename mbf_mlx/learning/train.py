@@ -23,6 +23,7 @@ from mbf_mlx.device.machine import freed_memory_kept
 from mbf_mlx.engine.engine import Arrays, Engine
 from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.learning.events import Step
+from mbf_mlx.learning.inputs_in_training import InputsInTraining
 from mbf_mlx.learning.progress import Progress, SaveClock, Tensors, Trained, check_shapes
 from mbf_mlx.learning.step_rules import clipped, rate_at, seed_dropout
 from mbf_mlx.learning.team import Message, Team
@@ -47,6 +48,8 @@ def train(
     resume: tuple[Progress, Tensors] | None = None,
     guard: bool = True,
     team: Team | None = None,
+    throttle: float = 0.0,
+    measure: InputsInTraining | None = None,
 ) -> Trained:
     """Tune the attached factors on `rows`; `tuning` holds the result, and its model applies it.
 
@@ -61,25 +64,33 @@ def train(
         resume: What `save` was called with last.
         guard: Stop a run whose loss has exploded, and refuse one that ends far worse than it began.
         team: The processes that share each step's rows; they have been told of the task.
+        throttle: Seconds of rest after each step.
+        measure: Sums the layers' inputs in the last steps; not with validation rows.
 
     Raises:
         InputError: a loss or gradient that is not finite, or a loss that exploded; the step and its rows are named.
         MemoryLimitError: a batch would not fit; what was done until then is saved.
     """
     tuning.model.train()
-    run = _Run(tuning, engine, rows, config, team)
+    if measure is not None and resume is not None:
+        resume = resume[0], measure.take(*resume)
+    run = _Run(tuning, engine, rows, config, team, measure)
     progress = run.restore(resume) if resume else replace(Progress(), loss_before=run.sample_loss())
     clock = SaveClock(config.save_steps, config.save_seconds, time.monotonic())
     groups = run.groups(progress.step)
     group = next(groups, None)
     while group is not None and not progress.stopped:
         number, started = progress.step + 1, time.perf_counter()
+        measuring = measure is not None and number >= measure.since
         try:
+            engine.training_note = measure.note if measure is not None and measuring else None
             begun = run.begin(number, group)
         except MemoryLimitError:
             if save and progress.step:
-                save(progress, run.tensors())
+                save(progress, run.tensors(progress.step))
             raise
+        finally:
+            engine.training_note = None
         group = next(groups, None)  # made while the device computes
         progress = run.finish(progress, begun, guard)
         progress = replace(progress, seconds=progress.seconds + time.perf_counter() - started)
@@ -100,13 +111,15 @@ def train(
         )
         began = time.monotonic()
         if save and (clock.is_due(number, began) or number == run.steps or progress.stopped):
-            save(progress, run.tensors())
+            save(progress, run.tensors(progress.step))
             clock.saved(began, time.monotonic())
+        if throttle:
+            time.sleep(throttle)
     run.restore_best()
     loss_after = run.sample_loss(f"step {progress.step}: the loss after training")
     if guard and progress.loss_before is not None:
         run.check_end(progress.loss_before, loss_after)
-    return Trained(progress=progress, loss_after=loss_after)
+    return Trained(progress=progress, loss_after=loss_after, inputs=measure.seen() if measure else None)
 
 
 class Sums:
@@ -150,8 +163,15 @@ class _Run:
     """The moving parts of one run."""
 
     def __init__(
-        self, tuning: Tuning, engine: Engine, rows: Sequence[Encoded], config: TrainConfig, team: Team | None
+        self,
+        tuning: Tuning,
+        engine: Engine,
+        rows: Sequence[Encoded],
+        config: TrainConfig,
+        team: Team | None,
+        measure: InputsInTraining | None,
     ) -> None:
+        self.measure = measure
         self.tuning, self.engine, self.rows, self.config, self.team = tuning, engine, rows, config, team
         self.lengths = lengths_of(rows)
         groups_per_epoch = math.ceil(math.ceil(len(rows) / config.batch_size) / config.grad_accumulation_steps)
@@ -302,13 +322,13 @@ class _Run:
     def _trained(self) -> Tensors:
         return {name: np.array(array) for name, array in self.tuning.trained.items()}
 
-    def tensors(self) -> Tensors:
-        """All arrays that continue the run."""
+    def tensors(self, step: int = 0) -> Tensors:
+        """All arrays that continue the run after a step."""
         tensors = {f"factor.{name}": array for name, array in self._trained().items()}
         tensors |= {f"best.{name}": array for name, array in self.best.items()}
         for name in self.tuning.trained:
             tensors |= {f"moment.{kind}.{name}": np.array(m) for kind, m in self.optimizer.state[name].items()}
-        return tensors
+        return tensors | (self.measure.tensors() if self.measure and step >= self.measure.since else {})
 
     def restore(self, saved: tuple[Progress, Tensors]) -> Progress:
         progress, tensors = saved

@@ -46,7 +46,7 @@ class _Worker:
 
     def __init__(self, team: Team, learner: Learner, message: Message) -> None:
         self.team, self.seed = team, message.values["seed"]
-        train = TrainConfig(grad_checkpoint=message.values["checkpoint"])
+        train = TrainConfig(grad_checkpoint=message.values["checkpoint"], precision=message.values["precision"])
         settings = LearnConfig(train=train, memory_limit=message.values["memory_limit"])
         name, options = message.values["method"]
         self.tuning = start_task(learner, make(name, options), state_of(message), settings)

@@ -8,7 +8,8 @@ own 2).
     peak = process + weights + factors + inputs + activations + logits
 
     process       Python, mlx, the tokenizer; a measured constant
-    weights       on a CPU every number in float32, or packed as in the file, with one piece unpacked at a time
+    weights       on a CPU every number in float32, or packed as in the file, with one piece unpacked at a time; for
+                  products in bfloat16 two more copies of linear layers and head, of 2 bytes a number
     factors       16 r (in + out) for each layer: the factors, their gradient, AdamW's two moments, all in float32
     inputs        12 bytes for each number that a method measures of the inputs after training: the directions, the sum
                   so far, and what the current batches add
@@ -82,6 +83,7 @@ class Run:
     by_hand: bool  # whether engine/llama_pass.py computes the pass, in float32
     packed: bool  # whether quantized weights stay packed
     checkpoint: bool  # whether blocks are computed again in the backward pass
+    bfloat16: bool = False  # whether products with the unpacked weights are in bfloat16
     cores: int = 1  # how many parts of a batch are computed side by side
     measured: int = 0  # numbers in the directions in which a method measures the layers' inputs
 
@@ -149,7 +151,8 @@ def predict(shape: Shape, run: Run, load: Load, *, training: bool = True) -> Mem
     elif run.packed:
         weights, loading = shape.packed_bytes, largest // 8
     else:
-        weights, loading = shape.plain_bytes, largest * 4 // 5
+        halves = 4 * (shape.blocks * shape.block_values + shape.vocabulary * shape.hidden)
+        weights, loading = shape.plain_bytes + run.bfloat16 * halves, largest * 4 // 5
     return Memory(
         process=PROCESS_BYTES,
         weights=weights,
@@ -230,11 +233,14 @@ def ways_to_fit(shape: Shape, run: Run, load: Load, limit: int) -> list[str]:
     others = [run]
     if not run.checkpoint:
         others.append(replace(run, checkpoint=True))
+    if run.bfloat16:
+        others += [replace(other, bfloat16=False) for other in list(others)]
     if run.by_hand and not run.packed and shape.packed_bytes < shape.plain_bytes:
-        others += [replace(other, packed=True) for other in list(others)]
+        others += [replace(other, packed=True) for other in others if not other.bfloat16]
     found: list[str] = []
     for other in others:
         flags = ["--grad-checkpoint"] * (other.checkpoint and not run.checkpoint)
+        flags += ["--precision float32"] * (run.bfloat16 and not other.bfloat16)
         flags += ["--keep-quantized"] * (other.packed and not run.packed)
         for rows in range(load.rows, 0, -1):
             if predict(shape, other, _smaller(load, rows)).peak <= limit:
@@ -246,6 +252,7 @@ def ways_to_fit(shape: Shape, run: Run, load: Load, limit: int) -> list[str]:
             short = _shorter(_smaller(load, 1), parts)
             if predict(shape, others[-1], short).peak <= limit:
                 flags = ["--grad-checkpoint"] * (not run.checkpoint)
+                flags += ["--precision float32"] * (run.bfloat16 and not others[-1].bfloat16)
                 flags += ["--keep-quantized"] * (others[-1].packed and not run.packed)
                 found.append(" ".join([*flags, f"--batch-size 1 --max-seq-length {short.prefix + short.width + 1}"]))
                 break

@@ -67,18 +67,20 @@ class Limit:
         )
 
 
-def limit_of(folder: Path, lora: LoRAConfig, by_hand: bool, packed: bool, checkpoint: bool, given: int) -> Limit | None:
+def limit_of(
+    folder: Path, lora: LoRAConfig, by_hand: bool, packed: bool, checkpoint: bool, bfloat16: bool, given: int
+) -> Limit | None:
     """Return the limit of a run, or None if the formula does not cover the architecture.
 
     Args:
         folder: The base model's folder.
         lora: Which layers have factors.
-        by_hand, packed, checkpoint: As `formula.Run` explains.
+        by_hand, packed, checkpoint, bfloat16: As `formula.Run` explains.
         given: As `memory_limit` takes it.
     """
     try:
         shape = shape_of_folder(folder)
     except InputError:
         return None
-    run = run_of(shape, lora, by_hand=by_hand, packed=packed, checkpoint=checkpoint)
+    run = run_of(shape, lora, by_hand=by_hand, packed=packed, checkpoint=checkpoint, bfloat16=bfloat16)
     return Limit(shape, run, memory_limit(given))

@@ -76,14 +76,16 @@ def shape_of_recipe(recipe: Recipe) -> Shape:
     )
 
 
-def run_of(shape: Shape, lora: LoRAConfig, *, by_hand: bool, packed: bool, checkpoint: bool) -> Run:
+def run_of(
+    shape: Shape, lora: LoRAConfig, *, by_hand: bool, packed: bool, checkpoint: bool, bfloat16: bool = False
+) -> Run:
     """Return what the formula needs of the settings.
 
     Args:
         shape: The model's shape.
         lora: Which layers get factors.
         by_hand: Whether engine/llama_pass.py will compute the pass, as it does for a Llama on a CPU.
-        packed, checkpoint: As `formula.Run` explains.
+        packed, checkpoint, bfloat16: As `formula.Run` explains.
     """
     return Run(
         rank=lora.rank,
@@ -92,5 +94,6 @@ def run_of(shape: Shape, lora: LoRAConfig, *, by_hand: bool, packed: bool, check
         by_hand=by_hand,
         packed=packed,
         checkpoint=checkpoint,
+        bfloat16=bfloat16,
         cores=machine.cpu_count() if by_hand else 1,
     )

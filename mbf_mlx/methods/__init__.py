@@ -4,13 +4,14 @@ One file a method. A method works on factors alone, in the library of the arrays
 docs/methods.md lists the methods and shows how to write one.
 """
 
-from mbf_mlx.methods.base import Inputs, Method, Need, Seen, TokenRow, Tuned, measured_rows
+from mbf_mlx.methods.base import MEASURED_ROWS, Inputs, Method, Need, Seen, TokenRow, Tuned, measured_rows
 from mbf_mlx.methods.checks import check_choices, check_number
 from mbf_mlx.methods.factors import Factors, Layers, Pair, each_layer, in_double
 from mbf_mlx.methods.registry import make, names
 from mbf_mlx.methods.state import State, empty_state, first_factors, not_finite
 
 __all__ = [
+    "MEASURED_ROWS",
     "Factors",
     "Inputs",
     "Layers",

@@ -55,6 +55,7 @@ class Anchored(Sequential):
 
     name = "anchored"
     needs: frozenset[Need] = frozenset({"inputs"})
+    measures_in_training = True
 
     def __init__(self, strength: float = 10.0, first_a: str = "orthonormal") -> None:
         super().__init__(first_a)

@@ -63,6 +63,9 @@ class Method(ABC):
     grows: bool = False  # whether what it keeps grows with the number of tasks
     absorbs: bool = False  # whether a task may be trained elsewhere: only if the method adds nothing to the training
     from_scratch: bool = False  # whether each task ends as if it were the only training, whatever was trained before
+    measures_in_training: bool = (
+        False  # whether `measure` returns the same whatever was tuned: then training may measure
+    )
     needs: frozenset[Need] = frozenset()  # what it needs of a task's rows: "inputs" for `measure`, others `after_task`
 
     @abstractmethod
@@ -122,8 +125,9 @@ class Method(ABC):
     def measure(self, state: State, tuned: Tuned) -> dict[str, Array]:
         """Return P (k, in) for each layer: the directions in which the layer's inputs are measured.
 
-        Called once after training where `needs` has "inputs", by learning/measure.py. At most MEASURED_ROWS of the
+        Called once where `needs` has "inputs", by learning/measure.py after training: at most MEASURED_ROWS of the
         task's rows then run through the model with the tuned factors, and `finish` or `absorb` is given the result.
+        Where `measures_in_training` is true it may be called before training, by learning/inputs_in_training.py.
         """
         return {}
 

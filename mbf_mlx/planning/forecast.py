@@ -143,8 +143,9 @@ class Forecaster:
             note = "no tasks were named" if folder else "the model is not fetched: rows were not counted"
             return {**self.for_model(model, memory), "note": note}
         encoded = [self._encoded(task, folder) for task in read]
+        by_hand = (self.device or this_device()) == "cpu" and _is_llama(folder)
         works = [
-            work.work_of(train, valid, test, self.train, scored=len(read) - place, method=method)
+            work.work_of(train, valid, test, self.train, scored=len(read) - place, method=method, by_hand=by_hand)
             for place, (train, valid, test) in enumerate(encoded)
         ]
         loads = list(dict.fromkeys(load for each in works for load in each.loads))
@@ -170,6 +171,14 @@ class Forecaster:
         from mbf_mlx.base.sources import tried
 
         return self.lora if isinstance(self.lora, LoRAConfig) else lora_config(tried(folder or model), self.lora)
+
+    def _in_bfloat16(self, device: str) -> bool:
+        """Return whether a Llama's unpacked weights would be multiplied in bfloat16; only this machine is tried."""
+        from mbf_mlx.device import bfloat16
+
+        if self.train.precision == "auto":
+            return device == this_device() and bfloat16.is_faster()
+        return self.train.precision == "bfloat16"
 
     def _encoded(self, task: "Task", folder: Path) -> "tuple[EncodedRows, EncodedRows, EncodedRows]":
         """Return the rows to train on, to validate with and to test, as tokens."""
@@ -199,12 +208,14 @@ class Forecaster:
         device = self.device or ("metal" if memory and folder is None and not _has_mlx() else this_device())
         available = usable(memory, device) if memory is not None else _available_bytes(device)
         packed = device != "cpu" or self.keep_quantized or shape.plain_bytes > available / 2
+        by_hand = device == "cpu" and _is_llama(folder)
         run = run_of(
             shape,
             self._lora_for(model, folder),
-            by_hand=device == "cpu" and _is_llama(folder),
+            by_hand=by_hand,
             packed=packed,
             checkpoint=self.train.grad_checkpoint,
+            bfloat16=by_hand and not packed and self._in_bfloat16(device),
         )
         run = replace(run, measured=work.measured_values(method, all_layers(shape, run), run.rank))
         needs: list[tuple[Memory, Load]] = [(formula.predict(shape, run, load), load) for load in loads]

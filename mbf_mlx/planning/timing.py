@@ -57,6 +57,7 @@ def seconds(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch, bl
     unpack.evaluate(model)
     attach(model, replace(lora, num_layers=-1))
     engine = prepare(model, checkpoint=run.checkpoint, by_hand=None if run.by_hand else False)
+    engine.multiply_in("bfloat16" if run.bfloat16 else "float32")
     known = replace(batch, tokens=batch.tokens % vocabulary, prefix=batch.prefix % vocabulary,
                     targets=batch.targets % vocabulary)  # fmt: skip
     tuning = Tuning(model)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TRIAL_BLOCKS = 4  # blocks of the small model that is timed; each takes as long as a block of the real model
 TRIAL_VOCABULARY = 64  # vocabulary of the small model
 HEAD_VOCABULARY = 4096  # largest vocabulary of the small model that shows what a wider head takes
+IN_TRAINING = 0.1  # of a token's training, roughly: what it takes to measure it while it trains
 PLANNED_BATCHES = 400  # most batches of an epoch whose shapes are looked at
 
 
@@ -43,7 +44,7 @@ class Work:
     train_tokens: float  # computed forward and back in all steps
     other_tokens: float  # computed forward only: validation, losses before and after, scoring
     generated_tokens: float  # written one by one to score long answers; each answer counts with its largest length
-    measured_tokens: float  # computed once more, forward and back, because the method measures them
+    measured_tokens: float  # computed once more, forward and back, because the method measures them after training
 
 
 def work_of(
@@ -53,6 +54,7 @@ def work_of(
     config: TrainConfig,
     scored: int = 1,
     method: Method | None = None,
+    by_hand: bool = False,
 ) -> Work:
     """Return the work of one task.
 
@@ -60,7 +62,8 @@ def work_of(
         rows, valid, test: Its rows to train on, to validate with and to score.
         config: How it is trained.
         scored: How often its test rows are scored: once after it, and once after each later task.
-        method: The stream's method; some methods measure rows after training.
+        method: The stream's method; some methods measure rows in training or after it.
+        by_hand: Whether engine/llama_pass.py will compute the pass, which can measure in training.
     """
     # These need mlx; a forecast without tasks does not.
     from mbf_mlx.learning.evaluate import ROUGE_L, longest_answer, metric_of
@@ -82,15 +85,16 @@ def work_of(
         + 2 * min(SAMPLE_ROWS, len(rows)) * float(np.mean(lengths))
         + scored * float(np.sum(lengths_of(test))),
         generated_tokens=scored * float(sum(map(longest_answer, test)) if metric_of(test) == ROUGE_L else 0),
-        measured_tokens=_measured_rows(method, len(rows)) * float(np.mean(lengths)),
+        measured_tokens=_measured_rows(method, len(rows), by_hand and not len(valid)) * float(np.mean(lengths)),
     )
 
 
-def _measured_rows(method: Method | None, count: int) -> int:
+def _measured_rows(method: Method | None, count: int, in_training: bool) -> float:
     if method is None:
         return 0
     if "inputs" in method.needs:
-        return len(measured_rows(count))
+        cheap = in_training and method.measures_in_training
+        return len(measured_rows(count)) * (IN_TRAINING if cheap else 1)
     return count if "gradients" in method.needs else 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_lm.server import CompletionRequest, GenerationArguments
 from transformers import PreTrainedTokenizerBase
 
+from mbf_mlx.errors import InputError
 from mbf_mlx.serving.generator import Generator, Prepared
 from mbf_mlx.serving.request_checks import Asked, Refused
 from mbf_mlx.serving.speaker import plain_text
@@ -28,7 +29,8 @@ def prepare(generator: Generator, asked: Asked, args: GenerationArguments) -> tu
     """Return a request's prompt, and how many tokens its answer may have.
 
     Raises:
-        Refused: the template or the tokenizer does not take it, or the base cannot read so many tokens.
+        Refused: the template or the tokenizer does not take it, the template goes beyond its bounds on time and memory,
+            or the base cannot read so many tokens.
     """
     provider = generator.model_provider
     tokenizer, chat = provider.words, asked.prompt is None
@@ -43,6 +45,8 @@ def prepare(generator: Generator, asked: Asked, args: GenerationArguments) -> tu
         request = CompletionRequest("chat", "", asked.messages, asked.tools or None, None)
     try:
         parts = generator.prepare(tokenizer, request, args)
+    except InputError as error:
+        raise Refused(400, _one_line(error)) from None
     except Exception as error:  # a template may raise anything
         raise Refused(400, f"messages: the chat template does not take them: {error}" if chat else str(error)) from None
     tokens = parts[0]
@@ -72,8 +76,14 @@ def _check_template(tokenizer: Any, asked: Asked, own_values: dict[str, Any]) ->
     marked = [message | {"content": mark} for mark, message in marks.items()]
     try:
         text = tokenizer.apply_chat_template(marked, tokenize=False, **asked.template_values, **own_values)
+    except InputError as error:
+        raise Refused(400, _one_line(error)) from None
     except Exception:
         return  # with these words it may be the words' fault; the real ones are rendered next
     for mark, message in marks.items():
         if message["role"] not in _ORDINARY and message["content"] and mark not in text:
             raise Refused(400, f"messages: the chat template has no place for the role {message['role'][:60]!r}")
+
+
+def _one_line(error: InputError) -> str:
+    return "messages: " + str(error).partition("\n")[0]

@@ -20,6 +20,8 @@ from typing import Any
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from mlx_lm.server import ModelProvider
 
+from mbf_mlx.base import first_try
+from mbf_mlx.base.apply_template import bound_template
 from mbf_mlx.base.chat_templates import dated
 from mbf_mlx.base.load import load_to_answer
 from mbf_mlx.base.sources import BaseFolder, read_config, stated_config, translated_fields
@@ -259,9 +261,11 @@ class StreamProvider(ModelProvider):
 
     def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
         adapter, folder = None if adapter_path is None else adapter_of(self._wanted), Path(model_path)
+        first_try.try_tokenizer(folder)
         super()._load(model_path, adapter)
         if translated_fields(folder, stated_config(folder)):  # mlx-lm's server reads config.json as it is
             self.model = load_to_answer(folder, adapter)[0]
+        bound_template(self.tokenizer)
         self.model_key = (model_path, adapter_path, draft_model_path)  # also the key of remembered prompts
 
     def _is_there(self, generation: Generation) -> bool:

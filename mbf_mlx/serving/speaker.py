@@ -18,6 +18,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from mbf_mlx.base.chat_templates import dated
 from mbf_mlx.base.load import load_to_answer, settle
+from mbf_mlx.base.renderer import Refused
 from mbf_mlx.base.sources import BaseFolder, read_config, unpacked_bytes
 from mbf_mlx.data.tokenizer_pieces import PieceTokenizer
 from mbf_mlx.device import backend
@@ -67,7 +68,10 @@ class Speaker:
         if self.template == "none" or not self.tokenizer.has_chat_template:
             return self._raw.begun([messages if isinstance(messages, str) else plain_text(messages)])[0]
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **self._dated))
+        try:
+            return list(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **self._dated))
+        except Refused as error:
+            raise InputError(f"prompt: the model's chat template refuses it: {error}") from None
 
     def answer(
         self,

@@ -188,13 +188,14 @@ def check_same_run(saved: Saved, run: dict[str, Any], working: Path) -> None:
     """
     if saved.run == run:
         return
-    differ = sorted(key for key in saved.run.keys() | run.keys() if saved.run.get(key) != run.get(key))
+    before, now = ({"precision": "float32"} | each for each in (saved.run, run))  # float32 is not written down
+    differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     plain = {
         "sha256": "the task's files have changed since then",
         "generation": "the stream has learned or undone a task since then",
     }
     lines = "\n".join(
-        f"  {plain.get(key) or f'{key}: {saved.run.get(key)!r} was saved, {run.get(key)!r} is asked for now'}"
+        f"  {plain.get(key) or f'{key}: {before.get(key)!r} was saved, {now.get(key)!r} is asked for now'}"
         for key in differ
     )
     raise InputError(

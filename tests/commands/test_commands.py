@@ -37,6 +37,7 @@ from mbf_mlx.errors import InputError
 
 def unfit(): raise InputError("mail.jsonl:3: expected a prompt, got nothing\\nhint: write one")
 def bug(): raise RuntimeError("our own [fault]")
+def screen(): raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity (0000000e:kIOGPU)")
 def wait():
     try: print("waiting", flush=True); time.sleep(60)
     finally: Path("cleaned-up").write_text("yes")
@@ -46,7 +47,7 @@ def shout():
     print("done", file=sys.stderr, flush=True)
 def say(words: Annotated[list[str], typer.Argument()], loud: bool = False): print(*words, loud)
 
-for command in (unfit, bug, wait, flood, shout, say):
+for command in (unfit, bug, screen, wait, flood, shout, say):
     module = types.ModuleType(f"mbf_mlx.commands.{command.__name__}")
     module.__spec__ = ModuleSpec(module.__name__, None)
     setattr(module, command.__name__, command)
@@ -80,6 +81,13 @@ def mbf(*arguments, **options):
 def test_version_is_the_packages():
     done = mbf("--version")
     assert (done.returncode, done.stdout) == (0, f"mbf {__version__}\n")
+
+
+def test_work_that_macos_has_stopped_for_the_screen_is_named_with_what_helps(trouble):
+    done = trouble("screen")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: macOS has stopped this work because the screen waited for the GPU")
+    assert "--grad-checkpoint" in done.stderr and "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1" in done.stderr
 
 
 def test_help_lists_every_command_in_the_order_of_the_table():

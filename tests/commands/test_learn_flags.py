@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from mbf_mlx import commands
 from mbf_mlx.commands.learn import learn
+from mbf_mlx.device import bfloat16
 from tests.support.rows import rows_of
 from tests.support.tiny_llama import write_tiny_llama
 
@@ -66,6 +67,7 @@ TRIES = {
     "mask_prompt": Try(("--no-mask-prompt",), "factors"),
     "val_every": Try(("--val-every", "1"), "record", beside=(*STILL, "--patience", "1")),
     "patience": Try(("--patience", "1"), "record", beside=STILL),
+    "throttle": Try(("--throttle", "0.01"), "output", "rests 0.01 s after each step"),
     "guard": Try(
         ("--no-guard",),
         "exit code",
@@ -73,6 +75,7 @@ TRIES = {
         after=("--learning-rate", "1e-2", "--iters", "60", "--keys", "q_proj,o_proj,down_proj"),
     ),
     "grad_checkpoint": Try(("--grad-checkpoint",), "settings"),
+    "precision": Try(("--precision", "bfloat16"), "factors" if bfloat16.library() else "exit code"),
     "memory_limit": Try(("--memory-limit", "1MB"), "exit code", "--memory-limit"),
     "save_every": Try(("--save-every", "1"), "settings"),
     "score_tasks": Try(("--score-tasks", "1"), "record", after=ALWAYS),

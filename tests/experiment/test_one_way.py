@@ -107,8 +107,9 @@ CHANGED = {
         "weight_decay": 0.5, "max_grad_norm": 0.01, "val_every": 1, "patience": 1,
     },
 }  # fmt: skip
-# A seed stands in `seeds`; a date changes what only some templates write; the others change no number.
-ELSEWHERE = {"seed", "date", "grad_checkpoint", "save_every"}
+# A seed stands in `seeds`; a date changes what only some templates write; a precision takes a library that need not be
+# here; the others change no number.
+ELSEWHERE = {"seed", "date", "precision", "grad_checkpoint", "save_every"}
 
 
 def test_every_setting_that_a_file_may_hold_is_tried_here():

@@ -1,4 +1,5 @@
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -172,3 +173,13 @@ def test_gradients_are_clipped_as_mlx_clips_them_but_for_their_last_bits(most):
     for name in gradients:
         np.testing.assert_allclose(np.array(ours[name]), np.array(theirs[name]), rtol=2e-6)
     assert clipped(gradients, 0)[0] is gradients
+
+
+def test_a_throttled_run_rests_after_each_step_and_ends_with_the_same_bits(bench, monkeypatch):
+    rests = []
+    bench.run()
+    expected = bench.factors()
+    monkeypatch.setattr(time, "sleep", rests.append)
+    trained = bench.run(throttle=0.2)
+    assert rests == [0.2] * trained.progress.step
+    assert same(bench.factors(), expected)

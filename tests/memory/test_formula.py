@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,7 @@ def test_the_formula_is_what_mlx_counts_in_a_training_step(rows, length, answer,
 
 LOAD = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from mbf_mlx.device import backend
 backend.setup("cpu")
@@ -132,3 +134,11 @@ def test_weights_are_never_in_memory_twice_while_they_are_loaded(tiny_llama, tmp
     )
     assert done.returncode == 0, done.stderr
     assert 0.8 * size < int(done.stdout) < 1.25 * size
+
+
+def test_products_in_bfloat16_take_two_more_copies_and_float32_is_a_way_to_fit():
+    halves, load = replace(RUN, bfloat16=True), Load.full(2, 64)
+    more = predict(SHAPE, halves, load).weights - predict(SHAPE, RUN, load).weights
+    assert more == 2 * 2 * (SHAPE.blocks * SHAPE.block_values + SHAPE.vocabulary * SHAPE.hidden)
+    assert "--precision float32" in ways_to_fit(SHAPE, halves, load, predict(SHAPE, RUN, load).peak)
+    assert not any("--precision" in way for way in ways_to_fit(SHAPE, RUN, load, predict(SHAPE, RUN, load).peak))

@@ -34,6 +34,9 @@ def test_rows_that_a_method_looks_at_once_more_are_planned(method, measured, tin
     rows = encoded([{"prompt": "red or green?", "completion": "red"}] * 200, tiny_llama, write_jsonl)
     work = planning.work_of(rows, [], rows, TrainConfig(), method=method and make(method))
     assert work.measured_tokens == measured * len(rows[0].tokens)
+    in_training = planning.work_of(rows, [], rows, TrainConfig(), method=method and make(method), by_hand=True)
+    share = planning.IN_TRAINING if method == "anchored" else 1
+    assert in_training.measured_tokens == pytest.approx(share * work.measured_tokens)
     rate = planning.Rate(step=1.0, forward=0.0, token=0.0)
     assert rate.seconds(work) == work.train_tokens + work.measured_tokens
 
