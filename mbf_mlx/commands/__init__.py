@@ -24,7 +24,6 @@ import typer
 from typer.core import TyperGroup
 
 from mbf_mlx import __version__
-from mbf_mlx.device import lighter_imports
 from mbf_mlx.errors import InputError
 
 # name -> its line in `mbf --help`, in the order in which users meet them; a command without a module is left out
@@ -85,7 +84,9 @@ class _Commands(TyperGroup):
         if cmd_name not in self.commands:
             return None
         from mbf_mlx.commands.help import Command  # `mbf --help` does without
+        from mbf_mlx.device import lighter_imports
 
+        lighter_imports.allow()
         module = importlib.import_module(f"{__name__}.{cmd_name}")
         one = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_CONTEXT)
         one.command(cmd_name, cls=Command)(vars(module)[cmd_name])
@@ -176,7 +177,6 @@ def main() -> NoReturn:
     # Imports make many objects and no garbage. These two lines make `mbf status` a sixth faster.
     gc.set_threshold(20_000)
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # pydantic would search every installed package
-    lighter_imports.allow()
     for stop in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(stop) != signal.SIG_IGN:  # nohup starts us with SIGHUP ignored: it stays ignored
             signal.signal(stop, _stop)
