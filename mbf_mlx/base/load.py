@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm import tokenizer_utils
 from mlx_lm import utils as mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -218,16 +218,14 @@ def settle(model: nn.Module, *, dequantize: bool, float32: bool) -> None:
         dequantize: Unpack quantized layers once, to float32.
         float32: Compute in float32. Quantized layers are unpacked in every pass, unless `dequantize` is set.
     """
+    if dequantize:
+        unpack.unpack_all(model)
     modules = model.named_modules()
     while modules:
-        name, module = modules.pop()  # the list must not keep modules that are done
+        _, module = modules.pop()  # the list must not keep modules that are done
         if any(tree_flatten(module.children())):
             continue
-        quantized = type(module) in (nn.QuantizedLinear, nn.QuantizedEmbedding)
-        if dequantize and quantized:
-            module = unpack.plain(module)
-            model.update_modules(tree_unflatten([(name, module)]))
-        elif float32 and quantized:
+        if float32 and type(module) in (nn.QuantizedLinear, nn.QuantizedEmbedding):
             unpack.keep_packed(module)
         if float32:
             module.update(tree_map(unpack.to_float32, module.parameters()))
