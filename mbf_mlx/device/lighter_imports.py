@@ -78,8 +78,16 @@ def complete() -> None:
         found["AutoTokenizer"].register(kind, *others, **named)
 
 
+def _snapshot_download(*args: Any, **named: Any) -> Any:
+    """In the place of the hub's function, which mlx-lm calls for a model that is not on this machine."""
+    return importlib.import_module("huggingface_hub").snapshot_download(*args, **named)
+
+
 @contextmanager
 def _standing_in(names: dict[str, Any]) -> Iterator[None]:
+    import huggingface_hub as hub  # by itself it imports what is used of it, so this is quick
+
+    vars(hub).setdefault("snapshot_download", _snapshot_download)
     for place in _PLACES:
         sys.modules[place] = module = ModuleType(place)
         module.__path__ = []  # it has modules in it
@@ -89,6 +97,8 @@ def _standing_in(names: dict[str, Any]) -> Iterator[None]:
     finally:
         for place in _PLACES:
             del sys.modules[place]
+        if vars(hub).get("snapshot_download") is _snapshot_download:
+            del vars(hub)["snapshot_download"]
 
 
 @contextmanager
