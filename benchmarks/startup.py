@@ -1,12 +1,14 @@
 """Case f: seconds from a command's start to what it was started for, each in a fresh process, medians of several.
 
-`mbf --help`, `mbf status` and `mbf check`: to the end. `mbf generate`: to the first token. `mbf learn`: to the end of its
-first step, on eight short rows. `mbf chat`: until it says what it loads.
+`mbf --help`, `mbf status` and `mbf check`: to the end. `mbf generate`: to the first token. `mbf learn`: to the end of
+its first step, on eight short rows. `mbf chat`: until it says what it loads. Python keeps the compiled modules, as an
+installation does.
 
 python benchmarks/startup.py [--repeats 5] [--model FOLDER] [--out FILE]
 """
 
 import argparse
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
+        os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{place}/compiled"}
         stream, other = Path(place) / "s", Path(place) / "other"
         task = flatness.write_task(Path(place), 0)
         settings = ("--iters", 1, "--score-rows", 1)

@@ -83,6 +83,7 @@ class LightTokenizer:
 
     def __init__(self, backend: Any, settings: dict[str, Any], full: Callable[[], Any]) -> None:
         self._backend, self._load, self._loaded = backend, full, None
+        self._vocabulary: dict[str, int] | None = None
         self.init_kwargs = settings
         self.chat_template = settings.get("chat_template")
         self.special_tokens_map = {name: settings[name] for name in _NAMED if settings.get(name) is not None}
@@ -133,7 +134,9 @@ class LightTokenizer:
 
     def get_vocab(self) -> dict[str, int]:
         """Return the number of every token."""
-        return dict(self._backend.get_vocab(with_added_tokens=True))
+        if self._vocabulary is None:
+            self._vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return dict(self._vocabulary)
 
     @property
     def added_tokens_decoder(self) -> dict[int, Any]:

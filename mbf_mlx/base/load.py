@@ -5,6 +5,7 @@ engine/lora_layers.py.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,13 @@ def load_base(
     check_folder(folder)
     _check_sizes(folder)
     model, config = _load_model(folder, lazy=True)
-    tokenizer = load_tokenizer(folder, config)
-    prepare(model)
-    settle(model, dequantize=dequantize, float32=dtype is not None)
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(load_tokenizer, folder, config)  # computes nothing with mlx
+        prepare(model)
+        settle(model, dequantize=dequantize, float32=dtype is not None)
     return Base(
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer.result(),
         config=config,
         path=folder,
         fingerprint=fingerprint(folder),
@@ -79,23 +81,33 @@ def load_base(
     )
 
 
-def load_to_answer(folder: Path, adapter: str | None = None, *, lazy: bool = False) -> tuple[nn.Module, Any]:
+def load_to_answer(
+    folder: Path,
+    adapter: str | None = None,
+    *,
+    lazy: bool = False,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
+) -> tuple[nn.Module, Any]:
     """Return model and tokenizer for answers, as `mlx_lm.load` does. Code in the folder is never run.
 
     Args:
         folder: A local model folder.
         adapter: The folder of an adapter in mlx-lm's layout.
         lazy: Leave the weights on the disk until they are used.
+        prepare: Called with the model while another thread loads the tokenizer.
 
     Raises:
         InputError: mlx-lm cannot load a model from this folder.
     """
     check_folder(folder)
     model, config = _load_model(folder, lazy=lazy)
-    if adapter is not None:
-        model = mlx_lm.load_adapters(model, adapter)
-        model.eval()
-    return model, load_tokenizer(folder, config)
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(load_tokenizer, folder, config)
+        if adapter is not None:
+            model = mlx_lm.load_adapters(model, adapter)
+            model.eval()
+        prepare(model)
+    return model, tokenizer.result()
 
 
 def _load_model(folder: Path, *, lazy: bool) -> tuple[nn.Module, dict[str, Any]]:
