@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mbf_mlx.device import backend
 from mbf_mlx.device.budgets import PIECE_BYTES
 from mbf_mlx.device.machine import cpu_count
 
@@ -32,13 +33,13 @@ def unpack_all(model: nn.Module) -> None:
     todo = [(name, module) for name, module in model.named_modules() if type(module) in kinds]
     todo.sort(key=lambda each: each[1].weight.size)
     pending: deque[tuple[str, nn.Module, Future[dict[str, mx.array]]]] = deque()
-    device, cores = mx.default_device(), cpu_count()
+    use_device, cores = backend.same_device(), cpu_count()
     with ThreadPoolExecutor(cores) as pool:
         while todo or pending:
             if todo and len(pending) < 2 * cores:
                 name, module = todo.pop()
                 mx.eval(module.parameters())  # another thread cannot read what this one has only described
-                pending.append((name, _unfilled(module), pool.submit(_plain_arrays, module, device)))
+                pending.append((name, _unfilled(module), pool.submit(_plain_arrays, module, use_device)))
                 del module
             else:
                 name, made, arrays = pending.popleft()
@@ -53,9 +54,9 @@ def _unfilled(module: nn.Module) -> nn.Module:
     return nn.Linear(1, 1, bias="bias" in module)
 
 
-def _plain_arrays(module: nn.Module, device: mx.Device) -> dict[str, mx.array]:
+def _plain_arrays(module: nn.Module, use_device: Callable[[], None]) -> dict[str, mx.array]:
     """Return the numbers of a quantized layer in float32, computed in this thread."""
-    mx.set_default_device(device)  # each thread has its own
+    use_device()
     arrays = {"weight": _rows(module, 0, module.weight.shape[0])}
     if "bias" in module:
         arrays["bias"] = to_float32(module.bias)

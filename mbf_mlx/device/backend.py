@@ -9,7 +9,9 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from mbf_mlx.device import machine
 from mbf_mlx.device.blas import load_blas
@@ -164,6 +166,13 @@ def stay_on_cpu() -> None:
     import mlx.core as mx
 
     mx.set_default_device(mx.cpu)
+
+
+def same_device() -> Callable[[], None]:
+    """Return what makes another thread compute where this one does: each thread has its own default device."""
+    import mlx.core as mx
+
+    return partial(mx.set_default_device, mx.default_device())
 
 
 def keep_quantized(float32_bytes: int) -> bool:
