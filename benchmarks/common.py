@@ -118,6 +118,34 @@ def command_seconds(command: Sequence[str | Path], **environment: str) -> float:
     return time.perf_counter() - started
 
 
+def seconds_until(command: Sequence[str | Path], said: bytes, **environment: str) -> float:
+    """Return the seconds from a process's start until it has printed `said`, on stdout or stderr; then it is ended.
+
+    Args:
+        command: The command.
+        said: The bytes to wait for; b"" is anything on stdout, whatever stderr says.
+
+    Raises:
+        SystemExit: with what it printed, where it ends before.
+    """
+    started = time.perf_counter()
+    words, other = [str(word) for word in command], subprocess.STDOUT if said else subprocess.DEVNULL
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=other, stdin=subprocess.DEVNULL, cwd=ROOT, env=env
+    ) as run:
+        assert run.stdout is not None
+        printed = b""
+        while not printed or said not in printed:
+            part = os.read(run.stdout.fileno(), 1 << 16)
+            if not part:
+                raise SystemExit(f"{' '.join(words)}: ended before it printed {said!r}:\n{printed.decode()}")
+            printed += part
+        found = time.perf_counter() - started
+        run.kill()
+    return found
+
+
 def mbf(*words: Any) -> list[str]:
     """Return the command line of this checkout."""
     return [sys.executable, str(ROOT / "cli.py"), *map(str, words)]

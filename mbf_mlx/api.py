@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mbf_mlx.config import DataConfig, LearnConfig, LoRAConfig, ServeConfig, TrainConfig
 from mbf_mlx.data.task import Task, read_task
-from mbf_mlx.device import backend
+from mbf_mlx.device import backend, lighter_imports
 from mbf_mlx.errors import InputError
 from mbf_mlx.learning.events import Events
 from mbf_mlx.learning.team import Team
@@ -276,6 +276,7 @@ class Stream:
             say: Takes one line for whoever runs the server.
         """
         backend.setup()
+        lighter_imports.complete()  # a server takes from transformers what mlx-lm's own server does
         from mbf_mlx.serving.server import serving
 
         return serving(

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from mbf_mlx.base.light_tokenizer import LightTokenizer
 from mbf_mlx.base.renderer import renderer
 
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is given
@@ -24,9 +25,13 @@ def bound_template(tokenizer: Any) -> None:
     Args:
         tokenizer: mlx-lm's TokenizerWrapper.
     """
+    inner = tokenizer._tokenizer  # the wrapper calls it, and so does all of mlx-lm
+    if isinstance(inner, LightTokenizer):  # renders under bounds itself
+        if tokenizer.has_chat_template:
+            renderer.start()
+        return
     from transformers import PreTrainedTokenizerBase
 
-    inner = tokenizer._tokenizer  # the wrapper calls it, and so does all of mlx-lm
     if type(inner).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         return  # code of transformers' own, without a template
     if "apply_chat_template" not in vars(inner):

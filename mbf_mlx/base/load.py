@@ -5,16 +5,19 @@ engine/lora_layers.py.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm import tokenizer_utils
 from mlx_lm import utils as mlx_lm
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mbf_mlx.base import first_try, unpack
+from mbf_mlx.base import first_try, light_tokenizer, unpack
 from mbf_mlx.base.apply_template import bound_template
 from mbf_mlx.base.fingerprint import fingerprint
 from mbf_mlx.base.folder import describe_quantization, vocabulary_rows
@@ -23,6 +26,7 @@ from mbf_mlx.errors import InputError
 from mbf_mlx.files.safetensors_file import read_header
 
 SHOWN = 8  # lines of a message of mlx-lm's
+_NO_CODE = {"trust_remote_code": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +67,13 @@ def load_base(
     check_folder(folder)
     _check_sizes(folder)
     model, config = _load_model(folder, lazy=True)
-    tokenizer = load_tokenizer(folder, config)
-    prepare(model)
-    settle(model, dequantize=dequantize, float32=dtype is not None)
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(load_tokenizer, folder, config)  # computes nothing with mlx
+        prepare(model)
+        settle(model, dequantize=dequantize, float32=dtype is not None)
     return Base(
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer.result(),
         config=config,
         path=folder,
         fingerprint=fingerprint(folder),
@@ -76,23 +81,33 @@ def load_base(
     )
 
 
-def load_to_answer(folder: Path, adapter: str | None = None, *, lazy: bool = False) -> tuple[nn.Module, Any]:
+def load_to_answer(
+    folder: Path,
+    adapter: str | None = None,
+    *,
+    lazy: bool = False,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
+) -> tuple[nn.Module, Any]:
     """Return model and tokenizer for answers, as `mlx_lm.load` does. Code in the folder is never run.
 
     Args:
         folder: A local model folder.
         adapter: The folder of an adapter in mlx-lm's layout.
         lazy: Leave the weights on the disk until they are used.
+        prepare: Called with the model while another thread loads the tokenizer.
 
     Raises:
         InputError: mlx-lm cannot load a model from this folder.
     """
     check_folder(folder)
     model, config = _load_model(folder, lazy=lazy)
-    if adapter is not None:
-        model = mlx_lm.load_adapters(model, adapter)
-        model.eval()
-    return model, load_tokenizer(folder, config)
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(load_tokenizer, folder, config)
+        if adapter is not None:
+            model = mlx_lm.load_adapters(model, adapter)
+            model.eval()
+        prepare(model)
+    return model, tokenizer.result()
 
 
 def _load_model(folder: Path, *, lazy: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -161,7 +176,7 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     first_try.try_tokenizer(folder)
     ends = (config if config is not None else mlx_lm.load_config(folder)).get("eos_token_id")
     try:
-        tokenizer = mlx_lm.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=ends)
+        tokenizer = _light(folder, ends) or mlx_lm.load_tokenizer(folder, _NO_CODE, eos_token_ids=ends)
     except Exception as error:  # the tokenizers library raises plain Exception
         own_code = "trust_remote_code" in str(error)
         said = "it needs its own Python code, which we never run" if own_code else _shortened(str(error))
@@ -169,6 +184,23 @@ def load_tokenizer(folder: Path, config: dict[str, Any] | None = None) -> Any:
     _check_vocabulary(folder, tokenizer)
     bound_template(tokenizer)
     return tokenizer
+
+
+def _light(folder: Path, ends: Any) -> Any:
+    """Return mlx-lm's wrapper of a tokenizer that needs no transformers; None where a folder needs it."""
+
+    def full() -> Any:
+        loaded = mlx_lm.load_tokenizer(folder, _NO_CODE, eos_token_ids=ends)
+        bound_template(loaded)
+        return loaded._tokenizer
+
+    tokenizer = light_tokenizer.read(folder, full)
+    if tokenizer is None or tokenizer_utils._infer_tool_parser(tokenizer) is not None:
+        return None
+    numbers = [ends] if isinstance(ends, int) else ends
+    wrapped = TokenizerWrapper(tokenizer, tokenizer_utils.BPEStreamingDetokenizer, eos_token_ids=numbers)
+    wrapped.has_chat_template = tokenizer.chat_template is not None
+    return wrapped
 
 
 def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
@@ -198,16 +230,14 @@ def settle(model: nn.Module, *, dequantize: bool, float32: bool) -> None:
         dequantize: Unpack quantized layers once, to float32.
         float32: Compute in float32. Quantized layers are unpacked in every pass, unless `dequantize` is set.
     """
+    if dequantize:
+        unpack.unpack_all(model)
     modules = model.named_modules()
     while modules:
-        name, module = modules.pop()  # the list must not keep modules that are done
+        _, module = modules.pop()  # the list must not keep modules that are done
         if any(tree_flatten(module.children())):
             continue
-        quantized = type(module) in (nn.QuantizedLinear, nn.QuantizedEmbedding)
-        if dequantize and quantized:
-            module = unpack.plain(module)
-            model.update_modules(tree_unflatten([(name, module)]))
-        elif float32 and quantized:
+        if float32 and type(module) in (nn.QuantizedLinear, nn.QuantizedEmbedding):
             unpack.keep_packed(module)
         if float32:
             module.update(tree_map(unpack.to_float32, module.parameters()))

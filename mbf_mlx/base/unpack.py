@@ -6,30 +6,62 @@ if that does not fit in memory, in every pass.
 Shapes: a weight is (out, in). Unpacked, it holds the values of the packed weight in float32.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 
+from mbf_mlx.device import backend
 from mbf_mlx.device.budgets import PIECE_BYTES
+from mbf_mlx.device.machine import cpu_count
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
-def plain(module: nn.Module) -> nn.Module:
-    """Return the plain linear layer or embedding with the weight of a quantized one."""
-    made: nn.Module
+def unpack_all(model: nn.Module) -> None:
+    """Replace every quantized linear layer and embedding of a model by the plain one, on all cores, largest first.
+
+    A few layers for each core are in memory twice at a time.
+    """
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    todo = [(name, module) for name, module in model.named_modules() if type(module) in kinds]
+    todo.sort(key=lambda each: each[1].weight.size)
+    pending: deque[tuple[str, nn.Module, Future[dict[str, mx.array]]]] = deque()
+    use_device, cores = backend.same_device(), cpu_count()
+    with ThreadPoolExecutor(cores) as pool:
+        while todo or pending:
+            if todo and len(pending) < 2 * cores:
+                name, module = todo.pop()
+                mx.eval(module.parameters())  # another thread cannot read what this one has only described
+                pending.append((name, _unfilled(module), pool.submit(_plain_arrays, module, use_device)))
+                del module
+            else:
+                name, made, arrays = pending.popleft()
+                made.update(arrays.result())
+                model.update_modules(tree_unflatten([(name, made)]))
+
+
+def _unfilled(module: nn.Module) -> nn.Module:
+    """Return the plain linear layer or embedding for a quantized one, without its numbers."""
     if isinstance(module, nn.QuantizedEmbedding):
-        made = nn.Embedding(1, 1)
-    else:
-        made = nn.Linear(1, 1, bias="bias" in module)
-        if "bias" in module:
-            made.bias = to_float32(module.bias)
-    made.weight = _rows(module, 0, module.weight.shape[0])
-    return made
+        return nn.Embedding(1, 1)
+    return nn.Linear(1, 1, bias="bias" in module)
+
+
+def _plain_arrays(module: nn.Module, use_device: Callable[[], None]) -> dict[str, mx.array]:
+    """Return the numbers of a quantized layer in float32, computed in this thread."""
+    use_device()
+    arrays = {"weight": _rows(module, 0, module.weight.shape[0])}
+    if "bias" in module:
+        arrays["bias"] = to_float32(module.bias)
+    mx.eval(arrays)
+    return arrays
 
 
 def to_float32(value: mx.array) -> mx.array:

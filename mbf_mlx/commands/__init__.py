@@ -84,7 +84,9 @@ class _Commands(TyperGroup):
         if cmd_name not in self.commands:
             return None
         from mbf_mlx.commands.help import Command  # `mbf --help` does without
+        from mbf_mlx.device import lighter_imports
 
+        lighter_imports.allow()
         module = importlib.import_module(f"{__name__}.{cmd_name}")
         one = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=_CONTEXT)
         one.command(cmd_name, cls=Command)(vars(module)[cmd_name])

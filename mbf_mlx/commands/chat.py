@@ -17,6 +17,7 @@ def chat(
 
     Example: mbf chat assistant
     """
+    console.say_loading(stream)
     from mbf_mlx.api import Stream
 
     speaker = Stream.open(stream, base=model).speaker()

@@ -84,7 +84,7 @@ def _encoder(model: str | None, quantize: int, stream: Path | None, data: DataCo
 
     from mbf_mlx.base.sources import recorded_base, resolve_base
     from mbf_mlx.data.encode import Encoder
-    from mbf_mlx.device import backend
+    from mbf_mlx.device import backend, lighter_imports
 
     if stream is not None:
         from mbf_mlx.learning.new_stream import own_base
@@ -97,6 +97,7 @@ def _encoder(model: str | None, quantize: int, stream: Path | None, data: DataCo
     else:
         backend.require_mlx()
         folder = resolve_base(str(model), quantize=quantize, report=err.print).path
+    lighter_imports.import_mlx_lm()
     from mbf_mlx.base.load import load_tokenizer
 
     return Encoder(load_tokenizer(folder), data)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -45,6 +46,20 @@ err = _console(stderr=True)
 def warn(message: str) -> None:
     """Print one warning on stderr."""
     err.print(f"warning: {message}", style="yellow")
+
+
+def say_loading(stream: Path, fused: Path | None = None) -> None:
+    """Say on stderr what is about to be loaded, from the stream's own file alone: loading itself takes seconds.
+
+    Args:
+        stream: The stream's folder; of one that cannot be read nothing is said here.
+        fused: The export that is loaded in place of the base.
+    """
+    try:
+        base = json.loads((stream / "stream.json").read_bytes())["base"]["name"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return  # whoever opens the stream says what is wrong
+    err.print(f"{stream}: loading {fused or base} ...")
 
 
 def print_json(document: Any) -> None:

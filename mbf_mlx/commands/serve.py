@@ -36,6 +36,7 @@ def serve(
 
     Example: mbf serve assistant --port 8080
     """
+    console.say_loading(stream, fused)
     from mbf_mlx.api import Stream
 
     opened = Stream.open(stream, base=model)

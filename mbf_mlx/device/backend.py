@@ -9,10 +9,13 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from mbf_mlx.device import machine
 from mbf_mlx.device.blas import load_blas
+from mbf_mlx.device.lighter_imports import import_mlx_lm
 from mbf_mlx.errors import InputError, MissingPackageError
 
 OPEN_FILES = 4096  # the hard limit that mlx-lm sets
@@ -68,6 +71,7 @@ def setup(device: str | None = None) -> Device:
 
     kind, reason = _pick(wanted)
     mx.set_default_device(mx.cpu if kind == "cpu" else mx.gpu)
+    import_mlx_lm()  # it takes the default device as its own
     memory = _memory(kind)
     mx.set_memory_limit(int(MEMORY_SHARE * memory))
     if kind == "metal":
@@ -162,6 +166,13 @@ def stay_on_cpu() -> None:
     import mlx.core as mx
 
     mx.set_default_device(mx.cpu)
+
+
+def same_device() -> Callable[[], None]:
+    """Return what makes another thread compute where this one does: each thread has its own default device."""
+    import mlx.core as mx
+
+    return partial(mx.set_default_device, mx.default_device())
 
 
 def keep_quantized(float32_bytes: int) -> bool:

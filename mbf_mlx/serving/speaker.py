@@ -8,6 +8,7 @@ would notice an adapter that is not applied.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ class Speaker:
     def __init__(self, stream: StreamFolder, base: BaseFolder) -> None:
         generation = stream.current()
         stream.verify(generation)  # before mlx reads the adapter
-        self.model, self.tokenizer = load_to_answer(base.path, adapter_of(generation), lazy=True)
-        settle_to_speak(self.model, base.path)
+        settled = partial(settle_to_speak, folder=base.path)
+        self.model, self.tokenizer = load_to_answer(base.path, adapter_of(generation), lazy=True, prepare=settled)
         # A sentence on the model that answers.
         self.proof = prove_adapter(self.model, self.tokenizer, stream, adapter_of(generation))
         self.template, self._dated = stream.identity.template, dated(self.tokenizer, stream.date())
