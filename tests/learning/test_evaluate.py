@@ -79,7 +79,7 @@ def test_long_answers_are_generated_and_scored_by_rouge_l(bench, write_jsonl):
     bench.rows = rows
     bench.run(TrainConfig(epochs=100, batch_size=4, learning_rate=2e-2), start=False)
     bench.base.model.eval()
-    result = score(bench.engine, rows, ROUGE_L, model=bench.base.model, tokenizer=bench.base.tokenizer)
+    result = score(bench.engine, rows, ROUGE_L, tokenizer=bench.base.tokenizer)
     assert result.value == pytest.approx(1.0)
 
 
