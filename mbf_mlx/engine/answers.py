@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-MOST_ROWS = 64  # that are answered together; with more, a step's time grows as fast as its rows
+MOST_ROWS = 64  # that are answered together; more would gain little and keep more in memory
 ALIKE = 0.5  # rows go together if the shortest takes at least this share of the longest one's tokens
 
 

@@ -1,4 +1,4 @@
-"""What every engine does: the loss of a batch, its gradients, and its scores.
+"""What every engine does: the loss of a batch, its gradients and its scores, and greedy answers to prompts.
 
 Letters: N supervised positions of a batch (data/batches.py), D the hidden size, V the vocabulary. An engine turns a
 batch into hidden states (N, D) and these into logits (N, V). Losses are differentiable with respect to the model's

@@ -23,7 +23,7 @@ from mbf_mlx.engine.cpu_ops import blank, for_each, view
 from mbf_mlx.engine.llama_attention import Attended, PrefixHandover, rotate
 from mbf_mlx.engine.llama_pass import Block, Head, Pass, angles, together, weight_of
 
-PROMPTS = 16  # that go through the model together: longer batches are no faster and take more memory
+PROMPTS = 16  # that go through the model together: enough for fast products, and with little memory
 
 
 def answers_of(
