@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mbf_mlx.base.decode import BITS, decode
 from mbf_mlx.device import backend
 from mbf_mlx.device.budgets import PIECE_BYTES
 from mbf_mlx.device.machine import cpu_count
@@ -57,11 +58,18 @@ def _unfilled(module: nn.Module) -> nn.Module:
 def _plain_arrays(module: nn.Module, use_device: Callable[[], None]) -> dict[str, mx.array]:
     """Return the numbers of a quantized layer in float32, computed in this thread."""
     use_device()
-    arrays = {"weight": _rows(module, 0, module.weight.shape[0])}
+    arrays = {"weight": _whole(module)}
     if "bias" in module:
         arrays["bias"] = to_float32(module.bias)
     mx.eval(arrays)
     return arrays
+
+
+def _whole(module: nn.Module) -> mx.array:
+    """Return the weight, (out, in)."""
+    if module.mode != "affine" or module.bits not in BITS or mx.default_device() != mx.cpu:
+        return _rows(module, 0, module.weight.shape[0])
+    return decode(module.weight, to_float32(module.scales), to_float32(module.biases), module.bits)
 
 
 def to_float32(value: mx.array) -> mx.array:
