@@ -42,9 +42,7 @@ def try_tokenizer(folder: Path) -> None:
         # Where the program itself refuses it, the reason is the last line; a Rust panic has written some before it.
         said = done.stderr.strip().splitlines() if done is not None and done.returncode == 1 else []
         reason = said[-1] if said and said[-1].startswith("it") else _BOUNDS.format(SECONDS, BYTES >> 30)
-        raise InputError(
-            f"{folder}: its tokenizer is not used: {reason}\nhint: take the model from another source"
-        )
+        raise InputError(f"{folder}: its tokenizer is not used: {reason}\nhint: take the model from another source")
     if passed is not None:
         with suppress(OSError):
             passed.parent.mkdir(parents=True, exist_ok=True)

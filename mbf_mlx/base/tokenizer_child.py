@@ -14,6 +14,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,11 @@ def own_texts(document: dict[str, Any]) -> Iterator[str]:
     found = " ".join(_patterns([document.get("normalizer"), document.get("pre_tokenizer"), document.get("decoder")]))
     plain = re.sub(r"\\[pP]\{[^}]*\}|\\[a-zA-Z]|[()\[\]{}?*+|^$\\]", "", found)
     letters = list(dict.fromkeys(KINDS + plain))[: len(KINDS) + MOST]
-    pairs = dict.fromkeys(a + b for a, b in zip(plain, plain[1:], strict=False) if a != b)
+    pairs = dict.fromkeys(a + b for a, b in pairwise(plain) if a != b)
+    # A pattern is not even begun where a letter that it needs is nowhere in the text: all stand at the end.
+    end = "!" + "".join(reversed(letters))
     for repeated in (*letters, *list(pairs)[:MOST]):
-        yield repeated * (LONG // len(repeated)) + ("!" if "!" not in repeated else "?")
+        yield repeated * (LONG // len(repeated)) + end
     yield "".join(random.Random(1).choices(letters, k=LONG))
 
 
