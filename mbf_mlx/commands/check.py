@@ -43,6 +43,7 @@ def check(
 
     Example: mbf check mail.jsonl notes/ --model smollm2-135m-instruct
     """
+    from mbf_mlx.base.renderer import TemplateLimitError
     from mbf_mlx.data.task import read_tasks
     from mbf_mlx.errors import InputError
 
@@ -57,6 +58,8 @@ def check(
     for task in found:
         try:
             surveys.append(_survey(task, encoder))
+        except TemplateLimitError:
+            raise  # each other task would take as long
         except InputError as error:
             problems.append(str(error))
     if problems:
