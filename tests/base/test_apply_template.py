@@ -96,7 +96,7 @@ def result(function, *arguments, **named):
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(messages, more)
 def test_a_conversation_is_rendered_as_transformers_renders_it(name, talk, named):
     tokenizer = tokenizer_of(name)
@@ -107,7 +107,7 @@ def test_a_conversation_is_rendered_as_transformers_renders_it(name, talk, named
         )
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(messages, min_size=1, max_size=100))
 def test_several_conversations_are_rendered_at_once(talks):
     tokenizer = tokenizer_of("ChatML")
