@@ -65,7 +65,10 @@ def test_check_and_learn_name_the_row_and_change_nothing(base, stream, tmp_path)
     task = write_task(tmp_path / "task", "hugely")
     said = f"error: {task}/train.jsonl:7: {HUGELY}"
     before = sorted(stream.rglob("*"))
-    refused(mbf("check", task, "--model", base), said)
+    other = write_task(tmp_path / "other", "hugely")
+    done = mbf("check", task, other, "--model", base)
+    refused(done, said)
+    assert "other" not in done.stderr  # each further task would take as long
     refused(mbf("learn", stream, task, *LEARN), said)
     assert sorted(stream.rglob("*")) == before
     refused(mbf("learn", tmp_path / "new", task, "--model", base, *LEARN), said)
