@@ -58,10 +58,10 @@ def check(
     for task in found:
         try:
             surveys.append(_survey(task, encoder))
-        except TemplateLimitError:
-            raise  # each other task would take as long
         except InputError as error:
             problems.append(str(error))
+            if isinstance(error, TemplateLimitError):
+                break  # each other task would take as long
     if problems:
         raise InputError("\n".join(problems))
     if json:
