@@ -1,9 +1,15 @@
-"""Case c: scoring 200 short answers by one teacher-forced pass against generating them, and the time to a first answer.
+"""Case c: scoring short and long answers against mlx-lm's generation row by row, and the time to a first answer.
+
+Short: one teacher-forced pass against generating 200 one-word answers.
 
 The model has learned from the rows for a few steps, so that it is right on some of them. The verdicts have to be the
 same row by row; a row whose top two logits are within 1e-4 is a close call, counted apart.
 
+Long (`--long FOLDER`, the folder of a SuperNI task): answers to 64 test rows, generated in batches as scoring does it,
+against generating them row by row, and what scoring takes in all. Texts that differ are counted.
+
     python benchmarks/scoring.py [--rows 200] [--repeats 5] [--model FOLDER] [--out FILE]
+    python benchmarks/scoring.py --long superni/TASK [--rows 64] [--repeats 3] [--model FOLDER] [--out FILE]
 """
 
 import argparse
@@ -39,10 +45,68 @@ def first_answers(model: Path, repeats: int) -> list[float]:
         return [common.command_seconds(command) for _ in range(repeats)]
 
 
+def long_answers(folder: Path, count: int, repeats: int, model: Path, out: Path | None) -> None:
+    """Compare generating long answers in batches with generating them row by row."""
+    from mlx_lm import stream_generate
+
+    from mbf_mlx.config import DataConfig, LoRAConfig
+    from mbf_mlx.data.encode import Encoder
+    from mbf_mlx.data.task import read_task
+    from mbf_mlx.device.machine import freed_memory_kept
+    from mbf_mlx.learning.evaluate import generated, longest_answer, score
+    from mbf_mlx.learning.learner import load_learner
+
+    learner, task = load_learner(model, LoRAConfig()), read_task(folder)
+    rows = Encoder(learner.tokenizer, DataConfig(mask_prompt=True)).all(task.test[:count], task.path)
+    learner.base.model.eval()
+    texts: dict[str, list[str]] = {}
+
+    @freed_memory_kept()
+    def ours() -> float:
+        started = time.perf_counter()
+        texts["ours"] = generated(learner.engine, learner.tokenizer, rows)
+        return time.perf_counter() - started
+
+    def one_by_one() -> float:
+        started = time.perf_counter()
+        texts["one by one"] = []
+        for row in rows:
+            prompt = row.tokens[: row.prompt_length].tolist()
+            parts = stream_generate(learner.base.model, learner.tokenizer, prompt, max_tokens=longest_answer(row))
+            texts["one by one"].append("".join(part.text for part in parts))
+        return time.perf_counter() - started
+
+    def whole_score() -> float:
+        return common.seconds(lambda: score(learner.engine, rows, "rouge_l", tokenizer=learner.tokenizer))
+
+    ours()  # the first call is slower: threads start, memory is allocated
+    kept, found = common.Kept("scoring_long", out), {"ours": [], "one by one": [], "whole score": []}
+    for number in range(repeats):
+        for name, way in {"ours": ours, "one by one": one_by_one, "whole score": whole_score}.items():
+            found[name].append(way())
+            print(f"{number}: {name} {found[name][-1]:.2f}", file=sys.stderr)
+        kept.save("rounds", found)
+    summary = common.compared(found, "ours")
+    differ = [i for i, (a, b) in enumerate(zip(texts["ours"], texts["one by one"], strict=True)) if a != b]
+    names = {
+        "ours": "in batches",
+        "one by one": "mlx-lm's generation, row by row",
+        "whole score": "scoring in all: in batches, and the loss",
+    }
+    tokens = sum(len(learner.tokenizer.encode(text, add_special_tokens=False)) for text in texts["ours"])
+    results = {"rows": len(rows), "task": folder.name, "answers": summary, "texts_that_differ": differ}
+    results |= {"prompt_tokens": sum(row.prompt_length for row in rows), "answer_tokens": tokens}
+    lines = common.table(summary, f"s for {len(rows)} rows", names)
+    lines += ["", f"{folder.name}: {results['prompt_tokens']} tokens of prompts, {tokens} of answers"]
+    lines.append(f"texts that differ: {len(differ)} of {len(rows)}")
+    common.finish(common.document("scoring_long", results), lines, out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--long", type=Path, metavar="FOLDER")
     parser.add_argument("--model", type=Path, default=common.SMOLLM2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -50,6 +114,9 @@ def main() -> None:
     from mbf_mlx.device import backend
 
     backend.setup("cpu" if sys.platform == "linux" else None)
+    if options.long:
+        return long_answers(options.long, options.rows or 64, options.repeats or 3, options.model, options.out)
+    options.rows, options.repeats = options.rows or 200, options.repeats or 5
     from mlx_lm import stream_generate
 
     from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig

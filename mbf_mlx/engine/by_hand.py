@@ -4,7 +4,7 @@ Letters: N supervised positions of a batch, D the hidden size, V the vocabulary.
 each core, that run in threads side by side; the first part computes the shared prefix for all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,10 @@ from mbf_mlx.data.batches import Batch, LabelledTokens, make_batch, split
 from mbf_mlx.device import bfloat16
 from mbf_mlx.device.blas import load_blas
 from mbf_mlx.engine import cpu_ops
+from mbf_mlx.engine.answers import Question
 from mbf_mlx.engine.bfloat16_weights import Bfloat16Weights
 from mbf_mlx.engine.engine import KNOWN_WELL, Engine, Note
+from mbf_mlx.engine.llama_answers import PROMPTS, KeptRows, answers_of
 from mbf_mlx.engine.llama_attention import PrefixHandover
 from mbf_mlx.engine.llama_pass import Head, Pass, base_of, linears_of
 from mbf_mlx.engine.lora_layers import trained_arrays
@@ -94,6 +96,18 @@ class ByHand(Engine):
 
     def _logits(self, states: mx.array) -> mx.array:
         return self._head(states)
+
+    def _answers(self, questions: Sequence[Question], ends: Collection[int]) -> Iterator[tuple[int, list[int]]]:
+        prefix = len(make_batch(questions, range(len(questions))).prefix)
+        capacity, heads = max(each.longest for each in questions) - prefix, self.model.layers[0].self_attn
+        bytes_a_token = 2 * 4 * heads.n_kv_heads * heads.head_dim * len(self.model.layers)
+        slots = min(len(questions), self.answered_together(bytes_a_token, capacity))
+        kept = KeptRows(self.model, slots, capacity, prefix)
+
+        def batch(some: Sequence[Question]) -> tuple[list[Batch], list[PrefixHandover]]:
+            return self._parts(self.prompts_together(some, PROMPTS, share_prefix=True))
+
+        return answers_of(kept, questions, ends, batch)
 
     def _loss(self, batch: Batch) -> mx.array:
         """Return the loss. To mlx it is one function of the trained factors, with a gradient of its own."""

@@ -1,4 +1,4 @@
-"""What every engine does: the loss of a batch, its gradients, and its scores.
+"""What every engine does: the loss of a batch, its gradients and its scores, and greedy answers to prompts.
 
 Letters: N supervised positions of a batch (data/batches.py), D the hidden size, V the vocabulary. An engine turns a
 batch into hidden states (N, D) and these into logits (N, V). Losses are differentiable with respect to the model's
@@ -10,7 +10,7 @@ own. through_mlx.py runs mlx-lm's own pass, for every architecture and device.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import ClassVar
 
 import mlx.core as mx
@@ -18,9 +18,10 @@ import numpy as np
 from mlx import nn
 
 from mbf_mlx.config import Precision
-from mbf_mlx.data.batches import IGNORED, Batch, LabelledTokens
-from mbf_mlx.device.budgets import LOGITS_COPIES
-from mbf_mlx.errors import InputError
+from mbf_mlx.data.batches import IGNORED, Batch, LabelledTokens, make_batch
+from mbf_mlx.device.budgets import KEPT_TOKENS, LOGITS_COPIES
+from mbf_mlx.engine.answers import MOST_ROWS, Question, groups_of_like_length
+from mbf_mlx.errors import InputError, MemoryLimitError
 
 Arrays = dict[str, mx.array]  # by name: what is differentiated, and its gradients
 LossAndGrad = Callable[[Arrays, Batch], tuple[mx.array, Arrays]]
@@ -44,6 +45,7 @@ class Engine(ABC):
 
     Attributes:
         before: Called with each batch, and whether it is trained on, before it is computed. Raises to refuse the batch.
+        room: Returns how many bytes the process may still take.
         training_note: Called for each trained layer in a training's backward pass, if `notes_training`.
     """
 
@@ -57,6 +59,7 @@ class Engine(ABC):
         self.checkpoint = checkpoint
         self.logits_bytes = logits_bytes
         self.before: Callable[[Batch, bool], None] = lambda batch, training: None
+        self.room: Callable[[], int] = lambda: 2 * KEPT_TOKENS
 
     @property
     @abstractmethod
@@ -150,6 +153,56 @@ class Engine(ABC):
         all_losses, all_best, all_margins = zip(*parts)
         return np.concatenate(all_losses), np.concatenate(all_best), np.concatenate(all_margins)
 
+    def answers(
+        self,
+        questions: Sequence[Question],
+        ends: Collection[int],
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> list[list[int]]:
+        """Return the greedy answer to each question, as tokens, without the end token.
+
+        Args:
+            questions: The prompts.
+            ends: The tokens at which an answer ends.
+            advance: Called with the number of answers that have ended since the last call.
+
+        Raises:
+            MemoryLimitError: `before` refuses even a single prompt.
+        """
+        found: list[list[int]] = [[] for _ in questions]
+        for group in groups_of_like_length(questions):
+            for place, tokens in self._answers([questions[i] for i in group], ends):
+                found[group[place]] = tokens
+                advance(1)
+        return found
+
+    def answered_together(self, bytes_a_token: int, tokens: int) -> int:
+        """Return how many rows are answered together: their keys and values take half of the room at most.
+
+        Args:
+            bytes_a_token: Of keys and values, in all blocks.
+            tokens: The most that one row keeps.
+        """
+        kept = min(KEPT_TOKENS, self.room() // 2)
+        return max(1, min(MOST_ROWS, kept // (bytes_a_token * tokens)))
+
+    def prompts_together(self, questions: Sequence[Question], most: int, *, share_prefix: bool) -> Batch:
+        """Return the first `most` prompts as a batch, or as many as memory has room for.
+
+        Raises:
+            MemoryLimitError: `before` refuses even the first.
+        """
+        count = min(most, len(questions))
+        while True:
+            batch = make_batch(questions, range(count), share_prefix=share_prefix)
+            try:
+                self.before(batch, False)
+                return batch
+            except MemoryLimitError:
+                if count == 1:
+                    raise
+                count //= 2
+
     def chunks(self, count: int, sharing: int = 1) -> Iterator[tuple[int, int]]:
         """Yield the first and last + 1 of the positions whose logits fit into the budget together.
 
@@ -173,6 +226,10 @@ class Engine(ABC):
     @abstractmethod
     def _logits(self, states: mx.array) -> mx.array:
         """Return the logits (N, V) of some rows of `_states`."""
+
+    @abstractmethod
+    def _answers(self, questions: Sequence[Question], ends: Collection[int]) -> Iterator[tuple[int, list[int]]]:
+        """Yield the place and the answer of each of some questions of about one length, as `answers` returns them."""
 
     @abstractmethod
     def _watch(self, batches: list[tuple[int, Batch]], note: Note, logarithm: bool) -> None:

@@ -273,7 +273,7 @@ def to_rows(
         if turn is None:
             there[...] = here
         else:
-            _rotate(here, turn[0][tokens], turn[1][tokens], there)
+            rotate(here, turn[0][tokens], turn[1][tokens], there)
 
     for_each(block, np.ndindex(count))
     return out
@@ -291,12 +291,12 @@ def to_tokens(y: mx.array, rows: RowLayout, out_: mx.array, turn: tuple[np.ndarr
         if turn is None:
             there[...] = here
         else:
-            _rotate(here, turn[0][tokens], -turn[1][tokens], there)
+            rotate(here, turn[0][tokens], -turn[1][tokens], there)
 
     for_each(block, np.ndindex(count))
 
 
-def _rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, out: np.ndarray) -> None:
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, out: np.ndarray) -> None:
     """Turn heads (…, tokens, d) by each token's angles, (tokens, d / 2)."""
     half = x.shape[-1] // 2
     a, b, to_a, to_b = x[..., :half], x[..., half:], out[..., :half], out[..., half:]

@@ -74,6 +74,7 @@ class Pass:
             have to run at the same time, each in a thread of its own.
         note: Called for each trained layer in the backward pass.
         bfloat16: The frozen weights to multiply with in bfloat16; None multiplies in float32.
+        attended: Called in the forward pass with each block's number and its keys and values.
     """
 
     def __init__(
@@ -87,15 +88,16 @@ class Pass:
         handovers: Sequence[PrefixHandover] = (),
         note: LayerNote | None = None,
         bfloat16: Bfloat16Weights | None = None,
+        attended: Callable[[int, attention.Attended], None] | None = None,
     ):
         heads = model.layers[0].self_attn
-        self.checkpoint, self.keep = checkpoint, keep
+        self.checkpoint, self.keep, self.attended = checkpoint, keep, attended
         self.norm = model.model.norm
         self.blocks = [
-            _Block(block, f"model.layers.{i}", factors, note, bfloat16) for i, block in enumerate(model.layers)
+            Block(block, f"model.layers.{i}", factors, note, bfloat16) for i, block in enumerate(model.layers)
         ]
         self.first = next((i for i, block in enumerate(self.blocks) if block.is_trained), len(self.blocks))
-        self.layout = Layout(batch, _angles(heads, batch))
+        self.layout = Layout(batch, angles(heads, len(batch.prefix) + batch.tokens.shape[1]))
         self.embed = model.model.embed_tokens
         self.handovers: Sequence[PrefixHandover | None] = handovers or [None] * len(self.blocks)
         self._saved: list[_Saved | mx.array] = []  # by trained block; with `checkpoint` only the block's input
@@ -111,11 +113,13 @@ class Pass:
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             y, saved = block.forward(x, self.layout, self.handovers[i], picked=i == last)
+            if self.attended:
+                self.attended(i, saved.attended)
             if self.keep and i >= self.first:
                 self._saved.append(x if self.checkpoint else saved)
             x = y
             del saved  # before the next block makes its own
-        out, inverse = cpu_ops.rms_norm(x, _weight(self.norm), self.norm.eps)
+        out, inverse = cpu_ops.rms_norm(x, weight_of(self.norm), self.norm.eps)
         self._last.append((x, inverse))
         return out
 
@@ -132,7 +136,7 @@ class Pass:
         gradients: Arrays = {}
         x, inverse = self._last.pop()
         copy = d_out + 0  # for the norm to write into
-        d_x: mx.array | None = cpu_ops.rms_norm_backward_(copy, x, inverse, _weight(self.norm), blank(*x.shape))
+        d_x: mx.array | None = cpu_ops.rms_norm_backward_(copy, x, inverse, weight_of(self.norm), blank(*x.shape))
         for i in reversed(range(self.first, len(self.blocks))):
             block, picked, saved = self.blocks[i], i == len(self.blocks) - 1, self._saved.pop()
             if isinstance(saved, mx.array):
@@ -256,7 +260,9 @@ class _Saved:
     acted: mx.array | None
 
 
-class _Block:
+class Block:
+    """One block's forward and backward pass, and those of its parts."""
+
     def __init__(
         self,
         block: nn.Module,
@@ -285,23 +291,17 @@ class _Block:
         """Return the block's output for x (T, D), at all tokens or at supervised ones (`picked`), and what to save."""
         queries = layout.supervised if picked else layout.all
         norm = self.block.input_layernorm
-        normed, inverse = cpu_ops.rms_norm(x, _weight(norm), norm.eps)
+        normed, inverse = cpu_ops.rms_norm(x, weight_of(norm), norm.eps)
         if picked:
             middle, normed_q = x[mx.array(layout.picked)], normed[mx.array(layout.picked)]
-            (k, v), (q,) = _together(normed, self.k, self.v), _together(normed_q, self.q)
+            (k, v), (q,) = together(normed, self.k, self.v), together(normed_q, self.q)
         else:
             middle, normed_q = x, normed
-            k, v, q = _together(normed, self.k, self.v, self.q)
+            k, v, q = together(normed, self.k, self.v, self.q)
         mx.eval(q, k, v)
         mixed, attended = attention.attend(q, k, v, queries, layout.all, self.groups, self.size, handover)
         middle = self.o(mixed, onto=middle)
-        norm = self.block.post_attention_layernorm
-        middle_normed, middle_inverse = cpu_ops.rms_norm(middle, _weight(norm), norm.eps)
-        gate, up = _together(middle_normed, self.gate, self.up)
-        mx.eval(gate, up)
-        acted = cpu_ops.swiglu(gate, up)
-        out = self.down(acted, onto=middle)
-        mx.eval(out)
+        out, middle_normed, middle_inverse, gate, up, acted = self.mlp(middle)
         saved = _Saved(
             x=x,
             inverse=inverse,
@@ -317,6 +317,17 @@ class _Block:
             acted=acted if self.down.is_trained else None,
         )
         return out, saved
+
+    def mlp(self, middle: mx.array) -> tuple[mx.array, mx.array, np.ndarray, mx.array, mx.array, mx.array]:
+        """Return `middle` (T, D) with the MLP's output added, (T, D), and what the backward pass needs of the MLP."""
+        norm = self.block.post_attention_layernorm
+        normed, inverse = cpu_ops.rms_norm(middle, weight_of(norm), norm.eps)
+        gate, up = together(normed, self.gate, self.up)
+        mx.eval(gate, up)
+        acted = cpu_ops.swiglu(gate, up)
+        out = self.down(acted, onto=middle)
+        mx.eval(out)
+        return out, normed, inverse, gate, up, acted
 
     def backward(
         self,
@@ -340,7 +351,7 @@ class _Block:
         d_normed = self.up.d_input(d_up, onto=self.gate.d_input(d_gate))
         found |= self.gate.d_factors(saved.middle_normed, d_gate) | self.up.d_factors(saved.middle_normed, d_up)
         mx.eval(d_normed, found)
-        weight = _weight(self.block.post_attention_layernorm)
+        weight = weight_of(self.block.post_attention_layernorm)
         d_middle = cpu_ops.rms_norm_backward_(d_normed, saved.middle, saved.middle_inverse, weight, d_out)
         # Attention.
         d_mixed = self.o.d_input(d_middle)
@@ -362,7 +373,7 @@ class _Block:
             view(d_middle)[layout.picked] = view(d_here)
         else:
             d_normed = self.q.d_input(d_q, onto=d_normed)
-        weight = _weight(self.block.input_layernorm)
+        weight = weight_of(self.block.input_layernorm)
         return cpu_ops.rms_norm_backward_(d_normed, saved.x, saved.inverse, weight, d_middle)
 
 
@@ -378,20 +389,21 @@ def linears_of(block: nn.Module) -> list[nn.Module]:
     return [*(attention[name] for name in names), mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _together(x: mx.array, *layers: _Linear) -> list[mx.array]:
+def together(x: mx.array, *layers: _Linear) -> list[mx.array]:
     """Return x (T, in) through each of several layers; it is rounded once for all that multiply in bfloat16."""
     halves = rounded(x) if any(layer.packed for layer in layers) else None
     return [layer(x, halves=halves) for layer in layers]
 
 
-def _angles(heads: nn.Module, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Return the cosines and sines of the rotary angles at every position of a batch, (P + W, d / 2) each."""
+def angles(heads: nn.Module, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the cosines and sines of the rotary angles at the first `longest` positions, (longest, d / 2) each."""
     # The model's own module turns ones in a head's first half and zeros in the second into cosines, then sines.
-    longest, half = len(batch.prefix) + batch.tokens.shape[1], heads.head_dim // 2
+    half = heads.head_dim // 2
     ones = mx.concatenate([mx.ones((1, 1, longest, half)), mx.zeros((1, 1, longest, half))], axis=-1)
     turned = np.array(heads.rope(ones)[0, 0])
     return np.ascontiguousarray(turned[:, :half]), np.ascontiguousarray(turned[:, half:])
 
 
-def _weight(norm: nn.Module) -> np.ndarray:
+def weight_of(norm: nn.Module) -> np.ndarray:
+    """Return a norm's weight in float32, (D,)."""
     return np.array(norm.weight.astype(mx.float32))

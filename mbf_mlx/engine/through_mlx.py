@@ -4,7 +4,7 @@ Letters: N supervised positions of a batch, D the hidden size, V the vocabulary.
 logits are computed at supervised positions only, in chunks, and a shared prefix is computed once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from mlx.utils import tree_unflatten
 
 from mbf_mlx.base.unpack import with_gradient, without_history
 from mbf_mlx.data.batches import IGNORED, Batch, LabelledTokens, make_batch, of_few_shapes
+from mbf_mlx.engine import mlx_answers
+from mbf_mlx.engine.answers import Question
 from mbf_mlx.engine.engine import KNOWN_WELL, Arrays, Engine, LossAndGrad, Note, cross_entropy
 from mbf_mlx.engine.lora_layers import lora_layers, trained_arrays
 from mbf_mlx.engine.mlx_forward import Forward
@@ -107,6 +109,14 @@ class ThroughMlx(Engine):
                 mx.eval(mx.grad(loss)(pairs))
             for name, (a, b) in pairs.items():
                 layers[name].lora_a, layers[name].lora_b = a, b
+
+    def _answers(self, questions: Sequence[Question], ends: Collection[int]) -> Iterator[tuple[int, list[int]]]:
+        bytes_a_token = mlx_answers.bytes_a_token(self.model)
+        if bytes_a_token is None:
+            return mlx_answers.one_by_one(self.model, questions, ends)
+        together = self.answered_together(bytes_a_token, max(each.longest for each in questions))
+        prompts = self.prompts_together(questions, min(together, mlx_answers.PROMPTS), share_prefix=False)
+        return mlx_answers.in_batches(self.model, questions, ends, together, len(prompts.lengths))
 
     def _states(self, batch: Batch) -> mx.array:
         """Return the hidden states (N, D), or the logits (N, V) if the architecture gives only those."""

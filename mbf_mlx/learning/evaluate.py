@@ -2,7 +2,8 @@
 
 A completion is an exact match if greedy generation would produce its tokens and then the end token. This is the case
 if and only if each of these tokens is the argmax at its position in one teacher-forced pass, so nothing is generated.
-Long answers are generated and scored by ROUGE-L. Losses are per supervised token, in nats; scores are in [0, 1].
+Long answers are generated, many rows at a time, and scored by ROUGE-L. Losses are per supervised token, in nats; scores
+are in [0, 1].
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from mbf_mlx.data.batches import lengths_of, make_batch, plan_batches
 from mbf_mlx.data.encode import Encoded
 from mbf_mlx.data.row import reference_text
 from mbf_mlx.device.machine import freed_memory_kept
+from mbf_mlx.engine.answers import Question, text_of
 from mbf_mlx.engine.engine import Engine
 from mbf_mlx.errors import InputError
 
@@ -50,7 +52,6 @@ def score(
     rows: Sequence[Encoded],
     metric: str,
     *,
-    model: Any = None,
     tokenizer: Any = None,
     advance: Callable[[int], None] = lambda rows: None,
 ) -> Score:
@@ -60,7 +61,7 @@ def score(
         engine: The engine of the model, which applies the factors that are to be scored.
         rows: The test rows of one task, at least one.
         metric: "exact_match", "rouge_l" or "loss".
-        model, tokenizer: What generates; needed for ROUGE-L.
+        tokenizer: The model's; needed for ROUGE-L.
         advance: Called with the number of rows done since the last call.
 
     Raises:
@@ -75,7 +76,8 @@ def score(
     from mbf_mlx.learning.rouge import RougeL  # it loads the package's stemmer
 
     measure = RougeL()
-    values = [measure(_answer(model, tokenizer, row, advance), right_answers(tokenizer, row)) for row in rows]
+    answers = generated(engine, tokenizer, rows, advance)
+    values = [measure(answer, right_answers(tokenizer, row)) for answer, row in zip(answers, rows, strict=True)]
     return Score(metric=metric, value=float(np.mean(values)), loss=loss, rows=len(rows))
 
 
@@ -101,14 +103,12 @@ def _teacher_forced(
     return total / count, [bool(r) for r in right], tuple(int(i) for i in np.flatnonzero(close))
 
 
-def _answer(model: Any, tokenizer: Any, row: Encoded, advance: Callable[[int], None]) -> str:
-    """Return the greedy answer to a row's prompt, as mlx-lm generates it."""
-    from mlx_lm import stream_generate
-
-    prompt = row.tokens[: row.prompt_length].tolist()
-    text = "".join(part.text for part in stream_generate(model, tokenizer, prompt, max_tokens=longest_answer(row)))
-    advance(1)
-    return text
+def generated(
+    engine: Engine, tokenizer: Any, rows: Sequence[Encoded], advance: Callable[[int], None] = lambda rows: None
+) -> list[str]:
+    """Return the greedy answers to the rows' prompts, as mlx-lm generates them one by one."""
+    questions = [Question(row.tokens[: row.prompt_length], longest_answer(row)) for row in rows]
+    return [text_of(tokenizer, each) for each in engine.answers(questions, tokenizer.eos_token_ids, advance)]
 
 
 def right_answers(tokenizer: Any, row: Encoded) -> tuple[str, ...]:

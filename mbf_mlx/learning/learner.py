@@ -61,6 +61,8 @@ class Learner:
         limit = limit_of(self.base.path, self.lora, by_hand, self.packed, checkpoint, precision == "bfloat16", most)
         self.engine.checkpoint = checkpoint
         self.engine.before = limit or (lambda batch, training: None)
+        if limit:
+            self.engine.room = limit.room
 
     def deploy(self, factors: Factors) -> None:
         """Let the model apply these factors, without dropout; no factors make it the base model again."""

@@ -155,7 +155,6 @@ def score_rows(learner: Learner, name: str, rows: Sequence[Encoded], metric: str
         learner.engine,
         rows,
         metric,
-        model=learner.base.model,
         tokenizer=learner.tokenizer,
         advance=advance,
     )

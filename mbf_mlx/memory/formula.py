@@ -23,6 +23,8 @@ Through mlx-lm's own pass it keeps b times T (5 D + (H + 2 G) d + 2 H (P + W) + 
 most of this for N tokens only. On several cores each computes a part of the rows, and the first computes the prefix for
 all. With --grad-checkpoint every block keeps T D, and one block at a time keeps everything.
 
+Scoring long answers, which are generated, may take more: at most 1 GiB (budgets.KEPT_TOKENS) and half of what is left.
+
 `benchmarks/memory.py` compares this with measurements. This file does not use mlx and reads no files.
 """
 

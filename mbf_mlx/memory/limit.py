@@ -57,6 +57,10 @@ class Limit:
             raise MemoryLimitError(self._message(load, needed, held))
         self._fitted = needed.batch
 
+    def room(self) -> int:
+        """Return how many bytes the process may still take."""
+        return max(0, self.limit - backend.held_memory())
+
     def _message(self, load: Load, needed: Memory, held: int) -> str:
         ways = ways_to_fit(self.shape, self.run, load, self.limit - (held - needed.held))
         hint = f"\nhint: it would fit with {'; or '.join(ways)}" if ways else "\nhint: this takes a larger machine"

@@ -4,23 +4,25 @@ import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
 
 from mbf_mlx.base import unpack
 from mbf_mlx.config import LoRAConfig
 from mbf_mlx.data.batches import Batch
 from mbf_mlx.device.machine import freed_memory_kept
+from mbf_mlx.engine.answers import Question
 from mbf_mlx.engine.choose import prepare
 from mbf_mlx.engine.lora_layers import attach
 from mbf_mlx.learning.tuning import Tuning
 from mbf_mlx.memory.formula import Run
 
 REPEATS = 4
+ANSWERS, TOKENS = 32, 8  # that are generated together, and tokens of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class Taken:
 
     step: float  # forward and back
     forward: float  # forward only
-    token: float  # one more token of an answer, generated after the batch's first row
+    token: float  # one more token of an answer, generated after the batch's first row, in a batch of answers
 
 
 @freed_memory_kept()
@@ -64,9 +66,11 @@ def seconds(config: dict[str, Any], lora: LoRAConfig, run: Run, batch: Batch, bl
     loss_and_grad = engine.loss_and_grad(tuning.apply)
     step = _fastest(lambda: mx.eval(loss_and_grad(tuning.trained, known)))
     forward = _fastest(lambda: engine.score(known))
-    cache = make_prompt_cache(model)
-    mx.eval(model(mx.array(np.concatenate([known.prefix, known.tokens[0]])[None]), cache=cache))
-    return Taken(step=step, forward=forward, token=_fastest(lambda: mx.eval(model(mx.array([[1]]), cache=cache))))
+    prompt = np.concatenate([known.prefix, known.tokens[0]])
+    first, more = (
+        _fastest(partial(engine.answers, [Question(prompt, 1 + tokens)] * ANSWERS, ())) for tokens in (0, TOKENS)
+    )
+    return Taken(step=step, forward=forward, token=max(0.0, more - first) / (TOKENS * ANSWERS))
 
 
 def _fastest(work: Callable[[], Any]) -> float:

@@ -76,6 +76,7 @@ def work_of(
     longest = max(epoch, key=lambda batch: max(lengths[i] for i in batch))
     batches = sorted((make_batch(rows, indices) for indices in [*chosen, longest]), key=lambda b: b.computed_tokens)
     each = float(np.mean([_real(batch) for batch in batches]))
+    generates = metric_of(test) == ROUGE_L  # after reading the prompts once more
     return Work(
         steps=steps,
         loads=tuple(dict.fromkeys(Load.of(batch) for batch in batches)),
@@ -83,8 +84,8 @@ def work_of(
         train_tokens=each * steps * config.grad_accumulation_steps,
         other_tokens=math.ceil(steps / (config.val_every or groups)) * float(np.sum(lengths_of(valid)))
         + 2 * min(SAMPLE_ROWS, len(rows)) * float(np.mean(lengths))
-        + scored * float(np.sum(lengths_of(test))),
-        generated_tokens=scored * float(sum(map(longest_answer, test)) if metric_of(test) == ROUGE_L else 0),
+        + scored * (2 if generates else 1) * float(np.sum(lengths_of(test))),
+        generated_tokens=scored * float(sum(map(longest_answer, test)) if generates else 0),
         measured_tokens=_measured_rows(method, len(rows), by_hand and not len(valid)) * float(np.mean(lengths)),
     )
 

@@ -102,12 +102,17 @@ def test_a_cpu_without_units_for_it_takes_float32_and_tries_nothing(monkeypatch,
     assert not bfloat16.is_faster()
 
 
+@pytest.mark.parametrize(("halves", "plain", "taken"), [(90, 110, False), (130, 110, False), (550, 110, True)])
+def test_precisions_that_are_nearly_as_fast_do_not_change_places_with_the_load(halves, plain, taken):
+    assert bfloat16.Trial(bfloat16=halves, float32=plain).is_faster == taken
+
+
 @needs_library
 def test_what_is_faster_is_taken(monkeypatch, looked_for_again):
     monkeypatch.setattr(bfloat16, "cpu_flags", lambda: frozenset({"amx_bf16"}))
     found = bfloat16.trial()
     assert found.bfloat16 > 0 and found.float32 > 0
-    assert bfloat16.is_faster() == (found.bfloat16 > found.float32)
+    assert bfloat16.is_faster() == (found.bfloat16 > bfloat16.MARGIN * found.float32)
     bfloat16.is_faster.cache_clear()
     monkeypatch.setattr(bfloat16, "trial", lambda: bfloat16.Trial(bfloat16=800.0, float32=60.0))
     assert bfloat16.is_faster()

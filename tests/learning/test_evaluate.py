@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mbf_mlx.config import DataConfig, TrainConfig
+from mbf_mlx.config import DataConfig, LoRAConfig, TrainConfig
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
@@ -11,7 +11,18 @@ from mlx_lm import stream_generate
 
 from mbf_mlx.data.encode import Encoder
 from mbf_mlx.data.task import read_task
-from mbf_mlx.learning.evaluate import EXACT_MATCH, LOSS, ROUGE_L, metric_of, right_answers, score
+from mbf_mlx.engine.choose import prepare
+from mbf_mlx.learning.evaluate import (
+    EXACT_MATCH,
+    LOSS,
+    ROUGE_L,
+    generated,
+    longest_answer,
+    metric_of,
+    right_answers,
+    score,
+)
+from mbf_mlx.learning.learner import load_learner
 from mbf_mlx.learning.rouge import RougeL
 from tests.support.bench import QUICK, Bench
 from tests.support.encoded import encode, row
@@ -79,7 +90,7 @@ def test_long_answers_are_generated_and_scored_by_rouge_l(bench, write_jsonl):
     bench.rows = rows
     bench.run(TrainConfig(epochs=100, batch_size=4, learning_rate=2e-2), start=False)
     bench.base.model.eval()
-    result = score(bench.engine, rows, ROUGE_L, model=bench.base.model, tokenizer=bench.base.tokenizer)
+    result = score(bench.engine, rows, ROUGE_L, tokenizer=bench.base.tokenizer)
     assert result.value == pytest.approx(1.0)
 
 
@@ -99,3 +110,35 @@ def test_the_metric_follows_the_longest_answer(bench, write_jsonl):
     assert metric_of(encoded(bench, write_jsonl, short, "short")) == EXACT_MATCH
     assert metric_of(encoded(bench, write_jsonl, long, "long")) == ROUGE_L
     assert metric_of(encoded(bench, write_jsonl, [{"text": "some words"}, {"text": "more words"}], "text")) == LOSS
+
+
+def test_answers_in_batches_give_the_texts_of_mlx_lm_row_by_row(bench, write_jsonl):
+    answers = ["A long one, and then some words more of it.", "So it goes on and on, until it ends at last."]
+    long = [{"prompt": row["prompt"], "completion": answers[i % 2]} for i, row in enumerate(rows_of(40, seed=2))]
+    rows = encoded(bench, write_jsonl, long)
+    bench.run(dataclasses.replace(QUICK, epochs=20, learning_rate=1e-2), rows=rows)
+    bench.base.model.eval()
+    tokenizer, texts = bench.base.tokenizer, []
+    for each in rows:
+        prompt = each.tokens[: each.prompt_length].tolist()
+        parts = stream_generate(bench.base.model, tokenizer, prompt, max_tokens=longest_answer(each))
+        texts.append("".join(part.text for part in parts))
+    assert len(set(texts)) > 1
+    assert generated(bench.engine, tokenizer, rows) == texts
+    assert generated(prepare(bench.base.model, by_hand=False), tokenizer, rows) == texts
+    measure = RougeL()
+    expected = [measure(text, right_answers(tokenizer, row)) for text, row in zip(texts, rows, strict=True)]
+    assert score(bench.engine, rows, ROUGE_L, tokenizer=tokenizer).value == np.mean(expected)
+
+
+@pytest.mark.slow
+def test_smollm2_gives_the_same_texts_in_batches_on_64_rows(smollm2, task_data):
+    learner = load_learner(smollm2, LoRAConfig())
+    task = read_task(task_data / "superni" / "task748_glucose_reverse_cause_event_detection")
+    rows = Encoder(learner.tokenizer, DataConfig(mask_prompt=True)).all(task.test[:64], task.path)
+    learner.base.model.eval()
+    together = generated(learner.engine, learner.tokenizer, rows)
+    for each, text in zip(rows, together, strict=True):
+        prompt = each.tokens[: each.prompt_length].tolist()
+        parts = stream_generate(learner.base.model, learner.tokenizer, prompt, max_tokens=longest_answer(each))
+        assert text == "".join(part.text for part in parts), each.row.line
