@@ -2,14 +2,15 @@
 
 transformers prepares a conversation for its template: it leaves out what is None, makes plain data of objects, knows
 several names of one field. It does so here, too, but with a template of ours, which writes what it is given as JSON.
-From this the other process renders the model's own template (renderer.py).
+From this the other process renders the model's own template (renderer.py). A conversation of roles and texts alone
+needs no such preparation.
 """
 
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from mbf_mlx.base.light_tokenizer import LightTokenizer
+from mbf_mlx.base.light_tokenizer import LightTokenizer, as_json
 from mbf_mlx.base.renderer import renderer
 
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # what every template is given
@@ -63,12 +64,18 @@ class _Bounded:
             raise TypeError(f"apply_chat_template: not rendered under bounds: {', '.join(unknown)}")
         own = self._tokenizer
         template = own.get_chat_template(chat_template, tools)
-        recorded = type(own).apply_chat_template(
-            own, conversation, tools, documents, _RECORD, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-        several = isinstance(recorded, list)
+        several = type(conversation) is list and bool(conversation) and type(conversation[0]) is list
+        talks = conversation if several else [conversation]
+        recorded: Any = as_json(talks, add_generation_prompt) if tools is None and documents is None else None
+        if recorded is None:
+            recorded = type(own).apply_chat_template(
+                own, conversation, tools, documents, _RECORD, add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )  # fmt: skip
+            several = isinstance(recorded, list)
+            recorded = recorded if several else [recorded]
         given = {**own.special_tokens_map, **values}  # a value of the caller's takes the place of a special token
-        texts = renderer.render(template, given, recorded if several else [recorded])
+        texts = renderer.render(template, given, recorded)
         if not tokenize:
             return texts if several else texts[0]
         tokens = own(texts if several else texts[0], add_special_tokens=False)

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 CLOCK = "strftime_now"  # the function by which a template asks for the date
-_CALL = re.compile(rf"""\b{CLOCK}\(\s*(["'])(.*?)\1\s*\)""")
+_CALL = re.compile(rf"""\b{CLOCK}\(\s*(["'])(.{{0,200}}?)\1\s*\)""")
 _DEFINED = re.compile(rf"\b{CLOCK}\s+is\s+defined\b")
 _CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdHIjmMpSUwWxXyYe"), "%%")
 _NEXT = "{% if not loop.last %}{{ '\\n' }}{% endif %}"

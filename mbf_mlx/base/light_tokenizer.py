@@ -167,11 +167,10 @@ class LightTokenizer:
         several = isinstance(conversation, list) and bool(conversation) and isinstance(conversation[0], list)
         talks = conversation if several else [conversation]
         plain = isinstance(template, str) and tools is None and not (tokenize and return_dict)
-        if not plain or not _simple(talks, values):
+        written = as_json(talks, add_generation_prompt) if plain and _usual(values) else None
+        if written is None:
             values |= {"tools": tools, "chat_template": chat_template, "add_generation_prompt": add_generation_prompt}
             return self._full().apply_chat_template(conversation, tokenize=tokenize, return_dict=return_dict, **values)
-        common = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        written = [json.dumps({"messages": talk, **common}, ensure_ascii=False) for talk in talks]
         texts = renderer.render(str(template), {**self.special_tokens_map, **values}, written)
         if not tokenize:
             return texts if several else texts[0]
@@ -188,14 +187,18 @@ class LightTokenizer:
         return getattr(self._full(), name)
 
 
-def _simple(talks: Sequence[Any], values: Mapping[str, Any]) -> bool:
-    """Return whether conversations hold roles and texts alone, and the template is given nothing unusual."""
-    if not values.keys() <= {"enable_thinking"} or not all(type(value) is bool for value in values.values()):
-        return False
-    return all(
+def _usual(values: Mapping[str, Any]) -> bool:
+    return values.keys() <= {"enable_thinking"} and all(type(value) is bool for value in values.values())
+
+
+def as_json(talks: Sequence[Any], ask: bool) -> list[str] | None:
+    """Return what a template is given for each conversation; None unless they hold roles and texts alone."""
+    simple = all(
         type(talk) is list
         and bool(talk)
         and all(type(each) is dict and each.keys() == {"role", "content"} for each in talk)
         and all(type(value) is str for each in talk for value in each.values())
         for talk in talks
     )
+    common = {"tools": None, "documents": None, "add_generation_prompt": ask}
+    return [json.dumps({"messages": talk, **common}, ensure_ascii=False) for talk in talks] if simple else None

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from mbf_mlx.base import template_child
+from mbf_mlx.base.chat_templates import writes_date
 from mbf_mlx.errors import InputError
 
 SECONDS = 10  # of computing for one request
@@ -31,7 +32,6 @@ BYTES = 2 << 30  # of memory
 LETTERS = 10_000_000  # of a text, beside those that come from a long conversation
 TOGETHER = 64, 100_000  # conversations in one request, and their letters
 _ENCODER = json.JSONEncoder(ensure_ascii=False)  # made once
-CLOCK = "strftime_now"  # the function by which a template asks for the date
 
 
 class Refused(ValueError):
@@ -70,7 +70,7 @@ class Renderer:
             Refused: the template refuses a conversation.
             TemplateLimitError: it takes too much time or memory, or its text is too long.
         """
-        now = datetime.now().isoformat() if CLOCK in template else ""
+        now = datetime.now().isoformat() if writes_date(template) else ""
         head = _ENCODER.encode({"template": template, "values": values, "now": now})[:-1]
         texts: list[str] = []
         for group in _groups(conversations):
@@ -99,6 +99,7 @@ class Renderer:
         if kind == "refused":
             raise Refused(said)
         if kind == "memory":
+            self.close()  # what is left of its memory may be in pieces
             raise _too_much(f"takes more than {BYTES >> 30} GB of memory for a conversation")
         if kind == "long":
             raise _too_much(f"makes a text of more than {said:,} letters of a conversation")

@@ -73,8 +73,10 @@ def own_texts(document: dict[str, Any]) -> Iterator[str]:
     plain = re.sub(r"\\[pP]\{[^}]*\}|\\[a-zA-Z]|[()\[\]{}?*+|^$\\]", "", found)
     letters = list(dict.fromkeys(KINDS + plain))[: len(KINDS) + MOST]
     pairs = dict.fromkeys(a + b for a, b in pairwise(plain) if a != b)
+    # A pattern is not even begun where a letter that it needs is nowhere in the text: all stand at the end.
+    end = "!" + "".join(reversed(letters))
     for repeated in (*letters, *list(pairs)[:MOST]):
-        yield repeated * (LONG // len(repeated)) + ("!" if "!" not in repeated else "?")
+        yield repeated * (LONG // len(repeated)) + end
     yield "".join(random.Random(1).choices(letters, k=LONG))
 
 

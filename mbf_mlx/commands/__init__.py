@@ -133,6 +133,12 @@ class _Commands(TyperGroup):
         except MemoryError as error:
             _say("error: there is not enough memory\nhint: close other programs, or take less at a time")
             raise SystemExit(1) from error
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the tokenizers library; it is no Exception
+                raise
+            said = " ".join(str(error).split())[:200]
+            _say(f"error: the model's tokenizer fails for a text: {said}\nhint: take the model from another source")
+            raise SystemExit(1) from error
 
 
 _CONTEXT: dict[str, Any] = {"help_option_names": ["--help", "-h"], "max_content_width": 100}

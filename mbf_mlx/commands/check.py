@@ -43,6 +43,7 @@ def check(
 
     Example: mbf check mail.jsonl notes/ --model smollm2-135m-instruct
     """
+    from mbf_mlx.base.renderer import TemplateLimitError
     from mbf_mlx.data.task import read_tasks
     from mbf_mlx.errors import InputError
 
@@ -59,6 +60,8 @@ def check(
             surveys.append(_survey(task, encoder))
         except InputError as error:
             problems.append(str(error))
+            if isinstance(error, TemplateLimitError):
+                break  # each other task would take as long
     if problems:
         raise InputError("\n".join(problems))
     if json:

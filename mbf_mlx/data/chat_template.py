@@ -12,7 +12,6 @@ from mbf_mlx.base.apply_template import bound_template
 from mbf_mlx.base.chat_templates import dated
 from mbf_mlx.base.renderer import TemplateLimitError
 from mbf_mlx.data.row import BadRow, Row
-from mbf_mlx.errors import InputError
 
 Messages = Sequence[dict[str, Any]]
 Tools = Sequence[dict[str, Any]]
@@ -35,13 +34,13 @@ class ChatTemplate:
         """Return messages as text; with `ask`, the text ends with the beginning of an answer to be generated.
 
         Raises:
-            InputError: the template takes too much time or memory for them.
+            TemplateLimitError: the template takes too much time or memory for them.
         """
         row, messages, tools = job
         try:
             return str(self._apply(list(messages), tools, ask))
         except TemplateLimitError as error:
-            raise InputError(f"{row.file}:{row.line}: {error}" if row.line else str(error)) from None
+            raise TemplateLimitError(f"{row.file}:{row.line}: {error}" if row.line else str(error)) from None
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             return BadRow(f"the model's chat template refuses the row: {reason}")

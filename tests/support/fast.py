@@ -11,7 +11,15 @@ from contextlib import contextmanager
 SLOW_FIXTURES = {"smollm2", "task_data", "compiler"}
 # These learn tasks, run commands on a stream that has learned some, or start processes through the package.
 SLOW_FOLDERS = {"whole", "commands", "learning", "serving", "report"}
-SLOW_FILES = {"test_first_try.py", "test_run.py", "test_one_way.py", "test_targets.py", "test_awake.py"}
+SLOW_FILES = {
+    "test_first_try.py",
+    "test_renderer.py",
+    "test_apply_template.py",
+    "test_run.py",
+    "test_one_way.py",
+    "test_targets.py",
+    "test_awake.py",
+}
 # Measure memory, on tensors that are large enough for it.
 SLOW_TESTS = {
     "test_with_checkpointing_logits_keep_to_their_budget_on_mlx_lms_way_too",

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -159,6 +160,14 @@ def test_a_template_that_asks_for_the_date_is_given_one(base):
     template = with_date(made_up, "2031-03-04")
     said = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, chat_template=template)
     assert said == "Tuesday, 04/03/2031"
+
+
+def test_a_long_template_that_only_begins_to_ask_for_the_date_takes_no_time():
+    began = time.monotonic()
+    template = "strftime_now('" * 20_000
+    assert with_date(template, "2031-03-04").endswith(template)
+    # Over half a minute if each beginning looks for its end as far as the last letter.
+    assert time.monotonic() - began < 10
 
 
 def test_a_stream_of_raw_prompts_exports_a_template_that_changes_nothing(tiny_llama, task, tmp_path):
