@@ -18,6 +18,7 @@ from mlx.utils import tree_unflatten
 
 from mbf_mlx.base.decode import BITS, decode
 from mbf_mlx.device import backend
+from mbf_mlx.device.backend import is_on_cpu
 from mbf_mlx.device.budgets import PIECE_BYTES
 from mbf_mlx.device.machine import cpu_count
 
@@ -67,7 +68,7 @@ def _plain_arrays(module: nn.Module, use_device: Callable[[], None]) -> dict[str
 
 def _whole(module: nn.Module) -> mx.array:
     """Return the weight, (out, in)."""
-    if module.mode != "affine" or module.bits not in BITS or mx.default_device() != mx.cpu:
+    if module.mode != "affine" or module.bits not in BITS or not is_on_cpu():
         return _rows(module, 0, module.weight.shape[0])
     return decode(module.weight, to_float32(module.scales), to_float32(module.biases), module.bits)
 

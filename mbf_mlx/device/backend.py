@@ -161,6 +161,13 @@ def _memory(kind: str) -> int:
     return int(info.get("total_memory") or info.get("memory_size") or machine.total_memory())
 
 
+def is_on_cpu() -> bool:
+    """Return whether mlx computes on the CPU in this thread."""
+    import mlx.core as mx
+
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
 def stay_on_cpu() -> None:
     """Make the CPU mlx's default device in this thread; each thread has its own."""
     import mlx.core as mx

@@ -1,8 +1,8 @@
 """Chooses the engine for a model, once: the only place that decides between the two."""
 
-import mlx.core as mx
 from mlx import nn
 
+from mbf_mlx.device.backend import is_on_cpu
 from mbf_mlx.device.budgets import LOGITS_BYTES
 from mbf_mlx.engine import llama_pass
 from mbf_mlx.engine.by_hand import ByHand
@@ -27,7 +27,7 @@ def prepare(
         by_hand: Whether llama_pass.py computes the pass. None: on a CPU, if it fits the model.
         compiled: Whether mlx-lm's pass is compiled for training. None: on a GPU.
     """
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    on_cpu = is_on_cpu()
     if by_hand is None:
         by_hand = on_cpu and llama_pass.fits(model)
     if by_hand:

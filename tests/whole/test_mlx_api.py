@@ -40,7 +40,6 @@ DEVICES = set(
     set_wired_limit stream""".split()
 )
 LOOKS_AT_DEVICES = {
-    "engine.choose": {"Device", "cpu", "default_device"},  # the pass by hand is for CPUs
     "export.quality.live_model": {"set_cache_limit"},  # while it measures, and back
 }
 # MLX has these only on the CPU.
