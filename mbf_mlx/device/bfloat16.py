@@ -38,14 +38,12 @@ class Packed:
 
     Attributes:
         shape: Its (out, in).
-        nbytes: How much memory it takes; MKL asks for some megabytes more, which are never touched.
     """
 
     def __init__(self, mkl: ctypes.CDLL, weight: np.ndarray, *, turned: bool) -> None:
         """Pack bfloat16 numbers, uint16 (out, in), for x W^T, or with `turned` for d_y W."""
         weight = np.ascontiguousarray(weight)
         self.shape = weight.shape
-        self.nbytes = weight.nbytes
         out, inner = weight.shape
         self._wide, self._long = (inner, out) if turned else (out, inner)
         size = mkl.cblas_gemm_bf16bf16f32_pack_get_size(_RIGHT, 1, self._wide, self._long)
@@ -101,7 +99,6 @@ class Trial:
         return self.bfloat16 > MARGIN * self.float32
 
 
-@functools.cache
 def library() -> Library | None:
     """Return the library, loaded; None where there is none. `reason` says why."""
     return _load()[0]
@@ -138,8 +135,8 @@ def trial() -> Trial:
     rows, out, inner = TRIAL_SHAPE
     draw = np.random.default_rng(0)
     x, weight = (draw.standard_normal((count, inner), np.float32) for count in (rows, out))
-    packed, product = found.pack(_rounded(weight)), np.empty((rows, out), np.float32)
-    halves, other = _rounded(x), np.empty_like(x)
+    packed, product = found.pack(_upper(weight)), np.empty((rows, out), np.float32)
+    halves, other = _upper(x), np.empty_like(x)
 
     def in_bfloat16() -> None:
         np.copyto(other, x)  # takes as long as rounding the inputs does
@@ -154,10 +151,9 @@ def trial() -> Trial:
     return Trial(*(operations / min(seconds) for seconds in zip(*taken, strict=True)))
 
 
-def _rounded(values: np.ndarray) -> np.ndarray:
-    """Return float32 numbers as the nearest bfloat16 ones, ties to even, in uint16."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+def _upper(values: np.ndarray) -> np.ndarray:
+    """Return the upper 16 bits of float32 numbers, uint16: bfloat16 numbers near them."""
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 @functools.cache
@@ -190,10 +186,10 @@ def _is_right(found: Library) -> bool:
     weight, x, d_y = (draw.standard_normal(shape, np.float32) for shape in ((24, 40), (5, 40), (5, 24)))
     wanted = []
     for each in (weight, x, d_y):
-        wanted.append((_rounded(each).astype(np.uint32) << 16).view(np.float32))
+        wanted.append((_upper(each).astype(np.uint32) << 16).view(np.float32))
     y, d_x = np.ones((5, 24), np.float32), np.empty((5, 40), np.float32)
-    found.pack(_rounded(weight)).multiply(_rounded(x), y, add=True)
-    found.pack(_rounded(weight), turned=True).multiply(_rounded(d_y), d_x)
+    found.pack(_upper(weight)).multiply(_upper(x), y, add=True)
+    found.pack(_upper(weight), turned=True).multiply(_upper(d_y), d_x)
     right = np.allclose(y, 1 + wanted[1] @ wanted[0].T, atol=1e-3)
     return bool(right and np.allclose(d_x, wanted[2] @ wanted[0], atol=1e-3))
 

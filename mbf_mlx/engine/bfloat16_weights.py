@@ -47,13 +47,9 @@ class Bfloat16Weights:
     Args:
         library: What multiplies.
         modules: The linear layers, and the embedding if it is the head, whose weights are float32 (out, in).
-
-    Attributes:
-        name: The library's name, with its version.
     """
 
     def __init__(self, library: Library, modules: Iterator[nn.Module]) -> None:
-        self.name = library.name
         self._modules = list(modules)  # keeps them alive: their addresses are the keys
         self._packed = {id(module): PackedWeight(library, module.weight) for module in self._modules}
 

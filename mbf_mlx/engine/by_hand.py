@@ -156,7 +156,7 @@ class ByHand(Engine):
 
         def run(place: int, batch: Batch) -> None:
             def pass_on(name: str, x: mx.array, gradients: mx.array) -> None:
-                note(place, name, x, gradients, way.layout.row_of(len(x)))
+                note(place, name, x, gradients, way.layout.rows_at(len(x)))
 
             checkpoint, halves = self.checkpoint, self._bfloat16
             way = Pass(self.model, factors, batch, checkpoint=checkpoint, note=pass_on, bfloat16=halves)

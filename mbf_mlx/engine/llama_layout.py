@@ -90,15 +90,6 @@ class Layout:
         rows = np.repeat(np.arange(len(own)), own)
         return np.concatenate([np.full(tokens - len(rows), -1), rows])
 
-    def row_of(self, tokens: int) -> np.ndarray:
-        """Return the row of each token after the prefix: of all tokens, or of the supervised ones if they are as many.
-
-        Args:
-            tokens: How many tokens there are, which says which of the two is meant.
-        """
-        lengths = next(each.own.lengths for each in (self.all, self.supervised) if sum(each.own.lengths) == tokens)
-        return np.repeat(np.arange(len(lengths)), lengths)
-
 
 def _starts(lengths: np.ndarray, first: int) -> list[int]:
     return [first, *(first + np.cumsum(lengths)[:-1]).tolist()]

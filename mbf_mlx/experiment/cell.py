@@ -141,7 +141,7 @@ class RunningCell:
             "scored_on": plan.file.score_on,
             "task_hashes": [plan.tasks[name].sha256 for name in cell.tasks],
             "base": {"name": self.bench.source.name, "fingerprint": str(self.bench.always["base"])},
-            "machine": run_conditions(precision=precision_of(self.settings)),
+            "machine": run_conditions(precision=precision_of(cell.train)),
         }
 
 

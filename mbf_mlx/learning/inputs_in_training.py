@@ -20,11 +20,12 @@ import numpy as np
 from mbf_mlx.config import TrainConfig
 from mbf_mlx.engine.cpu_ops import view
 from mbf_mlx.engine.engine import Engine
+from mbf_mlx.learning.measure import TINY
 from mbf_mlx.learning.progress import Progress, Tensors
+from mbf_mlx.learning.step_rules import steps_of
 from mbf_mlx.learning.team import Team
 from mbf_mlx.methods import MEASURED_ROWS, Method, Seen, State, Tuned
 
-TINY = 1e-37  # a sum of squared gradients is taken as at least this: float32 can still divide by it
 _PREFIX, _ROWS = "measured.", "measured rows"
 
 
@@ -141,8 +142,5 @@ def inputs_in_training(
     if not method.measures_in_training or not engine.notes_training or team is not None:
         return None
     per_step = min(rows, config.batch_size * config.grad_accumulation_steps)
-    steps = config.iters or config.epochs * math.ceil(
-        math.ceil(rows / config.batch_size) / config.grad_accumulation_steps
-    )
     measured = math.ceil(min(rows, MEASURED_ROWS) / per_step)
-    return InputsInTraining(method.measure(state, start), max(1, steps - measured + 1))
+    return InputsInTraining(method.measure(state, start), max(1, steps_of(config, rows) - measured + 1))

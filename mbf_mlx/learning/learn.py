@@ -14,7 +14,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Generic, TypeVar
 
-from mbf_mlx.config import LearnConfig, Precision, settings_of
+from mbf_mlx.config import LearnConfig, settings_of
 from mbf_mlx.data.encode import Encoded, Encoder
 from mbf_mlx.data.task import Task
 from mbf_mlx.data.token_rows import EncodedRows
@@ -184,7 +184,7 @@ def _train(
     """
 
     def save(progress: Progress, tensors: Tensors) -> None:
-        conditions = run_conditions(team, precision_of(settings))
+        conditions = run_conditions(team, precision_of(settings.train))
         place.working.save(progress.step, place.run, conditions, progress_to_json(progress), tensors)
 
     trained = train(
@@ -304,9 +304,7 @@ def learn_task(
     (working := stream.saves).check_place()
     restarted = settings.restart and working.drop()
     saved = working.load()
-    begun: Precision | None = None
-    if saved is not None:
-        begun = "bfloat16" if saved.run.get("precision") == "bfloat16" else "float32"
+    begun = saved.run.get("precision", "float32") if saved else None  # float32 is not written down
     precision = chosen(settings.train, learner, team, begun)
     settings = replace(settings, train=replace(settings.train, precision=precision))
     run, conditions = run_of(task, generation.number, settings), run_conditions(team, precision)

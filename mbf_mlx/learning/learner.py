@@ -12,7 +12,7 @@ import numpy as np
 from mbf_mlx.base.decisive_files import decisive_files
 from mbf_mlx.base.load import Base, load_base
 from mbf_mlx.base.sources import unpacked_bytes
-from mbf_mlx.config import LearnConfig, LoRAConfig, Precision
+from mbf_mlx.config import LearnConfig, LoRAConfig, Precision, TrainConfig
 from mbf_mlx.device import backend, bfloat16
 from mbf_mlx.engine.choose import prepare
 from mbf_mlx.engine.engine import Engine
@@ -56,7 +56,7 @@ class Learner:
             InputError: the settings ask for products in bfloat16, which cannot be had here.
         """
         checkpoint, by_hand = settings.train.grad_checkpoint, self.engine.by_hand
-        precision, most = precision_of(settings), settings.memory_limit
+        precision, most = precision_of(settings.train), settings.memory_limit
         self.engine.multiply_in(precision)
         limit = limit_of(self.base.path, self.lora, by_hand, self.packed, checkpoint, precision == "bfloat16", most)
         self.engine.checkpoint = checkpoint
@@ -93,9 +93,9 @@ def load_learner(folder: Path, lora: LoRAConfig, keep_quantized: bool = False) -
     return Learner(base, layers, prepare(base.model), lora, packed)
 
 
-def precision_of(settings: LearnConfig) -> Precision:
+def precision_of(config: TrainConfig) -> Precision:
     """Return the precision of settings in which it is decided (`precision.chosen`); undecided is float32."""
-    return "bfloat16" if settings.train.precision == "bfloat16" else "float32"
+    return "bfloat16" if config.precision == "bfloat16" else "float32"
 
 
 def run_conditions(team: Team | None = None, precision: Precision = "float32") -> dict[str, Any]:

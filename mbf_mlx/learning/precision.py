@@ -6,7 +6,7 @@ from mbf_mlx.base.sources import read_config, unpacked_bytes
 from mbf_mlx.config import LoRAConfig, Precision, TrainConfig
 from mbf_mlx.device import backend, bfloat16
 from mbf_mlx.errors import InputError
-from mbf_mlx.learning.learner import Learner
+from mbf_mlx.learning.learner import Learner, precision_of
 from mbf_mlx.learning.team import Team
 
 
@@ -24,16 +24,16 @@ def chosen(
     Raises:
         InputError: bfloat16 is asked for, or was begun with, and cannot be had here.
     """
-    if config.precision == "auto" and begun is None:
-        fast = team is None and learner.engine.by_hand and not learner.packed and bfloat16.is_faster()
-        return "bfloat16" if fast else "float32"
-    wanted: Precision = "bfloat16" if "bfloat16" in (config.precision, begun) else "float32"
-    if config.precision == "float32" or wanted == "float32":
+    can = learner.engine.by_hand and not learner.packed
+    wanted = begun if config.precision == "auto" else config.precision
+    if wanted is None:
+        return "bfloat16" if team is None and can and bfloat16.is_faster() else "float32"
+    if wanted == "float32":
         return "float32"
     why = bfloat16.reason() if bfloat16.library() is None else ""
-    if not learner.engine.by_hand or learner.packed:
+    if not can:
         why = "only a Llama on a CPU, without dropout and with unpacked weights, multiplies in bfloat16"
-    if why and begun:
+    if why and begun == "bfloat16":
         raise InputError(
             f"the interrupted run multiplies in bfloat16, and this one cannot: {why}"
             "\nhint: --restart begins the task again, in float32"
@@ -46,7 +46,7 @@ def chosen(
 def expected(config: TrainConfig, lora: LoRAConfig, folder: Path) -> Precision:
     """Return the precision that trainings on a base folder will have, without loading the base."""
     if config.precision != "auto":
-        return "bfloat16" if config.precision == "bfloat16" else "float32"
+        return precision_of(config)
     llama = read_config(folder).get("model_type") == "llama" and not lora.dropout
     unpacked = backend.setup().kind == "cpu" and not backend.keep_quantized(unpacked_bytes(folder))
     return "bfloat16" if llama and unpacked and bfloat16.is_faster() else "float32"

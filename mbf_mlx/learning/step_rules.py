@@ -1,4 +1,5 @@
-"""What each optimizer step goes by, beside its gradients: the seed of its dropout, its rate, the longest gradient.
+"""How many optimizer steps there are, and what each goes by beside its gradients: its dropout's seed, its rate, the
+longest gradient.
 
 Clipping and the rate are computed here, not by mlx.optimizers, whose numbers differ in their last bits:
 `clip_grad_norm` divides by the norm + 1e-6, and its schedules compute in float32, which gives another rate at about
@@ -14,6 +15,16 @@ from mbf_mlx.config import TrainConfig
 from mbf_mlx.engine.engine import Arrays
 
 FLOOR = 0.1  # share of the peak rate at which the decay ends
+
+
+def steps_an_epoch(config: TrainConfig, rows: int) -> int:
+    """Return how many optimizer steps one pass over so many training rows takes."""
+    return math.ceil(math.ceil(rows / config.batch_size) / config.grad_accumulation_steps)
+
+
+def steps_of(config: TrainConfig, rows: int) -> int:
+    """Return how many optimizer steps a training on so many rows takes."""
+    return config.iters or config.epochs * steps_an_epoch(config, rows)
 
 
 def seed_dropout(seed: int, step: int, rank: int = 0) -> None:

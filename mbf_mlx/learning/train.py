@@ -25,7 +25,7 @@ from mbf_mlx.errors import InputError, MemoryLimitError
 from mbf_mlx.learning.events import Step
 from mbf_mlx.learning.inputs_in_training import InputsInTraining
 from mbf_mlx.learning.progress import Progress, SaveClock, Tensors, Trained, check_shapes
-from mbf_mlx.learning.step_rules import clipped, rate_at, seed_dropout
+from mbf_mlx.learning.step_rules import clipped, rate_at, seed_dropout, steps_an_epoch, steps_of
 from mbf_mlx.learning.team import Message, Team
 from mbf_mlx.learning.tuning import Tuning
 
@@ -81,9 +81,8 @@ def train(
     group = next(groups, None)
     while group is not None and not progress.stopped:
         number, started = progress.step + 1, time.perf_counter()
-        measuring = measure is not None and number >= measure.since
         try:
-            engine.training_note = measure.note if measure is not None and measuring else None
+            engine.training_note = measure.note if measure is not None and number >= measure.since else None
             begun = run.begin(number, group)
         except MemoryLimitError:
             if save and progress.step:
@@ -174,9 +173,8 @@ class _Run:
         self.measure = measure
         self.tuning, self.engine, self.rows, self.config, self.team = tuning, engine, rows, config, team
         self.lengths = lengths_of(rows)
-        groups_per_epoch = math.ceil(math.ceil(len(rows) / config.batch_size) / config.grad_accumulation_steps)
-        self.steps = config.iters or config.epochs * groups_per_epoch
-        self.val_every = config.val_every or groups_per_epoch
+        self.steps = steps_of(config, len(rows))
+        self.val_every = config.val_every or steps_an_epoch(config, len(rows))
         self.optimizer = optim.AdamW(learning_rate=self.rate(1), weight_decay=config.weight_decay, bias_correction=True)
         self.optimizer.init(tuning.trained)
         self.sums = Sums(tuning, engine, rows)

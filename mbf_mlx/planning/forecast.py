@@ -143,7 +143,7 @@ class Forecaster:
             note = "no tasks were named" if folder else "the model is not fetched: rows were not counted"
             return {**self.for_model(model, memory), "note": note}
         encoded = [self._encoded(task, folder) for task in read]
-        by_hand = (self.device or this_device()) == "cpu" and _is_llama(folder)
+        by_hand = _by_hand(self.device or this_device(), folder)
         works = [
             work.work_of(train, valid, test, self.train, scored=len(read) - place, method=method, by_hand=by_hand)
             for place, (train, valid, test) in enumerate(encoded)
@@ -208,7 +208,7 @@ class Forecaster:
         device = self.device or ("metal" if memory and folder is None and not _has_mlx() else this_device())
         available = usable(memory, device) if memory is not None else _available_bytes(device)
         packed = device != "cpu" or self.keep_quantized or shape.plain_bytes > available / 2
-        by_hand = device == "cpu" and _is_llama(folder)
+        by_hand = _by_hand(device, folder)
         run = run_of(
             shape,
             self._lora_for(model, folder),
@@ -274,10 +274,11 @@ def _available_bytes(device: str) -> int:
     return machine.available_memory() if device == "cpu" else backend.setup().memory_bytes
 
 
-def _is_llama(folder: Path | None) -> bool:
+def _by_hand(device: str, folder: Path | None) -> bool:
+    """Return whether engine/llama_pass.py would compute the pass: of a Llama, on a CPU."""
     from mbf_mlx.base.sources import read_config
 
-    return folder is None or read_config(folder)["model_type"] == "llama"
+    return device == "cpu" and (folder is None or read_config(folder)["model_type"] == "llama")
 
 
 def _has_mlx() -> bool:

@@ -67,11 +67,11 @@ def work_of(
     """
     # These need mlx; a forecast without tasks does not.
     from mbf_mlx.learning.evaluate import ROUGE_L, longest_answer, metric_of
+    from mbf_mlx.learning.step_rules import steps_an_epoch, steps_of
 
     lengths = lengths_of(rows)
     epoch = plan_batches(lengths, config.batch_size, config.seed, 0)
-    groups = math.ceil(len(epoch) / config.grad_accumulation_steps)
-    steps = config.iters or config.epochs * groups
+    steps, val_every = steps_of(config, len(rows)), config.val_every or steps_an_epoch(config, len(rows))
     chosen = [epoch[i] for i in np.linspace(0, len(epoch) - 1, min(PLANNED_BATCHES, len(epoch))).astype(int)]
     longest = max(epoch, key=lambda batch: max(lengths[i] for i in batch))
     batches = sorted((make_batch(rows, indices) for indices in [*chosen, longest]), key=lambda b: b.computed_tokens)
@@ -82,7 +82,7 @@ def work_of(
         loads=tuple(dict.fromkeys(Load.of(batch) for batch in batches)),
         typical=batches[len(batches) // 2],
         train_tokens=each * steps * config.grad_accumulation_steps,
-        other_tokens=math.ceil(steps / (config.val_every or groups)) * float(np.sum(lengths_of(valid)))
+        other_tokens=math.ceil(steps / val_every) * float(np.sum(lengths_of(valid)))
         + 2 * min(SAMPLE_ROWS, len(rows)) * float(np.mean(lengths))
         + scored * (2 if generates else 1) * float(np.sum(lengths_of(test))),
         generated_tokens=scored * float(sum(map(longest_answer, test)) if generates else 0),

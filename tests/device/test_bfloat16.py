@@ -14,7 +14,7 @@ needs_library = pytest.mark.skipif(LIBRARY is None, reason=bfloat16.reason())
 @pytest.fixture
 def looked_for_again():
     """What was found is forgotten, before the test and after it."""
-    known = (bfloat16.library, bfloat16._load, bfloat16.trial, bfloat16.is_faster)
+    known = (bfloat16._load, bfloat16.trial, bfloat16.is_faster)
     for each in known:
         each.cache_clear()
     yield
@@ -31,8 +31,8 @@ def as_float64(halves):
 @pytest.mark.parametrize(("rows", "out", "inner"), [(1, 7, 5), (33, 192, 576), (64, 300, 64), (257, 96, 130)])
 def test_products_are_those_of_the_rounded_numbers(rows, out, inner, turned):
     draw = np.random.default_rng(rows)
-    weight = bfloat16._rounded(draw.standard_normal((out, inner), np.float32))
-    x = bfloat16._rounded(draw.standard_normal((rows, out if turned else inner), np.float32))
+    weight = bfloat16._upper(draw.standard_normal((out, inner), np.float32))
+    x = bfloat16._upper(draw.standard_normal((rows, out if turned else inner), np.float32))
     onto = draw.standard_normal((rows, inner if turned else out), np.float32)
     packed, found, added = LIBRARY.pack(weight, turned=turned), np.full_like(onto, np.nan), onto.copy()
     packed.multiply(x, found)
@@ -47,8 +47,8 @@ def test_one_packed_weight_serves_threads_side_by_side():
     from concurrent.futures import ThreadPoolExecutor
 
     draw = np.random.default_rng(0)
-    packed = LIBRARY.pack(bfloat16._rounded(draw.standard_normal((96, 64), np.float32)))
-    xs = [bfloat16._rounded(draw.standard_normal((20, 64), np.float32)) for _ in range(40)]
+    packed = LIBRARY.pack(bfloat16._upper(draw.standard_normal((96, 64), np.float32)))
+    xs = [bfloat16._upper(draw.standard_normal((20, 64), np.float32)) for _ in range(40)]
 
     def product(x):
         out = np.empty((20, 96), np.float32)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mbf_mlx.config import LoRAConfig, TrainConfig
+from mbf_mlx.config import TrainConfig
 from mbf_mlx.experiment.plan_file import read_plan
 from mbf_mlx.learning.events import Events
 from tests.support.rows import rows_of
@@ -17,7 +17,6 @@ pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-m
 import mlx.core as mx
 from mlx import nn
 
-from mbf_mlx import Stream
 from mbf_mlx.data.batches import make_batch
 from mbf_mlx.engine import cpu_ops
 from mbf_mlx.engine.choose import prepare
@@ -27,7 +26,11 @@ from mbf_mlx.learning import learn
 from mbf_mlx.learning.inputs_in_training import InputsInTraining, inputs_in_training
 from mbf_mlx.learning.progress import Progress
 from mbf_mlx.methods import empty_state, make
+from tests.support import one_task
 from tests.support.llamas import LLAMA, build, rows_with
+from tests.support.one_task import Killed
+
+task, open_stream = one_task.task, one_task.open_stream
 
 KEYS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 # 12 rows, 4 a step: step 4 begins the last 12 rows
@@ -92,26 +95,6 @@ def test_tokens_are_weighed_as_in_each_row_by_itself_and_a_shared_prefix_evenly(
         seen = found[name]
         assert seen.directions is not None
         np.testing.assert_allclose(seen.moments, expected, rtol=2e-3, atol=2e-4 * np.abs(expected).max(), err_msg=name)
-
-
-@pytest.fixture
-def task(write_jsonl):
-    write_jsonl("task/test.jsonl", rows_of(5, seed=10))
-    return write_jsonl("task/train.jsonl", rows_of(12)).parent
-
-
-@pytest.fixture
-def open_stream(tiny_llama, tmp_path):
-    return lambda name: Stream.open(tmp_path / name, base=str(tiny_llama), lora=LoRAConfig(rank=4))
-
-
-class Killed(Events):
-    def __init__(self, at):
-        self.at = at
-
-    def step(self, name, step, peak_memory):
-        if step.step == self.at:
-            raise KeyboardInterrupt
 
 
 class Told(Events):

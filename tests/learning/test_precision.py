@@ -8,35 +8,18 @@ import pytest
 from mbf_mlx.config import LoRAConfig, TrainConfig
 from mbf_mlx.device import bfloat16
 from mbf_mlx.errors import InputError
-from mbf_mlx.learning.events import Events
-from tests.support.rows import rows_of
 from tests.support.taught import arrays, assert_same
 
 pytest.importorskip("mlx.core", reason="mlx is not installed: pip install 'mbf-mlx[cpu]'")
 
-from mbf_mlx import Stream
 from mbf_mlx.learning.precision import chosen, expected
+from tests.support import one_task
+from tests.support.one_task import Killed
 
 needs_library = pytest.mark.skipif(bfloat16.library() is None, reason=bfloat16.reason())
 QUICK = TrainConfig(iters=4, batch_size=4, learning_rate=5e-3, save_every="1")
+task, open_stream = one_task.task, one_task.open_stream
 HALVES = dataclasses.replace(QUICK, precision="bfloat16")
-
-
-@pytest.fixture
-def task(write_jsonl):
-    write_jsonl("task/test.jsonl", rows_of(5, seed=10))
-    return write_jsonl("task/train.jsonl", rows_of(12)).parent
-
-
-@pytest.fixture
-def open_stream(tiny_llama, tmp_path):
-    return lambda name: Stream.open(tmp_path / name, base=str(tiny_llama), lora=LoRAConfig(rank=4))
-
-
-class Killed(Events):
-    def step(self, name, step, peak_memory):
-        if step.step == 3:
-            raise KeyboardInterrupt
 
 
 @needs_library
@@ -55,7 +38,7 @@ def test_an_interrupted_run_goes_on_in_its_own_precision_to_the_same_bits(open_s
     whole, cut = open_stream("whole"), open_stream("cut")
     whole.learn(task, train=HALVES)
     with pytest.raises(KeyboardInterrupt):
-        cut.learn(task, train=HALVES, events=Killed())
+        cut.learn(task, train=HALVES, events=Killed(3))
     cut.learn(task, train=dataclasses.replace(QUICK, precision=then))
     assert_same(arrays(cut), arrays(whole))
 
@@ -65,7 +48,7 @@ def test_an_interrupted_run_goes_on_in_its_own_precision_to_the_same_bits(open_s
 def test_an_interrupted_run_in_another_precision_is_refused(open_stream, task, first, then):
     stream = open_stream("s")
     with pytest.raises(KeyboardInterrupt):
-        stream.learn(task, train=dataclasses.replace(QUICK, precision=first), events=Killed())
+        stream.learn(task, train=dataclasses.replace(QUICK, precision=first), events=Killed(3))
     with pytest.raises(InputError, match=f"precision: '{first}' was saved, '{then}' is asked for now"):
         stream.learn(task, train=dataclasses.replace(QUICK, precision=then))
 
@@ -74,7 +57,7 @@ def test_an_interrupted_run_in_another_precision_is_refused(open_stream, task, f
 def test_a_run_begun_in_bfloat16_where_there_is_none_any_more_says_what_to_do(open_stream, task, monkeypatch):
     stream = open_stream("s")
     with pytest.raises(KeyboardInterrupt):
-        stream.learn(task, train=HALVES, events=Killed())
+        stream.learn(task, train=HALVES, events=Killed(3))
     monkeypatch.setattr(bfloat16, "library", lambda: None)
     monkeypatch.setattr(bfloat16, "reason", lambda: "it is gone")
     with pytest.raises(InputError, match="multiplies in bfloat16, and this one cannot: it is gone\nhint: --restart"):
@@ -85,7 +68,7 @@ def test_a_save_of_before_goes_on_in_float32(open_stream, task, monkeypatch):
     whole, cut = open_stream("whole"), open_stream("cut")
     whole.learn(task, train=QUICK)
     with pytest.raises(KeyboardInterrupt):
-        cut.learn(task, train=QUICK, events=Killed())
+        cut.learn(task, train=QUICK, events=Killed(3))
     assert bfloat16.is_faster() or "precision" not in cut.folder.saves.load().run
     if not bfloat16.is_faster():
         monkeypatch.setattr(bfloat16, "is_faster", lambda: True)  # the save says float32: so it goes on

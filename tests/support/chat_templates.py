@@ -3,6 +3,8 @@
 They are written for these tests, from what the models' own templates do; no text of those is in here.
 """
 
+import json
+import shutil
 from dataclasses import dataclass
 
 # Tokens that the templates end turns with or build their headers from, all of them special to the tokenizer.
@@ -29,6 +31,14 @@ class Shape:
     def says(self, content, *, last):
         """What is supervised of an answer without thoughts."""
         return (self.last if last or self.earlier is None else self.earlier).replace("{}", content)
+
+
+def base_with(template, source, folder):
+    """Copy a model folder, with another chat template; return the copy."""
+    shutil.copytree(source, folder)
+    place = folder / "tokenizer_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"chat_template": template}))
+    return folder
 
 
 CHATML_ANSWER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

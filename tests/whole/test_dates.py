@@ -11,6 +11,7 @@ import time
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.chat_templates import base_with
 from tests.support.command_line import mbf
 from tests.support.rows import rows_of
 
@@ -46,11 +47,7 @@ main()
 
 @pytest.fixture(scope="module")
 def base(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dated") / "base"
-    shutil.copytree(tiny_llama, folder)
-    place = folder / "tokenizer_config.json"
-    place.write_text(json.dumps(json.loads(place.read_text()) | {"chat_template": TEMPLATE}))
-    return folder
+    return base_with(TEMPLATE, tiny_llama, tmp_path_factory.mktemp("dated") / "base")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.support.chat_templates import base_with
 from tests.support.command_line import mbf
 from tests.support.rows import rows_of
 from tests.support.served import HI, chat, error_of, is_well, running
@@ -32,11 +33,7 @@ HUGELY = "the model's chat template takes more than 2 GB of memory for a convers
 
 @pytest.fixture(scope="module")
 def base(tiny_llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("waits") / "base"
-    shutil.copytree(tiny_llama, folder)
-    place = folder / "tokenizer_config.json"
-    place.write_text(json.dumps(json.loads(place.read_text()) | {"chat_template": TEMPLATE}))
-    return folder
+    return base_with(TEMPLATE, tiny_llama, tmp_path_factory.mktemp("waits") / "base")
 
 
 def write_task(folder, word="", line=7):
